@@ -1,0 +1,66 @@
+"""Which implementation runs: Triton kernels on CUDA and ROCm tensors, closed forms in PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+_current = "auto"
+
+
+class set_backend:  # noqa: N801 - reads as a function, like torch.set_grad_enabled
+    """Choose the backend, at once and until further notice, or for the length of a `with` block.
+
+    Args:
+        name: "auto" (Triton on CUDA/ROCm tensors where it is installed, PyTorch elsewhere), "torch", or
+            "triton". With TRITON_INTERPRET=1 in the environment "triton" also takes CPU tensors.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: "triton" where Triton is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _current
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+        if name == "triton" and not has_triton():
+            raise RuntimeError("backend 'triton' was asked for, but the package triton is not installed")
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> set_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._previous
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether the package triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether operations on `tensor` go to Triton; RuntimeError if it was forced and cannot take the tensor."""
+    if _current == "torch" or (_current == "auto" and not (tensor.is_cuda and has_triton())):
+        return False
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and interpreting()):
+        raise RuntimeError(
+            f"backend 'triton' takes CUDA and ROCm tensors (and CPU tensors under TRITON_INTERPRET=1), "
+            f"got a tensor on {tensor.device}"
+        )
+    return True

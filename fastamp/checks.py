@@ -1,0 +1,137 @@
+"""Checks of tensor arguments: a clear error before anything is computed or changed.
+
+Shapes, dtypes and devices are checked everywhere. Values are checked on CPU tensors only: on a GPU that would
+synchronise; there the kernels assert on the device (labels) or the documentation says what is assumed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float_rows(name: str, value: object, *, dims: int | None = None) -> None:
+    """`value` is a plain floating-point tensor (B, ...), of `dims` dimensions if given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(value, distributed.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, which fastamp does not take; pass the local shard of whole rows "
+            f"({name}.to_local()) or the replicated tensor ({name}.full_tensor())"
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+            + ("; embed integer ids first: they cannot be mixed" if not value.dtype.is_floating_point else "")
+        )
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have a batch dimension, got a scalar")
+
+
+def check_logits(name: str, logits: object) -> None:
+    """`logits` is (B, C) floating point with C >= 1."""
+    check_float_rows(name, logits, dims=2)
+    assert isinstance(logits, Tensor)
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(logits.shape)}")
+
+
+def check_target(target: object, batch: int, classes: int, device: torch.device) -> None:
+    """`target` is (B,) int64 or (B, C) floating point, on `device`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if target.dtype.is_floating_point:
+        if target.shape != (batch, classes):
+            raise ValueError(
+                f"target of probabilities must have the shape of the logits, ({batch}, {classes}), "
+                f"got {tuple(target.shape)}"
+            )
+    elif target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices or floating-point probabilities, got {target.dtype}")
+    elif target.shape != (batch,):
+        raise ValueError(
+            f"target of class indices must have shape ({batch},), one a row of logits, got {tuple(target.shape)}"
+        )
+    check_device("target", target, device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """`value` lies on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the rows to mix are on {device}; they must be together")
+
+
+def check_class_vector(name: str, value: object, classes: int, device: torch.device) -> None:
+    """`value` is None or (C,) floating point on `device`."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.shape != (classes,):
+        raise ValueError(f"{name} must have shape ({classes},), one a class, got {tuple(value.shape)}")
+    check_device(name, value, device)
+
+
+def check_partner(partner: object, batch: int, device: torch.device) -> None:
+    """`partner` is (B,) int64 on `device`; on the CPU also: a permutation of 0..B-1."""
+    if not isinstance(partner, Tensor):
+        raise TypeError(f"partner must be a tensor, got {type(partner).__name__}")
+    if partner.dtype != torch.int64:
+        raise TypeError(f"partner must be int64, got {partner.dtype}")
+    if partner.shape != (batch,):
+        raise ValueError(f"partner must have shape ({batch},), one a row, got {tuple(partner.shape)}")
+    check_device("partner", partner, device)
+    if partner.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+        return
+    low, high = torch.aminmax(partner)
+    if int(low) < 0 or int(high) >= batch:
+        raise ValueError(f"partner must lie in 0..{batch - 1}, got values from {int(low)} to {int(high)}")
+    counts = torch.bincount(partner, minlength=batch)
+    if int(counts.max()) > 1:
+        raise ValueError(
+            f"partner must be a permutation of 0..{batch - 1}, but row {int(counts.argmax())} is the partner "
+            f"of {int(counts.max())} rows"
+        )
+
+
+def check_mix(lam: object, partner: object, batch: int, device: torch.device) -> None:
+    """`lam` is (B,) floating point in [0, 1], `partner` a permutation; values on the CPU only."""
+    if not isinstance(lam, Tensor):
+        raise TypeError(f"lam must be a tensor, got {type(lam).__name__}")
+    if lam.dtype not in FLOATS:
+        raise TypeError(f"lam must be floating point, got {lam.dtype}")
+    if lam.shape != (batch,):
+        raise ValueError(f"lam must have shape ({batch},), one a row, got {tuple(lam.shape)}")
+    check_device("lam", lam, device)
+    check_partner(partner, batch, device)
+    if lam.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        low, high = torch.aminmax(lam)
+        if not (float(low) >= 0 and float(high) <= 1):
+            raise ValueError(f"lam must lie in [0, 1], got values from {float(low):g} to {float(high):g}")
+
+
+def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Whether no label of a CPU tensor equals ignore_index; ValueError for a label out of range."""
+    if not len(target):
+        return True
+    low, high = (int(bound) for bound in torch.aminmax(target))
+    if 0 <= low and high < classes and not 0 <= ignore_index < classes:
+        return True
+    kept = target != ignore_index
+    wrong = kept & ((target < 0) | (target >= classes))
+    if bool(wrong.any()):
+        row = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"target must lie in 0..{classes - 1} or be ignore_index ({ignore_index}), "
+            f"got {int(target[row])} in row {row}"
+        )
+    return bool(kept.all())

@@ -1,0 +1,273 @@
+"""AMPLoss: the drop-in criterion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastamp import reference
+from fastamp.checks import check_class_vector, check_logits, check_mix, check_target
+from fastamp.functional import amp_cross_entropy_step, check_num_items, divisors, host_facts
+from fastamp.mixing import Mix, MixStats, _draw
+from fastamp.policy import check_choice, check_number, checked_policy
+
+WINDOW = 5  # steps that the moving re-weighting looks back, as the published code does
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": reference.PAPER, "official": reference.OFFICIAL}
+
+
+class AMPLoss(nn.Module):
+    """The Adversarial Mixing Policy as a criterion: use it in place of nn.CrossEntropyLoss.
+
+    In train mode the rows of a batch are mixed in pairs, and every row's mixing coefficient λ takes one step of
+    size ε towards higher loss (Liu et al., EMNLP 2021, Eq. 10-21):
+
+        λ'_r = λ_r + ε·clip(∂ℓ_r/∂λ, -1, 1),    ℓ_r = λ_r CE(·, y_r) + (1-λ_r) CE(·, y_π(r)),
+        the loss at λ' where it is larger, else the loss at λ.
+
+    In eval mode it is nn.CrossEntropyLoss. `criterion(model(x), y)` is SentAMP for any model that ends in an affine
+    layer: mixing logits is mixing that layer's input. Where a dropout stands before that layer, this mixes after
+    the dropout, each row under its own mask; to mix before it, as the paper's CNN does, use
+    `fastamp.functional.linear_amp_cross_entropy`.
+
+    Args:
+        alpha: λ ~ Beta(alpha, alpha), > 0.
+        step_size: ε, >= 0.
+        mode: "amp", "maxop" (no comparison: always the loss at λ') or "mixup" (plain Mixup).
+        loss: "cross_entropy", or "softmax_bce": binary cross-entropy of the softmax summed over classes, as in the
+            published code. Eval mode is cross-entropy for both.
+        grad_clip: two-sided bound on ∂ℓ/∂λ, > 0, or None.
+        grad_scale: "row" differentiates each row's loss; "mean" the batch mean, which divides the step by about B.
+        clamp: keep λ' inside [0, 1].
+        reweight: None, or "moving": rows whose δ = ℓ' - ℓ exceeds the mean μ of the positive δ of the last five
+            steps weigh 1 + (δ-μ)/σ.
+        tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
+            it was computed in. 0.0 is Eq. 21 to the letter.
+        pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching.
+        weight: (C,) class weights, as in nn.CrossEntropyLoss.
+        ignore_index: a class index whose side of the mixture contributes nothing.
+        label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.
+        reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))), "sum", "none".
+        generator: source of λ and partners; its state is part of state_dict. Default: torch's global one.
+            torch.compile(fullgraph=True) cannot trace a draw from a generator of your own: use the default there, or
+            pass `mix`.
+
+    Raises:
+        TypeError, ValueError: an option that is not one of these, by name.
+    """
+
+    weight: Tensor | None
+    window: Tensor
+    window_step: Tensor
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        step_size: float = 2e-3,
+        mode: str = "amp",
+        loss: str = "cross_entropy",
+        grad_clip: float | None = 1.0,
+        grad_scale: str = "row",
+        clamp: bool = False,
+        reweight: str | None = None,
+        tie_tol: float | str = "auto",
+        pairing: str = "permutation",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = checked_policy(
+            mode=mode,
+            loss=loss,
+            step_size=step_size,
+            grad_clip=grad_clip,
+            grad_scale=grad_scale,
+            clamp=clamp,
+            tie_tol=tie_tol,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        check_number("alpha", alpha, low=0.0, open_low=True)
+        check_choice("pairing", pairing)
+        check_choice("reduction", reduction)
+        check_choice("reweight", reweight)
+        if weight is not None:
+            if not isinstance(weight, Tensor) or weight.dim() != 1:
+                raise TypeError(f"weight must be a (C,) tensor or None, got {weight!r}")
+            check_class_vector("weight", weight, len(weight), weight.device)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        self.alpha, self.pairing, self.reduction, self.reweight = float(alpha), pairing, reduction, reweight
+        self.generator = generator
+        self.register_buffer("weight", weight)
+        if reweight is not None:
+            # Count, mean and sum of squared deviations of the positive δ of each of the last steps.
+            self.register_buffer("window", torch.zeros(WINDOW, 3))
+            self.register_buffer("window_step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> AMPLoss:
+        """The criterion as the paper writes it ("paper") or as its published code computes it ("official").
+
+        Args:
+            name: "paper" or "official".
+            **overrides: any argument of AMPLoss; these win.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}; got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def sample(self, batch_size: int, *, device: torch.device | str) -> Mix:
+        """Draw λ and partners for a batch.
+
+        Args:
+            batch_size: B >= 0.
+            device: where the result lies; random numbers come from `generator`, on its own device, if there is one.
+
+        Returns:
+            Mix(lam (B,) float32, partner (B,) int64).
+
+        Raises:
+            TypeError, ValueError: batch_size is no int, or negative.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
+            raise TypeError(f"batch_size must be an int, got {batch_size!r}")
+        if batch_size < 0:
+            raise ValueError(f"batch_size must be >= 0, got {batch_size}")
+        return _draw(batch_size, self.alpha, self.pairing, device, self.generator)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        mix: Mix | None = None,
+        num_items: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, MixStats]:
+        """The loss of a batch; train mode mixes, eval mode is nn.CrossEntropyLoss on the rows as they are.
+
+        Args:
+            logits: (B, C) float16/bfloat16/float32/float64, unmixed.
+            target: (B,) int64 class indices, or (B, C) floating-point probabilities.
+            mix: λ and partners; drawn if not given. Not taken in eval mode.
+            num_items: replaces the divisor of the mean (gradient accumulation): a number or a 0-d tensor.
+            return_stats: also return a `MixStats`; train mode only.
+
+        Returns:
+            The loss, () or (B,): float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
+            eval mode. With return_stats a tuple (loss, MixStats).
+
+        Raises:
+            TypeError, ValueError: wrong shapes, dtypes or devices; on the CPU also values out of range. The
+                criterion's state is then as before.
+        """
+        check_logits("logits", logits)
+        check_target(target, *logits.shape, logits.device)
+        check_class_vector("weight", self.weight, logits.shape[1], logits.device)
+        check_num_items(num_items)
+        if not self.training:
+            if mix is not None or return_stats:
+                raise ValueError("mix and return_stats need train mode: in eval mode nothing is mixed")
+            return self._plain(logits, target, num_items)
+        if mix is not None:
+            check_mix(*mix, len(logits), logits.device)
+        if self.reweight is not None and self.window.device != logits.device:
+            raise ValueError(
+                f"the criterion's window is on {self.window.device}, logits are on {logits.device}: "
+                f"move it with criterion.to({str(logits.device)!r})"
+            )
+        facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
+        lam, partner = self.sample(len(logits), device=logits.device) if mix is None else mix
+        loss, stats = amp_cross_entropy_step(
+            logits,
+            target,
+            lam,
+            partner,
+            self.weight,
+            self.policy,
+            self.reduction if self.reweight is None else "none",
+            num_items,
+            facts,
+        )
+        if self.reweight is not None:
+            loss = self._moving_weights(stats.delta) * loss
+            if self.reduction != "none":
+                divisor, _ = divisors(
+                    target, stats.lam, partner, self.weight, self.policy, self.reduction, num_items, facts.all_kept
+                )
+                loss = loss.sum() / divisor
+        return (loss, stats) if return_stats else loss
+
+    def _plain(self, logits: Tensor, target: Tensor, num_items: float | Tensor | None) -> Tensor:
+        by_items = self.reduction == "mean" and num_items is not None
+        loss = F.cross_entropy(
+            logits,
+            target if not target.is_floating_point() else target.to(logits.dtype),
+            weight=None if self.weight is None else self.weight.to(logits.dtype),
+            ignore_index=self.policy.ignore_index,
+            reduction="sum" if by_items else self.reduction,
+            label_smoothing=self.policy.label_smoothing,
+        )
+        return loss / num_items if by_items else loss
+
+    def _moving_weights(self, delta: Tensor) -> Tensor:
+        """1 + (δ-μ)/σ where δ > μ, else 1; enters this step's positive δ (B,) into the window first."""
+        positive = delta > 0
+        count = positive.sum()
+        mean = torch.where(positive, delta, 0).sum() / count.clamp(min=1)
+        spread = torch.where(positive, (delta - mean).square(), 0).sum()
+        row = torch.stack([count.to(mean.dtype), mean, spread]).to(self.window.dtype)
+        self.window.index_copy_(0, (self.window_step % WINDOW).view(1), row[None])
+        self.window_step.add_(1)
+
+        counts, means, spreads = self.window.to(delta.dtype).unbind(1)
+        total = counts.sum().clamp(min=1)
+        mean = (counts * means).sum() / total
+        std = ((spreads + counts * (means - mean).square()).sum() / total).sqrt()
+        return torch.where((delta > mean) & (std > 0), 1 + (delta - mean) / std, 1)
+
+    def get_extra_state(self) -> dict[str, Tensor | None]:
+        """The generator's state, so that a resumed run draws what an uninterrupted one would have drawn."""
+        return {"generator": None if self.generator is None else self.generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
+        """Restore the generator; ValueError if exactly one of the two criteria has a generator of its own."""
+        saved = state["generator"]
+        if (saved is None) != (self.generator is None):
+            raise ValueError(
+                f"the saved criterion had {'no' if saved is None else 'a'} generator of its own, "
+                f"this one has {'no generator' if self.generator is None else 'one'}"
+            )
+        if saved is not None and self.generator is not None:
+            self.generator.set_state(saved.cpu())
+
+    def extra_repr(self) -> str:
+        """The options, those that differ from the defaults last in a readable order."""
+        policy = self.policy
+        shown = [f"alpha={self.alpha:g}", f"step_size={policy.step_size:g}", f"mode={policy.mode!r}"]
+        defaults = checked_policy()
+        shown += [
+            f"{name}={getattr(policy, name)!r}"
+            for name in policy._fields
+            if name not in ("mode", "step_size") and getattr(policy, name) != getattr(defaults, name)
+        ]
+        if self.reweight is not None:
+            shown.append(f"reweight={self.reweight!r}")
+        if self.pairing != "permutation":
+            shown.append(f"pairing={self.pairing!r}")
+        if self.reduction != "mean":
+            shown.append(f"reduction={self.reduction!r}")
+        if self.weight is not None:
+            shown.append(f"weight=({len(self.weight)},)")
+        return ", ".join(shown)

@@ -1,0 +1,104 @@
+"""λ and partners: what a batch is mixed with, and how it is drawn."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastamp.policy import check_choice, check_number
+
+
+class Mix(NamedTuple):
+    """One draw for a batch: row r becomes λ_r·row r + (1-λ_r)·row partner[r]."""
+
+    lam: Tensor  # (B,) float32 (or float64), in [0, 1]
+    partner: Tensor  # (B,) int64, a permutation of 0..B-1
+
+    def union(self, mask: Tensor) -> Tensor:
+        """The attention mask of the mixed rows: a position counts where it counts in either row.
+
+        Args:
+            mask: (B, ...) boolean or 0/1 integer mask of the unmixed rows.
+
+        Returns:
+            A mask of the same shape and dtype.
+        """
+        return mask | mask[self.partner]
+
+
+class MixStats(NamedTuple):
+    """Per-row facts of one step, on the device, detached; reading them is what synchronises."""
+
+    lam: Tensor  # (B,) λ
+    lam_adv: Tensor  # (B,) λ' (λ itself for mode="mixup")
+    grad: Tensor  # (B,) ∇λ, after grad_scale and before the clip
+    delta: Tensor  # (B,) ℓ(λ') - ℓ(λ)
+    mask: Tensor  # (B,) bool: rows that took ℓ(λ')
+
+
+def draw(
+    batch_size: int,
+    *,
+    alpha: float = 1.0,
+    pairing: str = "permutation",
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Mix:
+    """λ ~ Beta(alpha, alpha), one a row, and who mixes with whom.
+
+    Args:
+        batch_size: B, at least 0.
+        alpha: parameter of the Beta law, > 0.
+        pairing: "permutation": partner is a uniform random permutation. "matching": a uniform random perfect
+            matching, partner[partner[r]] = r; with odd B one random row is its own partner.
+        device: where the result lies.
+        generator: source of the random numbers; they are drawn on its device. Default: torch's own.
+
+    Raises:
+        ValueError, TypeError: a bad alpha, pairing or batch size.
+    """
+    check_number("alpha", alpha, low=0.0, open_low=True)
+    check_choice("pairing", pairing)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
+    if batch_size < 0:
+        raise ValueError(f"batch_size must be >= 0, got {batch_size}")
+    return _draw(batch_size, alpha, pairing, device, generator)
+
+
+def _draw(
+    batch_size: int,
+    alpha: float,
+    pairing: str,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Mix:
+    source = device if generator is None else generator.device
+    lam = _beta(batch_size, alpha, source, generator)
+    partner = torch.randperm(batch_size, device=source, generator=generator)
+    if pairing == "matching":
+        # Neighbours in a random order are paired; the last of an odd batch stays alone.
+        order = partner
+        even = batch_size - batch_size % 2
+        swapped = order[:even].view(-1, 2).flip(1).reshape(-1)
+        partner = torch.empty_like(order).scatter_(0, order, torch.cat([swapped, order[even:]]))
+    if generator is not None and device is not None and generator.device != torch.device(device):
+        lam, partner = lam.to(device, non_blocking=True), partner.to(device, non_blocking=True)
+    return Mix(lam, partner)
+
+
+def _beta(
+    batch_size: int, alpha: float, device: torch.device | str | None, generator: torch.Generator | None
+) -> Tensor:
+    if alpha == 1.0:
+        return torch.rand(batch_size, device=device, generator=generator)
+    # Beta(α, α) = X / (X + Y) with X, Y ~ Gamma(α). For small α both gammas underflow, and λ would pile up
+    # at 0.5, so the logarithms are drawn: log X = log Gamma(α+1) + log(U) / α (Marsaglia & Tsang 2000, §6).
+    shape = torch.full((2, batch_size), alpha + 1.0, dtype=torch.float64, device=device)
+    log_gamma = torch._standard_gamma(shape, generator=generator).log()
+    # 1 - U lies in (0, 1]: its logarithm is finite.
+    uniform = torch.rand(2, batch_size, dtype=torch.float64, device=device, generator=generator)
+    log_x, log_y = log_gamma + torch.log1p(-uniform) / alpha
+    return torch.sigmoid(log_x - log_y).float()
