@@ -187,7 +187,7 @@ def amp_cross_entropy(
     check_num_items(num_items)
     facts = host_facts(logits, target, policy)
     loss, stats = amp_cross_entropy_step(
-        logits, target, lam, partner, weight, policy, reduction, num_items, facts
+        logits, target, lam, partner, weight, policy, reduction, num_items, facts, return_stats=return_stats
     )
     return (loss, stats) if return_stats else loss
 
@@ -202,13 +202,27 @@ def amp_cross_entropy_step(
     reduction: str,
     num_items: float | Tensor | None,
     facts: HostFacts,
-) -> tuple[Tensor, MixStats]:
-    """`amp_cross_entropy` for arguments that have been checked."""
+    *,
+    return_stats: bool,
+) -> tuple[Tensor, MixStats | None]:
+    """`amp_cross_entropy` for arguments that have been checked; the statistics where they are asked for, or free."""
     lam = lam.detach().to(closed_form.compute_dtype(logits.dtype))
-    if uses_triton(logits):
+    if uses_triton(logits) and len(logits):
         from fastamp import ops
 
-        return ops.amp_cross_entropy(logits, target, lam, partner, weight, policy, reduction, num_items)
+        _, grad_divisor = divisors(target, lam, partner, weight, policy, "none", num_items, facts.all_kept)
+        return ops.amp_cross_entropy(
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            policy,
+            reduction,
+            num_items,
+            None if policy.grad_scale == "row" else torch.as_tensor(grad_divisor).to(lam),
+            return_stats=return_stats,
+        )
     divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, facts.all_kept)
     loss, lam_adv, grad, delta, mask = _AmpCrossEntropy.apply(
         logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts
@@ -384,7 +398,7 @@ def _linear_step(
         # Affine: mix the logits instead of the hidden rows.
         logits = F.linear(hidden, linear_weight, linear_bias)
         facts = host_facts(logits, target, policy)
-        return amp_cross_entropy_step(logits, target, lam, partner, weight, policy, reduction, num_items, facts)
+        return amp_cross_entropy_step(logits, target, lam, partner, weight, policy, reduction, num_items, facts, return_stats=return_stats)
     lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
     on_host = target.device.type == "cpu" and not torch.compiler.is_compiling()
     all_kept = target.is_floating_point() or (

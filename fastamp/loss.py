@@ -199,6 +199,7 @@ class AMPLoss(nn.Module):
             self.reduction if self.reweight is None else "none",
             num_items,
             facts,
+            return_stats=return_stats or self.reweight is not None,
         )
         if self.reweight is not None:
             loss = self._moving_weights(stats.delta) * loss

@@ -1,0 +1,156 @@
+"""Kim's convolutional sentence classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD = 0
+
+
+class TextCNN(nn.Module):
+    """CNN of Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014.
+
+    Word embeddings, convolutions of several widths, ReLU, maximum over time, dropout, a linear classifier.
+    A window counts where its first word is one of the sentence, which is followed by as many zeros as the
+    widest filter needs. So the logits of a sentence do not depend on how far its batch is padded.
+
+    `encode` gives the features that the classifier takes (after dropout), for mixing at sentence level.
+    `embed` gives the word vectors, for mixing at word level, before `convolve`, the affine part, and `pool`.
+
+    Args:
+        vocab_size: number of ids V, the padding's 0 included.
+        num_classes: number of classes C.
+        embedding_dim: width D of a word vector; `vectors` overrides it.
+        vectors: (V, D) float word vectors to start from; row 0 is taken as zero. None draws from
+            U(-0.25, 0.25) by the global generator.
+        freeze: do not train the word vectors.
+        widths: widths of the filters, in words.
+        maps: number of filters of each width.
+        dropout: probability of dropping a feature before the classifier.
+
+    Raises:
+        ValueError: a size below 1, a dropout outside [0, 1), or vectors of another shape.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_classes: int,
+        *,
+        embedding_dim: int = 300,
+        vectors: Tensor | None = None,
+        freeze: bool = False,
+        widths: Sequence[int] = (3, 4, 5),
+        maps: int = 100,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("vocab_size", vocab_size),
+            ("num_classes", num_classes),
+            ("embedding_dim", embedding_dim),
+            ("maps", maps),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths must be positive integers, at least one, got {tuple(widths)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if vectors is None:
+            table = torch.rand(vocab_size, embedding_dim) * 0.5 - 0.25
+        elif vectors.ndim != 2 or len(vectors) != vocab_size or not vectors.is_floating_point():
+            raise ValueError(
+                f"vectors must be a float tensor of shape ({vocab_size}, D), "
+                f"got {vectors.dtype} of shape {tuple(vectors.shape)}"
+            )
+        else:
+            table = vectors.detach().to(torch.float32, copy=True)
+        table[PAD] = 0
+        self.widths = tuple(widths)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=freeze, padding_idx=PAD)
+        self.convolutions = nn.ModuleList(nn.Conv1d(table.shape[1], maps, width) for width in self.widths)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(maps * len(self.widths), num_classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, C), float32, of token ids (B, T), int64; see `encode`."""
+        return self.classifier(self.dropout(self.encode(ids)))
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Features of sentences, before dropout.
+
+        Args:
+            ids: (B, T), int64, T at least 1; id 0 pads on the right.
+
+        Returns:
+            (B, maps * len(widths)), float32, non-negative.
+
+        Raises:
+            TypeError: ids that are not int64.
+            ValueError: ids of another shape.
+        """
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64, got {ids.dtype}")
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must have shape (B, T) with T at least 1, got {tuple(ids.shape)}")
+        # The number of distinct words depends on the data: asking for it would stall an accelerator.
+        windows = self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
+        return self.pool(windows, ids != PAD)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Word vectors (B, T, D), float32, of token ids (B, T), int64; the padding's is zero."""
+        return self.embedding(ids)
+
+    def convolve(self, embedded: Tensor) -> Tensor:
+        """Filter responses before the non-linearity: affine in the word vectors.
+
+        Args:
+            embedded: (B, T, D), float32; zero where padded.
+
+        Returns:
+            (B, T, maps * len(widths)), float32; entry t is of the window that starts at word t.
+        """
+        length = embedded.shape[1]
+        padded = F.pad(embedded, (0, 0, 0, max(self.widths) - 1)).transpose(1, 2)
+        return torch.cat([conv(padded)[:, :, :length] for conv in self._convolutions()], 1).transpose(1, 2)
+
+    def pool(self, windows: Tensor, mask: Tensor) -> Tensor:
+        """Maximum over time of the rectified filter responses.
+
+        Args:
+            windows: (B, T, F), float; as `convolve` gives it.
+            mask: (B, T), bool; which positions hold a word.
+
+        Returns:
+            (B, F), of the dtype of `windows`; zero where a row holds no word.
+        """
+        # The maximum first: ReLU is monotone, and a masked -inf becomes the zero of an empty row.
+        return windows.masked_fill(~mask[:, :, None], -torch.inf).max(1).values.relu()
+
+    def _convolve_words(self, ids: Tensor) -> Tensor:
+        """`convolve(embed(ids))` for the CPU, in the third of its time.
+
+        A filter's response is a sum over its words, so each distinct word of the batch is multiplied once
+        with each position of each filter, instead of every word, padding included, in every window it is in.
+        """
+        length = ids.shape[1]
+        words, positions = torch.unique(F.pad(ids, (0, max(self.widths) - 1)), return_inverse=True)
+        taps = [tap for conv in self._convolutions() for tap in conv.weight.unbind(2)]  # each (maps, D)
+        products = F.linear(self.embed(words), torch.cat(taps))  # (U, taps * maps)
+        product = iter(products.unflatten(1, (len(taps), -1)).unbind(1))
+        responses = []
+        for conv in self._convolutions():
+            response = cast("Tensor", conv.bias)
+            for tap in range(conv.kernel_size[0]):
+                response = response + F.embedding(positions[:, tap : tap + length], next(product))
+            responses.append(response)
+        return torch.cat(responses, 2)
+
+    def _convolutions(self) -> list[nn.Conv1d]:
+        return [cast("nn.Conv1d", conv) for conv in self.convolutions]

@@ -1,0 +1,354 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastamp
+from fastamp.training.checkpoint import MetricsLog, load_json, load_tensors, save_json, save_tensors
+from fastamp.training.config import TrainConfig
+from fastamp.training.task import Batches, Task, error_rate
+
+FORMAT = 1  # of last.pt
+
+# Added to the run's seed, so that no two sources of randomness repeat each other's numbers.
+_WEIGHTS, _SHUFFLING, _MIXING = 1 << 32, 2 << 32, 3 << 32
+
+
+class DivergedError(RuntimeError):
+    """The training loss, or a weight, is no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; errors are percentages of misclassified sentences.
+
+    Attributes:
+        best_step: the first step of least dev error.
+        best_dev_error: dev error at that step.
+        test_error: test error at that step: the result to report.
+        final_dev_error: dev error after the last step.
+        final_test_error: test error after the last step.
+        least_test_error: least test error over all evaluations. It selects the model by test data, as the
+            published code does, and is not an estimate of the error on new data.
+        steps: number of updates.
+        steps_per_s: updates a second, evaluations and checkpoints excluded.
+        types_covered: percent of the corpus's words that have a pre-trained vector; None without vectors.
+        tokens_covered: the same for its tokens.
+        resumed_from: the step that this call began at: 0, or a checkpoint's, or `steps` if all was done.
+    """
+
+    best_step: int
+    best_dev_error: float
+    test_error: float
+    final_dev_error: float
+    final_test_error: float
+    least_test_error: float
+    steps: int
+    steps_per_s: float
+    types_covered: float | None
+    tokens_covered: float | None
+    resumed_from: int
+
+
+class Listener:
+    """Hears of a run's progress; override what is of interest."""
+
+    def started(self, config: TrainConfig, step: int) -> None:
+        """Training begins, or goes on, at `step`."""
+
+    def stepped(self, step: int, loss: Tensor) -> None:
+        """A step is done; reading `loss`, a 0-d tensor, waits for the device."""
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """A record was added to metrics.jsonl."""
+
+
+def train(
+    config: TrainConfig, out: str | os.PathLike[str], *, listener: Listener | None = None
+) -> TrainResult:
+    """Trains a model, or resumes a run, or reports one that is done.
+
+    `out` receives config.json; metrics.jsonl, one record an evaluation and a final one; best.pt, the model of
+    least dev error; last.pt, from which the same call resumes. A run that was killed at any time and resumed
+    gives bit for bit the weights and metrics (but for times) of one that was not, on the same machine with
+    the same number of threads.
+
+    The records: `step`; `train_loss`, the mean since the last evaluation; `dev_error` and `test_error` in
+    percent; `steps_per_s`; and of the evaluated step's batch, where rows are mixed, `mix/lam`, the mean
+    coefficient, `mix/lam_shift`, the mean of |λ' - λ|, and `mix/mask`, the share of rows that take the loss
+    at λ'.
+
+    The global generators and the number of threads are set for the run and put back.
+
+    Args:
+        config: the run.
+        out: its folder; made if there is none.
+        listener: hears of progress.
+
+    Returns:
+        the result.
+
+    Raises:
+        ValueError: malformed data, a damaged checkpoint, or an `out` that holds another run.
+        DivergedError: the loss became NaN or infinite; nothing of that is in the checkpoints.
+    """
+    out = Path(out)
+    device = _device(config.device)
+    with _own_randomness(device, config.threads):
+        task = Task.load(config, device)
+        _claim(out, config, task)
+        run = _Run(config, out, device, task)
+        saved = out / "last.pt"
+        if saved.exists():
+            run.restore(load_tensors(saved), saved)
+        return run.finish(listener or Listener())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
+    return device
+
+
+@contextmanager
+def _own_randomness(device: torch.device, threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    # fork_rng counts devices by number; "cuda" alone is the current one.
+    devices = [torch.empty(0, device=device).get_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _claim(out: Path, config: TrainConfig, task: Task) -> None:
+    """Makes `out` this run's folder, or refuses another run's."""
+    described = out / "config.json"
+    if described.exists():
+        there = load_json(described)
+        differences = config.differences(there)
+        digests = there.get("data") or {}
+        differences += [name for name, digest in task.fingerprint().items() if digest != digests.get(name)]
+        if differences:
+            raise ValueError(f"{out} holds another run; different: {', '.join(differences)}")
+        return
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+    for name in ("metrics.jsonl", "best.pt", "last.pt"):
+        if (out / name).exists():
+            raise ValueError(f"{out} holds a {name} without a config.json; give an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"fastamp": fastamp.__version__, "torch": torch.__version__}
+    save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
+
+
+def _criterion(config: TrainConfig, device: torch.device) -> nn.Module:
+    if config.method == "none":
+        return nn.CrossEntropyLoss()
+    return fastamp.AMPLoss(
+        alpha=config.alpha,
+        step_size=config.step_size,
+        mode="mixup" if config.method == "sent-mixup" else "amp",
+        generator=torch.Generator(device).manual_seed(config.seed + _MIXING),
+    )
+
+
+class _Run:
+    """All state of a run between two steps."""
+
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device, task: Task) -> None:
+        torch.manual_seed(config.seed + _WEIGHTS)
+        self.config, self.out, self.device, self.task = config, out, device, task
+        self.model = task.model(config).to(device)
+        self.criterion = _criterion(config, device)
+        # One dense, fused update of the whole embedding costs less than finding out which rows need one.
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, weight_decay=config.l2, fused=True
+        )
+        self.batches = Batches(task.train, config.batch_size, config.seed + _SHUFFLING)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last evaluation
+        self.step = self.offset = self.resumed_from = 0
+        self.evaluated: dict[str, Any] = {"step": 0}  # the last record
+        self.best: dict[str, Any] = {"dev_error": math.inf}  # the record of least dev error
+        self.least_test_error = math.inf
+        self.seconds = self.window_seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What last.pt holds."""
+        return {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "data": self.task.fingerprint(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "batches": self.batches.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "loss_sum": self.loss_sum,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "least_test_error": self.least_test_error,
+            "seconds": self.seconds,
+            "window_seconds": self.window_seconds,
+            "metrics_offset": self.offset,
+        }
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Continues from what last.pt holds."""
+        if state.get("format") != FORMAT:
+            raise ValueError(f"checkpoint {path} has format {state.get('format')!r}; takes {FORMAT}")
+        differences = self.config.differences(state.get("config", {}))
+        if differences or state.get("data") != self.task.fingerprint():
+            raise ValueError(f"{path} is of another run; different: {', '.join(differences) or 'data'}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.criterion.load_state_dict(state["criterion"])
+            self.batches.load_state_dict(state["batches"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng_device"], self.device)
+            self.loss_sum.copy_(state["loss_sum"])
+            self.step = self.resumed_from = state["step"]
+            self.offset = state["metrics_offset"]
+            self.evaluated, self.best = state["evaluated"], state["best"]
+            self.least_test_error = state["least_test_error"]
+            self.seconds, self.window_seconds = state["seconds"], state["window_seconds"]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {path} is damaged ({error!r}); delete it to start over") from None
+
+    def finish(self, listener: Listener) -> TrainResult:
+        """Trains to the end."""
+        if self.step < self.config.steps:
+            metrics = MetricsLog(self.out / "metrics.jsonl", self.offset)
+            listener.started(self.config, self.step)
+            try:
+                self._train(metrics, listener)
+            finally:
+                metrics.close()
+        return self._result()
+
+    def _train(self, metrics: MetricsLog, listener: Listener) -> None:
+        config = self.config
+        self.model.train()
+        batches = iter(self.batches)
+        began = time.perf_counter()
+        while self.step < config.steps:
+            self.step += 1
+            last = self.step == config.steps
+            evaluate = last or self.step % config.eval_every == 0
+            ids, labels = next(batches)
+            loss, mixing = self._update(ids, labels, with_stats=evaluate)
+            listener.stepped(self.step, loss)
+            checkpoint = last or self.step % config.checkpoint_every == 0
+            if not (evaluate or checkpoint):
+                continue
+            self._check_finite()
+            now = time.perf_counter()
+            self.window_seconds += now - began
+            if evaluate:
+                self._evaluate(mixing, metrics, listener)
+            if last:
+                result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
+                metrics.append({"final": True, **result})
+            if checkpoint:
+                self.offset = metrics.sync()
+                save_tensors(self.out / "last.pt", self.state())
+            began = time.perf_counter()
+
+    def _update(self, ids: Tensor, labels: Tensor, *, with_stats: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        self.optimizer.zero_grad()
+        logits = self.model(ids)
+        mixing: dict[str, Tensor] = {}
+        if with_stats and isinstance(self.criterion, fastamp.AMPLoss):
+            loss, stats = self.criterion(logits, labels, return_stats=True)
+            mixing = {
+                "mix/lam": stats.lam.mean(),
+                "mix/lam_shift": (stats.lam_adv - stats.lam).abs().mean(),
+                "mix/mask": stats.mask.float().mean(),
+            }
+        else:
+            loss = self.criterion(logits, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach()
+        return loss.detach(), mixing
+
+    def _check_finite(self) -> None:
+        loss = self.loss_sum.item()
+        weights = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().item()
+        if not (math.isfinite(loss) and weights):
+            what = "a weight is not finite" if math.isfinite(loss) else f"the training loss became {loss}"
+            raise DivergedError(
+                f"{what} between steps {self.evaluated['step'] + 1} and {self.step}; lr is {self.config.lr}"
+            )
+
+    def _evaluate(self, mixing: dict[str, Tensor], metrics: MetricsLog, listener: Listener) -> None:
+        steps = self.step - self.evaluated["step"]
+        self.model.eval()
+        record = {
+            "step": self.step,
+            "train_loss": self.loss_sum.item() / steps,
+            "dev_error": error_rate(self.model, self.task.dev),
+            "test_error": error_rate(self.model, self.task.test),
+            "steps_per_s": steps / self.window_seconds,
+            **{name: value.item() for name, value in mixing.items()},
+        }
+        self.model.train()
+        self.seconds += self.window_seconds
+        self.window_seconds = 0.0
+        self.loss_sum.zero_()
+        self.evaluated = record
+        self.least_test_error = min(self.least_test_error, record["test_error"])
+        metrics.append(record)
+        if record["dev_error"] < self.best["dev_error"]:
+            self.best = record
+            # Before last.pt: a resumed run either has this file already or comes by here once more.
+            save_tensors(
+                self.out / "best.pt",
+                {
+                    "model": self.model.state_dict(),
+                    "config": self.config.to_dict(),
+                    "words": list(self.task.vocabulary.words),
+                    "label_names": list(self.task.corpus.label_names),
+                    "record": record,
+                },
+            )
+        listener.evaluated(record)
+
+    def _result(self) -> TrainResult:
+        covered = self.task.coverage
+        return TrainResult(
+            best_step=self.best["step"],
+            best_dev_error=self.best["dev_error"],
+            test_error=self.best["test_error"],
+            final_dev_error=self.evaluated["dev_error"],
+            final_test_error=self.evaluated["test_error"],
+            least_test_error=self.least_test_error,
+            steps=self.step,
+            steps_per_s=self.step / self.seconds,
+            types_covered=None if covered is None else covered.types,
+            tokens_covered=None if covered is None else covered.tokens,
+            resumed_from=self.resumed_from,
+        )

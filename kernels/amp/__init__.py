@@ -1,0 +1,24 @@
+"""Triton kernels and their launchers; importing this imports Triton."""
+
+from . import rows as _rows
+from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
+from .rows import RowPolicy, row_fields
+
+# Rows of the buffer that a forward leaves, as plain integers for indexing tensors.
+LOSS, LAM, LAM_ADV, GRAD, DELTA, MASK = (
+    getattr(_rows, name).value for name in ("LOSS", "LAM", "LAM_ADV", "GRAD", "DELTA", "MASK")
+)
+
+__all__ = [
+    "DELTA",
+    "GRAD",
+    "LAM",
+    "LAM_ADV",
+    "LOSS",
+    "MASK",
+    "RowPolicy",
+    "amp_cross_entropy_backward",
+    "amp_cross_entropy_forward",
+    "rescale_",
+    "row_fields",
+]

@@ -1,0 +1,480 @@
+"""AMP on rows of logits: one launch while a row pair fits in registers, a loop over tiles beyond.
+
+Every kernel recomputes the one other role that a row plays, as its predecessor's partner, instead of adding into
+memory that two programs share: no atomics, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import (
+    BP_TOP,
+    DELTA,
+    GRAD,
+    LAM,
+    LAM_ADV,
+    LOSS,
+    LSE,
+    LSE_OTHERS,
+    MASK,
+    MASS,
+    SHIFT_A,
+    SHIFT_B,
+    SUM_BO,
+    TOP,
+    TOTAL,
+    RowPolicy,
+    bce_share,
+    bce_terms,
+    expm1_near,
+    load_logits,
+    log1p_any,
+    mixed_logits,
+    row_fields,
+    row_argmax,
+    row_max,
+    row_shift,
+    row_sum,
+    rows_total,
+    scaled_grad,
+    step_lam,
+    store_field,
+    takes_adversarial,
+    target_tile,
+    tile_index,
+)
+from .rows_loop import _amp_rows_grad_kernel, _amp_rows_kernel, _amp_total_kernel, _rescale_kernel
+
+
+@triton.jit
+def _cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.constexpr):
+    """One row's AMP with its whole width in registers: its scalars and g at λ* (1-9)."""
+    total = row_sum(on)
+    top = row_max(x)
+    p = tl.exp(x - top)
+    sum_exp = row_sum(p)
+    p = p / sum_exp
+    lse = top + tl.log(sum_exp)
+    loss = -row_sum(tl.where(on != 0, on * (x - lse), 0.0))
+    grad = scaled_grad(row_sum((total * p - on) * d), grad_divisor_ptr)
+    lam_adv = step_lam(lam, grad, step_size, policy)
+    delta = tl.full(lam.shape, 0.0, lam.dtype)
+    lse_change = delta
+    p_adv = p
+    if policy.mode != "mixup":
+        eta = lam_adv - lam
+        u = eta * d
+        if tl.max(tl.abs(u)) <= 0.25:
+            # The perturbed softmax from the first one: no second exponential, no cancellation in δ.
+            gain = p * expm1_near(u)
+            gain_sum = row_sum(gain)
+            lse_change = log1p_any(gain_sum)
+            p_adv = (p + gain) / (1.0 + gain_sum)
+        else:
+            top_adv = row_max(x + u)
+            p_adv = tl.exp(x + u - top_adv)
+            sum_adv = row_sum(p_adv)
+            lse_change = (top_adv - top) + (tl.log(sum_adv) - tl.log(sum_exp))
+            p_adv = p_adv / sum_adv
+        delta = total * lse_change - eta * row_sum(on * d)
+    takes = takes_adversarial(loss, delta, policy)
+    loss = tl.where(takes, loss + delta, loss)
+    lse = tl.where(takes, lse + lse_change, lse)
+    g = total * tl.where(takes, p_adv, p) - on
+    return loss, tl.where(takes, lam_adv, lam), lam_adv, grad, delta, takes, lse, total, g
+
+
+@triton.jit
+def _bce_at(x, on, off, cols):
+    """softmax_bce of rows in registers: loss, the six scalars that g is made of, and g (12-15)."""
+    top = row_argmax(x)
+    is_top = cols == top
+    top_x = row_max(x)
+    others = tl.where(is_top, float("-inf"), x)
+    second = row_max(others)
+    second = tl.where(second == float("-inf"), 0.0, second)
+    lse_others = second + tl.log(row_sum(tl.exp(others - second)))
+    lse = top_x + log1p_any(tl.exp(lse_others - top_x))
+    a, b, bo, p, terms = bce_terms(x, on, off, is_top, lse, lse_others)
+    sum_a = row_sum(a)
+    sum_bo = row_sum(bo)
+    bp_top = row_sum(tl.where(is_top, b * p, 0.0))
+    grad = a - p * (sum_a + b) + p * (sum_bo - bo) + bp_top * bce_share(x, is_top, lse_others)
+    return row_sum(terms), top.to(x.dtype), lse, lse_others, sum_a, sum_bo, bp_top, grad
+
+
+@triton.jit
+def _bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy: tl.constexpr):
+    """One row's AMP under softmax_bce with its whole width in registers."""
+    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, g = _bce_at(x, on, off, cols)
+    grad = scaled_grad(row_sum(g * d), grad_divisor_ptr)
+    lam_adv = step_lam(lam, grad, step_size, policy)
+    delta = tl.full(lam.shape, 0.0, lam.dtype)
+    takes = takes_adversarial(loss, delta, policy)
+    if policy.mode != "mixup":
+        loss_adv, top_adv, lse_adv, lse_others_adv, sum_a_adv, sum_bo_adv, bp_top_adv, g_adv = _bce_at(
+            x + (lam_adv - lam) * d, on, off, cols
+        )
+        delta = loss_adv - loss
+        takes = takes_adversarial(loss, delta, policy)
+        loss = tl.where(takes, loss_adv, loss)
+        top = tl.where(takes, top_adv, top)
+        lse = tl.where(takes, lse_adv, lse)
+        lse_others = tl.where(takes, lse_others_adv, lse_others)
+        sum_a = tl.where(takes, sum_a_adv, sum_a)
+        sum_bo = tl.where(takes, sum_bo_adv, sum_bo)
+        bp_top = tl.where(takes, bp_top_adv, bp_top)
+        g = tl.where(takes, g_adv, g)
+    lam_sel = tl.where(takes, lam_adv, lam)
+    return loss, lam_sel, lam_adv, grad, delta, takes, lse, sum_a, top, lse_others, sum_bo, bp_top, g
+
+
+@triton.jit
+def _register_role(
+    logits_ptr,
+    target_ptr,
+    lam_ptr,
+    weight_ptr,
+    grad_divisor_ptr,
+    rows_ptr,
+    row,  # int64, per row
+    other,  # int64, per row: the partner
+    ok,  # per row: whether it exists
+    cols,
+    B,
+    C,
+    stride_zm,
+    stride_zn,
+    step_size,
+    policy: tl.constexpr,
+    STORE: tl.constexpr,  # whether the rows' scalars are written to rows_ptr
+):
+    """The role of `row` mixed with `other`: loss, divisor share and λ* per row, and the tile of g."""
+    lam = tl.load(lam_ptr + row)
+    a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
+    b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam.dtype)
+    shift_a = row_shift(a)
+    shift_b = row_shift(b)
+    x, d = mixed_logits(a, b, shift_a, shift_b, lam)
+    on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+    if policy.bce:
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = _bce_role(
+            x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy
+        )
+        if STORE:
+            store_field(rows_ptr, TOP, row, B, top, ok)
+            store_field(rows_ptr, LSE_OTHERS, row, B, lse_others, ok)
+            store_field(rows_ptr, SUM_BO, row, B, sum_bo, ok)
+            store_field(rows_ptr, BP_TOP, row, B, bp_top, ok)
+    else:
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, g = _cross_entropy_role(
+            x, d, on, lam, step_size, grad_divisor_ptr, policy
+        )
+    if STORE:
+        store_field(rows_ptr, LOSS, row, B, loss, ok)
+        store_field(rows_ptr, MASS, row, B, share, ok)
+        store_field(rows_ptr, LAM, row, B, lam_sel, ok)
+        store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
+        store_field(rows_ptr, GRAD, row, B, grad, ok)
+        store_field(rows_ptr, DELTA, row, B, delta, ok)
+        store_field(rows_ptr, MASK, row, B, takes.to(lam.dtype), ok)
+        store_field(rows_ptr, SHIFT_A, row, B, shift_a, ok)
+        store_field(rows_ptr, SHIFT_B, row, B, shift_b, ok)
+        store_field(rows_ptr, LSE, row, B, lse, ok)
+        store_field(rows_ptr, TOTAL, row, B, total, ok)
+    return loss, share, lam_sel, g
+
+
+@triton.jit
+def _amp_cross_entropy_kernel(
+    logits_ptr,  # (B, C), any strides
+    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
+    lam_ptr,  # (B,) compute dtype
+    partner_ptr,  # (B,) int64
+    inverse_ptr,  # (B,) int64 with inverse[partner[r]] = r; None: one program holds the batch and finds it
+    weight_ptr,  # (C,) class weights or None
+    grad_divisor_ptr,  # () divisor of ∇λ or None
+    dlogits_ptr,  # (B, C) contiguous, the complete gradient, or None
+    rows_ptr,  # (fields, B) compute dtype
+    loss_ptr,  # () reduced loss, written where one program holds the batch; else None
+    divisor_ptr,  # () what it was divided by; None with loss_ptr
+    B,
+    C,
+    stride_zm: tl.int64,
+    stride_zn: tl.int64,
+    step_size: tl.float64,
+    divisor: tl.float64,  # of the gradient; 0 stands for the kept mass (one program only)
+    policy: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Loss and complete gradient of BLOCK_B rows, whole rows in registers (1-11)."""
+    row, cols, ok = tile_index(tl.program_id(0), 0, B, BLOCK_B, BLOCK_C)
+    other = tl.load(partner_ptr + row)
+    loss, share, lam_sel, g = _register_role(
+        logits_ptr,
+        target_ptr,
+        lam_ptr,
+        weight_ptr,
+        grad_divisor_ptr,
+        rows_ptr,
+        row,
+        other,
+        ok,
+        cols,
+        B,
+        C,
+        stride_zm,
+        stride_zn,
+        step_size,
+        policy,
+        True,
+    )
+    scale = tl.full((), divisor, loss.dtype)
+    if loss_ptr is not None:
+        mass = rows_total(tl.where(ok, share, 0.0))
+        scale = tl.where(scale == 0.0, mass, scale)
+        tl.store(loss_ptr, rows_total(tl.where(ok, loss, 0.0)) / scale)
+        tl.store(divisor_ptr, scale)
+    if dlogits_ptr is not None:
+        if inverse_ptr is not None:
+            source = tl.load(inverse_ptr + row)
+        elif BLOCK_B == 1:
+            source = row
+        else:
+            every = tl.arange(0, BLOCK_B)[None, :]
+            points = tl.load(partner_ptr + every, mask=every < B, other=-1)
+            source = row_sum(tl.where(points == row, every, 0)).to(tl.int64)
+        _, _, lam_source, g_source = _register_role(
+            logits_ptr,
+            target_ptr,
+            lam_ptr,
+            weight_ptr,
+            grad_divisor_ptr,
+            rows_ptr,
+            source,
+            row,
+            ok,
+            cols,
+            B,
+            C,
+            stride_zm,
+            stride_zn,
+            step_size,
+            policy,
+            False,
+        )
+        dz = lam_sel * g + (1.0 - lam_source) * g_source
+        # Nothing kept: the mean is 0/0, and its gradient 0.
+        dz = tl.where(scale == 0.0, 0.0, dz / tl.where(scale == 0.0, 1.0, scale))
+        tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=ok & (cols < C))
+
+
+class Config(NamedTuple):
+    """A launch: how many rows and columns a program holds, and by how many warps."""
+
+    block_b: int
+    block_c: int
+    num_warps: int
+    in_registers: bool  # whole rows in registers, or a loop over tiles
+
+
+def forward_config(batch: int, classes: int, itemsize: int) -> Config:
+    """The launch of the forward, from shape and compute width alone.
+
+    Args:
+        batch: B.
+        classes: C.
+        itemsize: bytes of the compute dtype, 4 or 8.
+    """
+    block_c = triton.next_power_of_2(classes)
+    words = block_c * itemsize // 4
+    if words > REGISTER_WORDS:
+        block_c = LOOP_WORDS * 4 // itemsize
+        return Config(1, block_c, 8, False)
+    # A batch that one program can hold is summed there: loss and gradient leave in one launch.
+    block_b = triton.next_power_of_2(batch)
+    if block_b * words > SINGLE_PROGRAM_WORDS or block_b > SINGLE_PROGRAM_ROWS:
+        block_b = max(1, ROW_GROUP_WORDS // words)
+    tile = block_b * words
+    num_warps = 1 if tile <= 256 else 2 if tile <= 512 else 4 if tile <= 2048 else 8 if tile <= 4096 else 16
+    return Config(block_b, block_c, num_warps, True)
+
+
+def backward_config(classes: int, itemsize: int) -> Config:
+    """The launch of the gradient from stored scalars: tiles of about a thousand elements."""
+    block_c = min(triton.next_power_of_2(classes), 2048 * 4 // itemsize)
+    return Config(max(1, 512 * 4 // itemsize // block_c), block_c, 4, False)
+
+
+REGISTER_WORDS = 8192  # longest row held in registers, in 4-byte words: beyond it ptxas spills
+SINGLE_PROGRAM_WORDS = 1024
+SINGLE_PROGRAM_ROWS = 128
+ROW_GROUP_WORDS = 256
+LOOP_WORDS = 2048
+TOTAL_BLOCK = 1024
+RESCALE_BLOCK = 4096
+
+
+class Forward(NamedTuple):
+    """What `amp_cross_entropy_forward` leaves."""
+
+    rows: Tensor  # (fields, B) compute dtype: see rows.py
+    loss: Tensor | None  # () the reduced loss; None without reduction
+    divisor: Tensor | None  # () what it was divided by; None without reduction
+    dlogits: Tensor | None  # (B, C), divided by `assumed` (0: by the right divisor); None where not asked for
+    assumed: float
+
+
+def inverse_permutation(partner: Tensor) -> Tensor:
+    """(B,) int64 q with partner[q[r]] = r."""
+    index = torch.arange(len(partner), device=partner.device)
+    return torch.empty_like(partner).scatter_(0, partner, index)
+
+
+def amp_cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    grad_divisor: Tensor | None,
+    *,
+    policy: RowPolicy,
+    step_size: float,
+    divisor: float | None,
+    want_grad: bool,
+) -> Forward:
+    """Losses of all rows and, where one launch can give it, the complete gradient.
+
+    Args:
+        logits: (B, C), B >= 1, any strides.
+        target: (B,) int64 or (B, C) floating point.
+        lam: (B,) compute dtype.
+        partner: (B,) int64 permutation.
+        weight: (C,) or None.
+        grad_divisor: () compute dtype, or None.
+        policy: what to compile for.
+        step_size: ε.
+        divisor: of the summed loss; 0 stands for the kept mass; None for no reduction.
+        want_grad: whether a gradient to the logits will be asked for.
+    """
+    batch, classes = logits.shape
+    target = target.contiguous()
+    rows = lam.new_empty(row_fields(policy.bce), batch)
+    # Two tensors, not one: the user may write to the loss, and the divisor is kept for backward.
+    loss, loss_divisor = (None, None) if divisor is None else (lam.new_empty(()), lam.new_empty(()))
+    config = forward_config(batch, classes, lam.element_size())
+    single = config.in_registers and config.block_b >= batch
+    assumed = 0.0 if divisor is None or single else divisor or float(batch)
+    dlogits = None
+    with on_device_of(logits):
+        if not config.in_registers:
+            _amp_rows_kernel[(batch,)](
+                logits,
+                target,
+                lam,
+                partner,
+                weight,
+                grad_divisor,
+                rows,
+                batch,
+                classes,
+                *logits.stride(),
+                step_size,
+                policy=policy,
+                BLOCK_C=config.block_c,
+                num_warps=config.num_warps,
+            )
+        else:
+            if want_grad and divisor is not None:
+                dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
+            _amp_cross_entropy_kernel[(triton.cdiv(batch, config.block_b),)](
+                logits,
+                target,
+                lam,
+                partner,
+                None if single or dlogits is None else inverse_permutation(partner),
+                weight,
+                grad_divisor,
+                dlogits,
+                rows,
+                loss if single else None,
+                loss_divisor if single else None,
+                batch,
+                classes,
+                *logits.stride(),
+                step_size,
+                divisor or 0.0 if single else assumed,
+                policy=policy,
+                BLOCK_B=config.block_b,
+                BLOCK_C=config.block_c,
+                num_warps=config.num_warps,
+            )
+        if loss is not None and not single:
+            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
+    return Forward(rows, loss, loss_divisor, dlogits, assumed)
+
+
+def amp_cross_entropy_backward(
+    logits: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    divisor: Tensor | None,
+    upstream: Tensor,
+    *,
+    policy: RowPolicy,
+) -> Tensor:
+    """The complete gradient (B, C) from a forward's `rows`, for an upstream gradient () or (B,) of any stride."""
+    batch, classes = logits.shape
+    upstream = upstream.to(lam.dtype)
+    dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
+    config = backward_config(classes, lam.element_size())
+    grid = (triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c))
+    with on_device_of(logits):
+        _amp_rows_grad_kernel[grid](
+            logits,
+            target.contiguous(),
+            lam,
+            partner,
+            inverse_permutation(partner),
+            weight,
+            rows,
+            upstream,
+            divisor,
+            dlogits,
+            batch,
+            classes,
+            *logits.stride(),
+            upstream.stride(0) if upstream.dim() else 0,
+            policy=policy,
+            BLOCK_B=config.block_b,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+    return dlogits
+
+
+def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float) -> Tensor:
+    """Multiply `dlogits` in place by upstream·assumed/divisor; touches no memory where that is 1."""
+    numel = dlogits.numel()
+    with on_device_of(dlogits):
+        _rescale_kernel[(min(triton.cdiv(numel, RESCALE_BLOCK), 2048),)](
+            dlogits, upstream, divisor, numel, assumed, BLOCK=RESCALE_BLOCK, num_warps=8
+        )
+    return dlogits
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU current: Triton launches on the current one, whatever its arguments are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,303 @@
+"""Readers, tokenisers, vocabulary, vectors, the generated corpus."""
+
+import gzip
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastamp.data import (
+    DATASETS,
+    PAD,
+    UNK,
+    Vocabulary,
+    clean_str,
+    clean_str_sst,
+    embedding_table,
+    load,
+    questions,
+    read_tsv,
+    read_vectors,
+)
+from fastamp.data.vectors import coverage
+
+DATA_DIR = Path(os.environ.get("FASTAMP_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+QUESTIONS_DIGEST = "4c28f6d6122ff458"
+needs_data = pytest.mark.skipif(
+    not (DATA_DIR / "trec" / "train.tsv").exists(),
+    reason=f"no corpora in {DATA_DIR}; set FASTAMP_DATA_DIR",
+)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# TSV
+
+
+def test_tsv_keeps_quotes_and_splits_lines_on_newline_only(tmp_path):
+    texts = ['he said "no', "a\u2028b", "2 1\u00a0/ 2", "a\x0bb\x85c\rd"]
+    path = write(
+        tmp_path / "t.tsv", "label\ttext\n" + "".join(f"{i % 2}\t{t}\n" for i, t in enumerate(texts))
+    )
+    assert read_tsv(path, 2) == (texts, [0, 1, 0, 1])
+
+
+def test_tsv_may_lack_the_last_newline(tmp_path):
+    assert read_tsv(write(tmp_path / "t.tsv", "label\ttext\n1\ta"), 2) == (["a"], [1])
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ("", "", "is empty"),
+        ("label\ttext\n", "", "no examples"),
+        ("0\ta\n1\tb\n", ":1", "header must be 'label\\ttext', got '0\\ta'"),
+        ("label\ttext\r\n0\ta\r\n", ":1", "header"),
+        ("\ufefflabel\ttext\n0\ta\n", ":1", "header"),
+        ("label\ttext\n0\ta\n0\n", ":3", "1 tab-separated columns"),
+        ("label\ttext\n0\ta\n\n1\tb\n", ":3", "1 tab-separated columns"),
+        ("label\ttext\n0\ta\tb\n", ":2", "3 tab-separated columns"),
+        ("label\ttext\nx\ta\n", ":2", "label 'x' is not an integer"),
+        ("label\ttext\n1_0\ta\n", ":2", "is not an integer"),
+        ("label\ttext\n1.0\ta\n", ":2", "is not an integer"),
+        ("label\ttext\n\u0661\ta\n", ":2", "is not an integer"),
+        ("label\ttext\n2\ta\n", ":2", "label 2 is out of range; takes 0 to 1"),
+        ("label\ttext\n-1\ta\n", ":2", "label -1 is out of range"),
+        ("label\ttext\n0\t\n", ":2", "text is empty"),
+        ("label\ttext\n0\t \n", ":2", "text is empty"),
+        (b"label\ttext\n0\ta\n1\tcaf\xe9\n", ":3", "not UTF-8"),
+    ],
+)
+def test_malformed_tsv_is_refused_by_file_and_line(tmp_path, content, line, reason):
+    path = write(tmp_path / "t.tsv", content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{line}: ")) as error:
+        read_tsv(path, 2)
+    assert reason in str(error.value)
+
+
+def test_missing_tsv_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "none.tsv"))):
+        read_tsv(tmp_path / "none.tsv", 2)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("It's Bob's, isn't it?", "it 's bob 's , is n't it ?"),
+        ("I've (we'd) they'll you're!", "i 've ( we 'd ) they 'll you 're !"),
+        ("can't've", "ca n't 've"),
+        ("a\u00a0b -- c_d; \u00e9 \x85 5.5%", "a b c d 5 5"),
+        ("``quoted''", "``quoted''"),
+        ("...", ""),
+    ],
+)
+def test_clean_str_follows_kims_rules(text, tokens):
+    assert clean_str(text) == tokens.split()
+
+
+def test_clean_str_keeps_case_on_request():
+    assert clean_str("What is NATO?", lower=False) == ["What", "is", "NATO", "?"]
+
+
+def test_clean_str_sst_leaves_treebank_tokens_whole():
+    assert clean_str_sst("It 's n't -lrb- 2 1\\/2 -rrb-") == ["it", "'s", "n't", "lrb", "2", "1", "2", "rrb"]
+
+
+# Corpora
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "lower", "size"),
+    [("sst1", True, 17836), ("mr", True, 18765), ("trec", False, 9592), ("trec", True, 8764)],
+)
+def test_vocabulary_sizes_are_those_of_the_papers_table_1(name, lower, size):
+    corpus = load(name, data_dir=DATA_DIR, lower=lower)
+    splits = (corpus.train, corpus.dev, corpus.test)
+    assert len(Vocabulary.build(*(split.sentences for split in splits)).words) == size
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "sizes", "classes"),
+    [
+        ("trec", (4907, 545, 500), 6),
+        ("sst1", (8544, 1101, 2210), 5),
+        ("sst2", (6920, 872, 1821), 2),
+        ("subj", (8100, 900, 1000), 2),
+        ("mr", (8636, 960, 1066), 2),
+    ],
+)
+def test_corpora_have_their_sizes_and_all_classes_in_every_split(name, sizes, classes):
+    corpus = load(name, data_dir=DATA_DIR)
+    splits = (corpus.train, corpus.dev, corpus.test)
+    assert tuple(map(len, splits)) == sizes
+    assert all(set(split.labels) == set(range(classes)) for split in splits)
+    assert corpus.num_classes == classes
+
+
+def small_mr(tmp_path: Path, n: int = 40) -> Path:
+    write(tmp_path / "mr" / "all.tsv", "label\ttext\n" + "".join(f"{i % 2}\tt{i}\n" for i in range(n)))
+    return tmp_path
+
+
+def test_held_out_splits_follow_the_seed_and_partition_the_file(tmp_path):
+    folder = small_mr(tmp_path)
+    corpus = load("mr", data_dir=folder, seed=1)
+    parts = [[s[0] for s in split.sentences] for split in (corpus.train, corpus.dev, corpus.test)]
+    assert [len(part) for part in parts] == [32, 4, 4]
+    assert sorted(word for part in parts for word in part) == sorted(f"t{i}" for i in range(40))
+    assert corpus == load("mr", data_dir=folder, seed=1)
+    assert corpus.fingerprint() == load("mr", data_dir=folder, seed=1).fingerprint()
+    assert corpus.fingerprint() != load("mr", data_dir=folder, seed=2).fingerprint()
+
+
+def test_unknown_dataset_missing_folder_and_too_few_examples_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown dataset 'imdb'; takes one of questions, trec"):
+        load("imdb")
+    with pytest.raises(ValueError, match="'trec' is read from files: give data_dir"):
+        load("trec")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "trec" / "train.tsv"))):
+        load("trec", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="3 examples are too few"):
+        load("mr", data_dir=small_mr(tmp_path, 3))
+
+
+# Questions
+
+
+def test_questions_are_the_same_at_every_call_and_on_every_platform():
+    first, second = questions.generate(), questions.generate()
+    assert first == second
+    # The digest holds the corpus fixed across versions: results on it are published.
+    assert load("questions").fingerprint() == load("questions", seed=5).fingerprint()
+    assert load("questions").fingerprint().startswith(QUESTIONS_DIGEST)
+
+
+def test_questions_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    questions.generate(1, train=20, dev=5, test=5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_questions_hold_no_question_twice_and_every_class_in_every_split():
+    parts = questions.generate(3, train=900, dev=150, test=300)
+    assert [len(texts) for texts, _ in parts] == [900, 150, 300]
+    texts = [text for part, _ in parts for text in part]
+    assert len(set(texts)) == len(texts)
+    assert all(set(labels) == set(range(6)) for _, labels in parts)
+    assert not any(character in text for text in texts for character in "{}|")
+
+
+def test_questions_of_other_seeds_differ_and_negative_sizes_are_refused():
+    assert questions.generate(1, train=50)[0] != questions.generate(2, train=50)[0]
+    with pytest.raises(ValueError, match="dev must be at least 0, got -1"):
+        questions.generate(dev=-1)
+
+
+# Vocabulary
+
+
+def test_vocabulary_counts_pad_and_unknown_and_pads_on_the_right():
+    vocabulary = Vocabulary.build([["b", "a", "b"]], [["c"]])
+    assert vocabulary.words == ("b", "a", "c")
+    assert len(vocabulary) == 5
+    assert "a" in vocabulary
+    assert "z" not in vocabulary
+    ids = vocabulary.encode([["b", "z", "a"], ["c"], []])
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[2, UNK, 3], [4, PAD, PAD], [UNK, PAD, PAD]]
+    assert vocabulary.encode([]).shape == (0, 1)
+
+
+def test_vocabulary_refuses_a_repeated_word():
+    with pytest.raises(ValueError, match="'a' 2 times"):
+        Vocabulary(["a", "b", "a"])
+
+
+# Vectors
+
+GLOVE = "the 1 2 3\nNATO 4 5 6\n. . . 7 8 9\ncaf\u00e9 -1e-1 0 .5\nthe 9 9 9\n"
+
+
+@pytest.mark.parametrize(
+    "pack", [str.encode, lambda text: gzip.compress(text.encode())], ids=["plain", "gzip"]
+)
+def test_vectors_are_read_plain_and_compressed(tmp_path, pack):
+    path = write(tmp_path / "v", pack(GLOVE))
+    vectors = read_vectors(path, ["the", "The", "caf\u00e9", ". . .", "absent"])
+    assert vectors.dim == 3
+    found = {word: vectors.table[row].tolist() for word, row in vectors.rows.items()}
+    assert found == {
+        "the": [1, 2, 3],
+        ". . .": [7, 8, 9],
+        "caf\u00e9": [pytest.approx(-0.1), 0, 0.5],
+    }
+    assert vectors.find("The") == vectors.rows["the"]
+    assert vectors.find("absent") is None
+    assert coverage([["The", "the", "absent", "the"]], vectors).types == pytest.approx(200 / 3)
+    assert coverage([["The", "the", "absent", "the"]], vectors).tokens == 75
+
+
+def test_embedding_table_takes_vectors_and_draws_the_rest(tmp_path):
+    vectors = read_vectors(write(tmp_path / "v", GLOVE), ["the", "NATO"])
+    vocabulary = Vocabulary(["zzz", "NATO", "the"])
+    table = embedding_table(vocabulary, vectors, generator=torch.Generator().manual_seed(0))
+    assert table.shape == (5, 3)
+    assert table.dtype == torch.float32
+    assert table[PAD].tolist() == [0, 0, 0]
+    assert table[3:].tolist() == [[4, 5, 6], [1, 2, 3]]
+    assert (table[1:3].abs() <= 0.25).all()
+    assert table[1:3].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ("", "", "is empty"),
+        ("400000 50\nthe 1 2\n", ":1", "word2vec"),
+        ("the\n", ":1", "not a word and its numbers"),
+        ("the 1 x 3\n", ":1", "not a word and its numbers"),
+        ("the 1 2 3\na 1 2\n", ":2", "2 values where the first line has 3"),
+        ("the 1 2 3\na 1 2 3 4\n", ":2", "4 values where the first line has 3"),
+        ("the 1 2 3\n\na 1 2 3\n", ":2", "0 values where the first line has 3"),
+        ("the 1 2 3\na 1 x 3\n", ":2", "not a word and 3 numbers"),
+        ("the 1 2 3\na 1 nan 3\n", ":2", "not finite"),
+        (gzip.compress(b"the 1 2 3\n" * 1000)[:-12], ":", "damaged"),
+    ],
+)
+def test_malformed_vectors_are_refused_by_file_and_line(tmp_path, content, line, reason):
+    path = write(tmp_path / "v.txt", content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{line}")) as error:
+        read_vectors(path, ["the", "a"])
+    assert reason in str(error.value)
+
+
+def test_missing_vectors_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*none\.txt"):
+        read_vectors(tmp_path / "none.txt", ["a"])
+
+
+@needs_data
+def test_glove_subset_covers_trec_as_its_readme_says():
+    path = DATA_DIR / "vectors" / "glove.6B.50d.subset.txt.gz"
+    corpus = load("trec", data_dir=DATA_DIR)
+    sentences = [s for split in (corpus.train, corpus.dev, corpus.test) for s in split.sentences]
+    vectors = read_vectors(path, {word for sentence in sentences for word in sentence})
+    covered = coverage(sentences, vectors)
+    assert vectors.dim == 50
+    assert (round(covered.types, 1), round(covered.tokens, 2)) == (97.5, 99.56)
+
+
+def test_every_dataset_has_a_name_per_class():
+    assert DATASETS == ("questions", "trec", "sst1", "sst2", "subj", "mr")
+    assert load("questions").label_names == ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")

@@ -1,0 +1,368 @@
+"""Training: resuming, results, refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastamp.data import Split, Vocabulary
+from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, train
+from fastamp.training.task import Batches, Examples, error_rate
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ("steps_per_s", "seconds", "window_seconds", "metrics_offset")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A folder with a small two-class corpus of three to eight words a sentence."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(50, (80, 8), generator=generator).tolist()
+    lines = [f"{i % 2}\t{' '.join(f'w{w}' for w in row[: 3 + i % 6])}\n" for i, row in enumerate(words)]
+    folder = tmp_path / "data" / "mr"
+    folder.mkdir(parents=True)
+    (folder / "all.tsv").write_text("label\ttext\n" + "".join(lines))
+    return folder.parent
+
+
+def short(corpus: Path, **fields) -> TrainConfig:
+    fields = {
+        "steps": 14,
+        "eval_every": 3,
+        "checkpoint_every": 4,
+        "batch_size": 10,
+        "embedding_dim": 8,
+        "lr": 1e-3,
+        "threads": 1,
+        **fields,
+    }
+    return TrainConfig(dataset="mr", data_dir=str(corpus), **fields)
+
+
+def records(out: Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def assert_same(ours, theirs, where="") -> None:
+    """Bitwise equality of nested checkpoints, times aside."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours.keys() - set(CLOCK):
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}/{number}")
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert records(ours) == records(theirs)
+    for name in ("best.pt", "last.pt"):
+        assert_same(checkpoint.load_tensors(ours / name), checkpoint.load_tensors(theirs / name), name)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test catches it."""
+
+
+# Resuming
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_path):
+    def command(out: Path) -> list[str]:
+        options = "--method sent-amp --seed 3 --steps 400 --eval-every 30 --checkpoint-every 20 --threads 1"
+        options += " --embedding-dim 16 --lr 1e-3"
+        code = "from fastamp.cli import main; main()"
+        return [sys.executable, "-c", code, "train", *options.split(), "--out", str(out)]
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (killed / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 20 <= checkpoint.load_tensors(killed / "last.pt")["step"] < 400
+    output = subprocess.run(
+        command(killed), env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert re.search(r"^resuming at step \d+ of 400$", output, re.MULTILINE)
+    subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert len(records(whole)) == 15
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("method", ["none", "sent-amp"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(
+    tmp_path, corpus, monkeypatch, method, when
+):
+    config = short(corpus, method=method)
+    expected = train(config, tmp_path / "whole")
+    operations = 0
+    deadly = -1
+
+    def guarded(function):
+        def wrapper(*arguments, **options):
+            nonlocal operations
+            operations += 1
+            if operations == deadly and when == "before":
+                raise Killed
+            value = function(*arguments, **options)
+            if operations == deadly:
+                raise Killed
+            return value
+
+        return wrapper
+
+    for module, name in ((os, "replace"), (os, "fsync"), (torch, "save"), (checkpoint.MetricsLog, "append")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    train(config, tmp_path / "count")
+    total = operations
+    assert total > 30
+    for deadly in range(1, total + 1, 2 if when == "before" else 3):
+        out = tmp_path / f"{deadly}"
+        operations = 0
+        with pytest.raises(Killed):
+            train(config, out)
+        operations = total  # no second kill
+        result = train(config, out)
+        assert (result.best_step, result.test_error) == (expected.best_step, expected.test_error)
+        assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_torn_line_of_the_metrics_is_cut_off_on_resuming(tmp_path, corpus):
+    class Kill(Listener):
+        def stepped(self, step, loss):
+            if step == 11:
+                raise Killed
+
+    config = short(corpus)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "out", listener=Kill())
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "train_l')
+    assert train(config, tmp_path / "out").resumed_from == 8
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_finished_run_reports_its_result_without_training(tmp_path, corpus):
+    class Refuse(Listener):
+        def started(self, config, step):
+            raise AssertionError
+
+    config = short(corpus)
+    first = train(config, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    second = train(config, tmp_path / "out", listener=Refuse())
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert (first.resumed_from, second.resumed_from) == (0, config.steps)
+    assert second.steps_per_s == first.steps_per_s
+    assert second.test_error == first.test_error
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path, corpus):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(short(corpus, method="sent-amp", seed=seed), tmp_path / out)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert records(tmp_path / "a") != records(tmp_path / "c")
+
+
+def test_training_leaves_global_random_state_and_threads_alone(tmp_path, corpus):
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(short(corpus, method="sent-mixup", threads=threads + 1, steps=2), tmp_path / "out")
+    assert torch.equal(state, torch.get_rng_state())
+    assert threads == torch.get_num_threads()
+
+
+# Results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_the_questions(tmp_path, method):
+    config = TrainConfig(method=method, steps=400, lr=1e-3, threads=1, eval_every=200)
+    result = train(config, tmp_path / "out")
+    # About 4% of the labels cannot be told from the text.
+    assert 2 <= result.test_error <= 12
+    *evaluations, final = records(tmp_path / "out")
+    assert [record["step"] for record in evaluations] == [200, 400]
+    mixing = {key for record in evaluations for key in record if key.startswith("mix/")}
+    assert mixing == (set() if method == "none" else {"mix/lam", "mix/lam_shift", "mix/mask"})
+    for record in evaluations[method == "none" :] if method != "none" else []:
+        assert 0.3 < record["mix/lam"] < 0.7
+        assert (record["mix/lam_shift"] > 0) == (method == "sent-amp")
+        assert record["mix/lam_shift"] <= 2e-3 + 1e-7
+    best = min(evaluations, key=lambda record: record["dev_error"])
+    assert final["final"] is True
+    assert (final["best_step"], final["test_error"]) == (best["step"], best["test_error"])
+    assert final["final_dev_error"] == evaluations[-1]["dev_error"]
+
+
+def test_best_checkpoint_is_the_model_of_least_dev_error(tmp_path, corpus):
+    result = train(short(corpus, steps=30), tmp_path / "out")
+    best = checkpoint.load_tensors(tmp_path / "out" / "best.pt")
+    assert best["record"]["step"] == result.best_step
+    assert best["record"]["dev_error"] == result.best_dev_error
+    assert best["model"]["embedding.weight"].shape == (len(best["words"]) + 2, 8)
+    assert best["label_names"] == ["negative", "positive"]
+
+
+def test_pre_trained_vectors_set_the_width_and_add_the_words_they_cover(tmp_path, corpus):
+    lines = [f"w{i} {i} {-i} 0.5\n" for i in range(50) if i % 2]
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("".join(lines))
+    config = short(corpus, vectors=str(vectors), embedding_dim=None, steps=1)
+    result = train(config, tmp_path / "out")
+    assert 40 < result.types_covered < 60
+    best = checkpoint.load_tensors(tmp_path / "out" / "best.pt")
+    assert best["model"]["embedding.weight"].shape[1] == 3
+    row = best["words"].index("w49") + 2
+    torch.testing.assert_close(
+        best["model"]["embedding.weight"][row], torch.tensor([49, -49, 0.5]), rtol=0, atol=2e-3
+    )
+    with pytest.raises(ValueError, match=r"embedding_dim is 8, but .*vectors\.txt has width 3"):
+        train(short(corpus, vectors=str(vectors)), tmp_path / "other")
+
+
+def test_a_diverging_run_stops_and_says_so(tmp_path, corpus):
+    config = short(corpus, lr=1e30)
+    with pytest.raises(DivergedError, match=r"between steps 1 and 3; lr is 1e\+30"):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+# Batches
+
+
+def test_an_epoch_holds_every_row_once_and_batches_are_trimmed():
+    sentences = tuple(tuple("abcdefg"[: 1 + i % 7]) for i in range(23))
+    split = Split(sentences, tuple(range(23)))
+    examples = Examples.encode(split, Vocabulary.build(sentences), torch.device("cpu"))
+    batches = Batches(examples, 5, seed=0)
+    drawn = iter(batches)
+    for _ in range(3):
+        epoch = [next(drawn) for _ in range(5)]
+        assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(23))
+        assert [len(labels) for _, labels in epoch] == [5, 5, 5, 5, 3]
+        for ids, labels in epoch:
+            assert ids.shape[1] == max(1 + label % 7 for label in labels.tolist())
+            assert torch.equal(ids, examples.ids[labels][:, : ids.shape[1]])
+
+
+@pytest.mark.parametrize("position", [0, 2, 5, 7])
+def test_batches_continue_from_a_saved_position(position):
+    sentences = tuple((str(i),) for i in range(23))
+    examples = Examples.encode(
+        Split(sentences, tuple(range(23))), Vocabulary(map(str, range(23))), torch.device("cpu")
+    )
+    batches = Batches(examples, 5, seed=0)
+    drawn = iter(batches)
+    for _ in range(position):
+        next(drawn)
+    other = Batches(examples, 5, seed=1)
+    other.load_state_dict(batches.state_dict())
+    for _, (ours, theirs) in zip(range(8), zip(iter(other), drawn, strict=False), strict=False):
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_error_rate_counts_over_chunks_of_any_size(monkeypatch):
+    monkeypatch.setattr("fastamp.training.task.EVAL_BATCH", 4)
+    sentences = tuple(("x",) * (1 + i % 5) for i in range(10))
+    split = Split(sentences, tuple(i % 3 for i in range(10)))
+    examples = Examples.encode(split, Vocabulary(["x"]), torch.device("cpu")).by_length()
+    assert error_rate(lambda ids: torch.eye(3)[0].expand(len(ids), 3), examples) == 60.0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused_by_name(tmp_path, device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+        train(TrainConfig(device=device), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_another_run_is_refused_and_the_fields_named(tmp_path, corpus):
+    out = tmp_path / "out"
+    train(short(corpus), out)
+    with pytest.raises(ValueError, match=r"different: steps 20 \(there 14\), lr 0.5 \(there 0.001\)$"):
+        train(short(corpus, steps=20, lr=0.5), out)
+    text = (corpus / "mr" / "all.tsv").read_text()
+    (corpus / "mr" / "all.tsv").write_text(text.replace("w1 ", "w2 "))
+    with pytest.raises(ValueError, match=r"different: dataset files$"):
+        train(short(corpus), out)
+
+
+def test_a_moved_data_folder_does_not_make_another_run(tmp_path, corpus):
+    train(short(corpus), tmp_path / "out")
+    corpus.rename(tmp_path / "moved")
+    assert train(short(tmp_path / "moved"), tmp_path / "out").resumed_from == 14
+
+
+def flip_a_byte(content: bytes) -> bytes:
+    return (
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 1])
+        + content[len(content) // 2 + 1 :]
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_byte, lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"not a checkpoint"],
+    ids=["flipped bit", "truncated", "empty", "text"],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, damage):
+    train(short(corpus), tmp_path / "out")
+    last = tmp_path / "out" / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged"):
+        train(short(corpus), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["step", "model", "rng", "metrics_offset"])
+def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(tmp_path, corpus, change):
+    train(short(corpus), tmp_path / "out")
+    last = tmp_path / "out" / "last.pt"
+    state = checkpoint.load_tensors(last)
+    del state[change]
+    checkpoint.save_tensors(last, state)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged .*{change}"):
+        train(short(corpus), tmp_path / "out")
+
+
+def test_other_damage_to_a_run_is_refused_by_name(tmp_path, corpus):
+    class Kill(Listener):
+        def stepped(self, step, loss):
+            if step == 11:
+                raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        train(short(corpus), out, listener=Kill())
+    (out / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds 0 bytes, fewer than"):
+        train(short(corpus), out)
+    (out / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        train(short(corpus), out)
+    (out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"metrics.jsonl without a config.json"):
+        train(short(corpus), out)

@@ -1,0 +1,111 @@
+"""A run's configuration, and `fastamp train`."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastamp.cli import main
+from fastamp.training import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"dataset": "imdb"}, ValueError, "unknown dataset 'imdb'; takes one of questions, trec"),
+        ({"model": "lstm"}, ValueError, "unknown model 'lstm'; takes one of textcnn"),
+        ({"method": "amp"}, ValueError, "unknown method 'amp'; takes one of none, sent-mixup, sent-amp"),
+        ({"steps": -1}, ValueError, "steps must be at least 1, got -1"),
+        ({"steps": 10.0}, TypeError, "steps must be an int, got 10.0"),
+        ({"steps": True}, TypeError, "steps must be an int, got True"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be from 0 to 4294967295, got -1"),
+        ({"lr": 0.0}, ValueError, "lr must be above 0, got 0"),
+        ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite"),
+        ({"alpha": 0}, ValueError, "alpha must be above 0"),
+        ({"step_size": -0.1}, ValueError, "step_size must be finite and at least 0, got -0.1"),
+        ({"dropout": 1.0}, ValueError, "dropout must be below 1, got 1.0"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+        ({"embedding_dim": 0}, ValueError, "embedding_dim must be at least 1"),
+        ({"data_dir": 3}, TypeError, "data_dir must be a str or None, got 3"),
+        ({"lower": 1}, TypeError, "lower must be a bool, got 1"),
+        ({"device": None}, TypeError, "device must be a str, got None"),
+    ],
+)
+def test_bad_fields_are_refused_by_name(fields, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        TrainConfig(**fields)
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, ["train", *map(str, arguments)])
+
+
+def test_command_trains_then_reports_the_finished_run(tmp_path):
+    arguments = ("--method", "sent-mixup", "--steps", 4, "--eval-every", 2, "--embedding-dim", 8)
+    arguments += ("--out", tmp_path / "out")
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    lines = first.output.splitlines()
+    assert re.fullmatch(r"step 2  loss [\d.]+  dev error [\d.]+%  [\d.]+ steps/s", lines[0])
+    assert re.fullmatch(r"test error [\d.]+% at step \d, where dev error is least \([\d.]+%\)", lines[2])
+    second = invoke(*arguments)
+    assert second.exit_code == 0
+    assert second.output.splitlines() == [f"{tmp_path / 'out'} holds this run, finished", *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "Missing option '--out'"),
+        (("--dataset", "imdb"), 2, "'imdb' is not one of 'questions', 'trec'"),
+        (("--model", "lstm"), 2, "'lstm' is not"),
+        (("--method", "amp"), 2, "'amp' is not one of 'none', 'sent-mixup', 'sent-amp'"),
+        (("--steps", "many"), 2, "'many' is not a valid integer"),
+        (("--steps", "-3"), 1, "steps must be at least 1, got -3"),
+        (("--dataset", "trec"), 1, "give data_dir"),
+        (("--dataset", "trec", "--data-dir", "absent"), 1, os.path.join("absent", "trec", "train.tsv")),
+        (("--vectors", "absent.txt"), 1, "cannot read absent.txt"),
+        (("--device", "gpu"), 1, "device 'gpu' cannot be used"),
+    ],
+)
+def test_bad_commands_end_in_one_line_and_a_failure_code(tmp_path, arguments, code, message):
+    out = ("--out", tmp_path / "out") if arguments else ()
+    result = invoke(*arguments, *out)
+    assert result.exit_code == code
+    assert isinstance(result.exception, SystemExit)
+    *usage, last = result.output.strip().splitlines()
+    assert last.startswith("Error: ")
+    assert message in last
+    assert bool(usage) == (code == 2)
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "out").write_text("")
+    result = invoke("--out", tmp_path / "out")
+    assert (result.exit_code, result.output) == (1, f"Error: {tmp_path / 'out'} is not a folder\n")
+
+
+def test_help_lists_the_commands_without_importing_them():
+    code = (
+        "import sys, fastamp\n"
+        "heavy = {'fastamp.data', 'fastamp.models', 'fastamp.training', 'rich', 'click'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from fastamp.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "heavy -= {'click'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    for command in ("train", "check", "bench", "demo"):
+        assert re.search(rf"^  {command} ", output.stdout, re.MULTILINE)
