@@ -49,6 +49,7 @@ from .rows import (
     takes_adversarial,
     target_tile,
     tile_index,
+    tile_mask,
 )
 from .rows_loop import _amp_rows_grad_kernel, _amp_rows_kernel, _amp_total_kernel, _rescale_kernel
 
@@ -274,7 +275,8 @@ def _amp_cross_entropy_kernel(
         dz = lam_sel * g + (1.0 - lam_source) * g_source
         # Nothing kept: the mean is 0/0, and its gradient 0.
         dz = tl.where(scale == 0.0, 0.0, dz / tl.where(scale == 0.0, 1.0, scale))
-        tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=ok & (cols < C))
+        mask = tile_mask(ok, cols, C, BLOCK_B)
+        tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 class Config(NamedTuple):

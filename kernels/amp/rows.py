@@ -102,11 +102,20 @@ def tile_index(block_row, block_col, B, BLOCK_B: tl.constexpr, BLOCK_C: tl.const
     cols = block_col * BLOCK_C + tl.arange(0, BLOCK_C)
     if BLOCK_B == 1:
         row = block_row.to(tl.int64)
-        return row, cols, row < B
+        return row, cols, row < B  # the grid is exact: every row exists
     else:
         index = (block_row.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
         # A row too many repeats the last one, and is not written.
         return tl.where(index < B, index, B - 1), cols[None, :], index < B
+
+
+@triton.jit
+def tile_mask(ok, cols, C, BLOCK_B: tl.constexpr):
+    """Which elements of a tile exist."""
+    if BLOCK_B == 1:
+        return cols < C
+    else:
+        return ok & (cols < C)
 
 
 @triton.jit
@@ -289,8 +298,8 @@ def bce_terms(x, on, off, is_top, lse, lse_others):
 @triton.jit
 def bce_share(x, is_top, lse_others):
     """The share of every class but the likeliest among the others; 0 where there are no others."""
-    alone = is_top | (lse_others == float("-inf"))
-    return tl.where(alone, 0.0, tl.exp(x - tl.where(alone, 0.0, lse_others)))
+    over = tl.where(lse_others == float("-inf"), float("inf"), lse_others)
+    return tl.where(is_top, 0.0, tl.exp(x - over))
 
 
 @triton.jit

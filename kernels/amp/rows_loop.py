@@ -35,6 +35,7 @@ from .rows import (
     takes_adversarial,
     target_tile,
     tile_index,
+    tile_mask,
 )
 
 
@@ -360,7 +361,8 @@ def _amp_rows_grad_kernel(
     if divisor_ptr is not None:
         divisor = tl.load(divisor_ptr)
         dz = tl.where(divisor == 0.0, 0.0, dz / tl.where(divisor == 0.0, 1.0, divisor))
-    tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=ok & (cols < C))
+    mask = tile_mask(ok, cols, C, BLOCK_B)
+    tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
