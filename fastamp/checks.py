@@ -11,6 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
+from fastamp.policy import check_number
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,8 +45,9 @@ def check_logits(name: str, logits: object) -> None:
         raise ValueError(f"{name} must have at least one class, got shape {tuple(logits.shape)}")
 
 
-def check_target(target: object, batch: int, classes: int, device: torch.device) -> None:
-    """`target` is (B,) int64 or (B, C) floating point, on `device`."""
+def check_target(target: object, logits: Tensor) -> None:
+    """`target` is (B,) int64 or (B, C) floating point, on the device of `logits` (B, C)."""
+    batch, classes = logits.shape
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.dtype.is_floating_point:
@@ -54,18 +57,22 @@ def check_target(target: object, batch: int, classes: int, device: torch.device)
                 f"got {tuple(target.shape)}"
             )
     elif target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices or floating-point probabilities, got {target.dtype}")
+        raise TypeError(
+            f"target must be int64 class indices or floating-point probabilities, got {target.dtype}"
+        )
     elif target.shape != (batch,):
         raise ValueError(
             f"target of class indices must have shape ({batch},), one a row of logits, got {tuple(target.shape)}"
         )
-    check_device("target", target, device)
+    check_device("target", target, logits.device)
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """`value` lies on `device`."""
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, the rows to mix are on {device}; they must be together")
+        raise ValueError(
+            f"{name} is on {value.device}, the rows to mix are on {device}; they must be together"
+        )
 
 
 def check_class_vector(name: str, value: object, classes: int, device: torch.device) -> None:
@@ -124,7 +131,7 @@ def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
     if not len(target):
         return True
     low, high = (int(bound) for bound in torch.aminmax(target))
-    if 0 <= low and high < classes and not 0 <= ignore_index < classes:
+    if low >= 0 and high < classes and not 0 <= ignore_index < classes:
         return True
     kept = target != ignore_index
     wrong = kept & ((target < 0) | (target >= classes))
@@ -135,3 +142,14 @@ def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
             f"got {int(target[row])} in row {row}"
         )
     return bool(kept.all())
+
+
+def check_num_items(num_items: object) -> None:
+    """`num_items` is None, a positive number or a 0-d tensor."""
+    if isinstance(num_items, Tensor):
+        if num_items.dim():
+            raise ValueError(
+                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
+    elif num_items is not None:
+        check_number("num_items", num_items, low=0.0, open_low=True, also="None")

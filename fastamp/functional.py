@@ -6,27 +6,25 @@ are the paper's operations one by one, for a step of your own at any layer.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastamp import closed_form
-from fastamp.backend import uses_triton
 from fastamp.checks import (
     check_class_vector,
     check_device,
     check_float_rows,
     check_logits,
     check_mix,
+    check_num_items,
     check_partner,
     check_target,
-    labels_all_kept,
 )
 from fastamp.mixing import MixStats
-from fastamp.policy import Policy, check_choice, check_number, checked_policy
+from fastamp.policy import check_choice, checked_policy
+from fastamp.steps import amp_cross_entropy_step, host_facts, linear_step
 
 __all__ = ["amp_cross_entropy", "lambda_grad", "linear_amp_cross_entropy", "mix", "remix", "select_loss"]
 
@@ -69,7 +67,9 @@ def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     check_float_rows("hidden", hidden)
     check_float_rows("grad_mixed", grad_mixed)
     if grad_mixed.shape != hidden.shape:
-        raise ValueError(f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}")
+        raise ValueError(
+            f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}"
+        )
     check_device("grad_mixed", grad_mixed, hidden.device)
     check_partner(partner, len(hidden), hidden.device)
     with torch.no_grad():
@@ -112,7 +112,9 @@ def remix(
     return lam_adv, mix(hidden, lam_adv, partner)
 
 
-def select_loss(loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def select_loss(
+    loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keep ℓ' where ℓ' - ℓ > 0, else ℓ (MinOp, Eq. 18-21); a difference below the tie tolerance takes ℓ'.
 
     Args:
@@ -181,7 +183,7 @@ def amp_cross_entropy(
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
     check_logits("logits", logits)
-    check_target(target, *logits.shape, logits.device)
+    check_target(target, logits)
     check_mix(lam, partner, len(logits), logits.device)
     check_class_vector("weight", weight, logits.shape[1], logits.device)
     check_num_items(num_items)
@@ -189,90 +191,7 @@ def amp_cross_entropy(
     loss, stats = amp_cross_entropy_step(
         logits, target, lam, partner, weight, policy, reduction, num_items, facts, return_stats=return_stats
     )
-    return (loss, stats) if return_stats else loss
-
-
-def amp_cross_entropy_step(
-    logits: Tensor,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    policy: Policy,
-    reduction: str,
-    num_items: float | Tensor | None,
-    facts: HostFacts,
-    *,
-    return_stats: bool,
-) -> tuple[Tensor, MixStats | None]:
-    """`amp_cross_entropy` for arguments that have been checked; the statistics where they are asked for, or free."""
-    lam = lam.detach().to(closed_form.compute_dtype(logits.dtype))
-    if uses_triton(logits) and len(logits):
-        from fastamp import ops
-
-        _, grad_divisor = divisors(target, lam, partner, weight, policy, "none", num_items, facts.all_kept)
-        return ops.amp_cross_entropy(
-            logits,
-            target,
-            lam,
-            partner,
-            weight,
-            policy,
-            reduction,
-            num_items,
-            None if policy.grad_scale == "row" else torch.as_tensor(grad_divisor).to(lam),
-            return_stats=return_stats,
-        )
-    divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, facts.all_kept)
-    loss, lam_adv, grad, delta, mask = _AmpCrossEntropy.apply(
-        logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts
-    )
-    return loss, MixStats(lam, lam_adv, grad, delta, mask)
-
-
-class _AmpCrossEntropy(torch.autograd.Function):
-    """The closed forms, with g kept for backward; nothing saved is ever written to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        lam: Tensor,
-        partner: Tensor,
-        weight: Tensor | None,
-        divisor: Tensor | float,
-        grad_divisor: Tensor | float,
-        policy: Policy,
-        reduction: str,
-        all_kept: bool,
-        spread: float | None,
-    ) -> tuple[Tensor, ...]:
-        rows = closed_form.amp_rows(
-            logits,
-            target,
-            lam,
-            partner,
-            weight,
-            policy,
-            grad_divisor,
-            need_grad=ctx.needs_input_grad[0],
-            all_kept=all_kept,
-            spread=spread,
-        )
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *_if_tensor(divisor))
-            ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
-        ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
-        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_mixed, lam, partner, *divisor = ctx.saved_tensors
-        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
-        grad = closed_form.scatter_roles(grad_mixed, lam, partner, upstream)
-        return (grad.to(ctx.dtype), *[None] * 10)
+    return (loss, stats) if return_stats and stats is not None else loss
 
 
 def linear_amp_cross_entropy(
@@ -330,7 +249,7 @@ def linear_amp_cross_entropy(
     classes = linear_weight.shape[0]
     check_device("linear_weight", linear_weight, hidden.device)
     check_class_vector("linear_bias", linear_bias, classes, hidden.device)
-    check_target(target, len(hidden), classes, hidden.device)
+    check_target(target, hidden.new_empty(()).expand(len(hidden), classes))
     check_mix(lam, partner, len(hidden), hidden.device)
     check_class_vector("weight", weight, classes, hidden.device)
     check_num_items(num_items)
@@ -344,7 +263,7 @@ def linear_amp_cross_entropy(
             )
         check_device("dropout_mask", dropout_mask, hidden.device)
 
-    loss, stats = _linear_step(
+    loss, stats = linear_step(
         hidden,
         linear_weight,
         linear_bias,
@@ -357,198 +276,9 @@ def linear_amp_cross_entropy(
         policy,
         reduction,
         num_items,
+        return_stats=return_stats,
     )
-    return (loss, stats) if return_stats else loss
-
-
-def _linear_step(
-    hidden: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    relu: bool,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    policy: Policy,
-    reduction: str,
-    num_items: float | Tensor | None,
-) -> tuple[Tensor, MixStats]:
-    if uses_triton(hidden):
-        from fastamp import ops
-
-        if ops.linear_head_fits(hidden, linear_weight):
-            lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
-            return ops.linear_amp_cross_entropy(
-                hidden,
-                linear_weight,
-                linear_bias,
-                target,
-                lam,
-                partner,
-                relu,
-                keep,
-                weight,
-                policy,
-                reduction,
-                num_items,
-            )
-    if not relu and keep is None:
-        # Affine: mix the logits instead of the hidden rows.
-        logits = F.linear(hidden, linear_weight, linear_bias)
-        facts = host_facts(logits, target, policy)
-        return amp_cross_entropy_step(logits, target, lam, partner, weight, policy, reduction, num_items, facts, return_stats=return_stats)
-    lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
-    on_host = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    all_kept = target.is_floating_point() or (
-        on_host and labels_all_kept(target, len(linear_weight), policy.ignore_index)
-    )
-    divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, all_kept)
-    loss, lam_adv, grad, delta, mask = _LinearAmpCrossEntropy.apply(
-        hidden,
-        linear_weight,
-        linear_bias,
-        target,
-        lam,
-        partner,
-        relu,
-        keep,
-        weight,
-        divisor,
-        grad_divisor,
-        policy,
-        reduction,
-        all_kept,
-    )
-    return loss, MixStats(lam, lam_adv, grad, delta, mask)
-
-
-class _LinearAmpCrossEntropy(torch.autograd.Function):
-    """`closed_form.linear_amp_rows`, with the selected pass kept for backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        lam: Tensor,
-        partner: Tensor,
-        relu: bool,
-        keep: Tensor | None,
-        weight: Tensor | None,
-        divisor: Tensor | float,
-        grad_divisor: Tensor | float,
-        policy: Policy,
-        reduction: str,
-        all_kept: bool,
-    ) -> tuple[Tensor, ...]:
-        dtype = lam.dtype
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows, head_input, grad_m = closed_form.linear_amp_rows(
-                hidden.to(dtype),
-                linear_weight.to(dtype),
-                None if linear_bias is None else linear_bias.to(dtype),
-                target,
-                lam,
-                partner,
-                weight,
-                policy,
-                grad_divisor,
-                relu=relu,
-                keep=None if keep is None else keep.to(dtype),
-                all_kept=all_kept,
-            )
-        ctx.save_for_backward(rows.grad_mixed, grad_m, head_input, rows.lam, partner, *_if_tensor(divisor))
-        ctx.divisor = divisor if isinstance(divisor, float) else None
-        ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
-        ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
-        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        g, grad_m, head_input, lam, partner, *divisor = ctx.saved_tensors
-        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
-        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad_hidden = grad_weight = grad_bias = None
-        with torch.autocast(g.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_hidden = closed_form.scatter_roles(grad_m, lam, partner, upstream).to(hidden_dtype)
-            weighted = g * (upstream[:, None] if upstream.dim() else upstream)
-            if ctx.needs_input_grad[1]:
-                grad_weight = (weighted.mT @ head_input).to(weight_dtype)
-            if ctx.needs_input_grad[2]:
-                grad_bias = weighted.sum(0).to(bias_dtype)
-        return (grad_hidden, grad_weight, grad_bias, *[None] * 11)
-
-
-def check_num_items(num_items: object) -> None:
-    """`num_items` is None, a positive number or a 0-d tensor."""
-    if isinstance(num_items, Tensor):
-        if num_items.dim():
-            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-    elif num_items is not None:
-        check_number("num_items", num_items, low=0.0, open_low=True, also="None")
-
-
-class HostFacts(NamedTuple):
-    """What the host knows of the values in CPU tensors, at no cost worth naming."""
-
-    all_kept: bool  # no label equals ignore_index
-    spread: float | None  # the largest max - min of a row of logits
-
-
-def host_facts(logits: Tensor, target: Tensor, policy: Policy) -> HostFacts:
-    """Look at CPU tensors (elsewhere that would synchronise); ValueError for a label out of range."""
-    all_kept = target.is_floating_point()
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
-        return HostFacts(all_kept, None)
-    all_kept = all_kept or labels_all_kept(target, logits.shape[1], policy.ignore_index)
-    if not len(logits):
-        return HostFacts(all_kept, None)
-    low, high = torch.aminmax(logits.detach(), dim=1)
-    return HostFacts(all_kept, float((high - low).amax()))
-
-
-def divisors(
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    policy: Policy,
-    reduction: str,
-    num_items: float | Tensor | None,
-    all_kept: bool,
-) -> tuple[Tensor | float, Tensor | float]:
-    """The divisor of the loss, and the one of the λ-gradient under grad_scale="mean" (1.0 where unused)."""
-    if reduction != "mean" and policy.grad_scale != "mean":
-        return 1.0, 1.0
-    mean: Tensor | float
-    if num_items is not None:
-        mean = num_items if isinstance(num_items, Tensor) else float(num_items)
-    elif all_kept and (weight is None or target.is_floating_point()):
-        mean = float(len(lam))
-    else:
-        mean = closed_form.row_mass(target, lam, partner, weight, policy.ignore_index).sum()
-    return (mean if reduction == "mean" else 1.0), (mean if policy.grad_scale == "mean" else 1.0)
-
-
-def _reduced(loss: Tensor, reduction: str, divisor: Tensor | float) -> Tensor:
-    return loss if reduction == "none" else loss.sum() / divisor
-
-
-def _upstream(grad_loss: Tensor, divisor: Tensor | float) -> Tensor:
-    if isinstance(divisor, float):
-        return grad_loss / divisor
-    # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
-    return torch.where(divisor == 0, torch.zeros_like(grad_loss), grad_loss / divisor)
-
-
-def _if_tensor(value: Tensor | float) -> tuple[Tensor, ...]:
-    return (value,) if isinstance(value, Tensor) else ()
+    return (loss, stats) if return_stats and stats is not None else loss
 
 
 def _rows_for(hidden: Tensor, partner: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -562,4 +292,3 @@ def _check_rows(name: str, value: object, hidden: Tensor) -> None:
     if len(value) != len(hidden):
         raise ValueError(f"{name} must have shape ({len(hidden)},), one a row, got {tuple(value.shape)}")
     check_device(name, value, hidden.device)
-

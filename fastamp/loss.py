@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import reference
-from fastamp.checks import check_class_vector, check_logits, check_mix, check_target
-from fastamp.functional import amp_cross_entropy_step, check_num_items, divisors, host_facts
+from fastamp.checks import check_class_vector, check_logits, check_mix, check_num_items, check_target
 from fastamp.mixing import Mix, MixStats, _draw
 from fastamp.policy import check_choice, check_number, checked_policy
+from fastamp.steps import amp_cross_entropy_step, divisors, host_facts
 
 WINDOW = 5  # steps that the moving re-weighting looks back, as the published code does
 
@@ -173,7 +173,7 @@ class AMPLoss(nn.Module):
                 criterion's state is then as before.
         """
         check_logits("logits", logits)
-        check_target(target, *logits.shape, logits.device)
+        check_target(target, logits)
         check_class_vector("weight", self.weight, logits.shape[1], logits.device)
         check_num_items(num_items)
         if not self.training:
@@ -201,14 +201,21 @@ class AMPLoss(nn.Module):
             facts,
             return_stats=return_stats or self.reweight is not None,
         )
-        if self.reweight is not None:
+        if self.reweight is not None and stats is not None:
             loss = self._moving_weights(stats.delta) * loss
             if self.reduction != "none":
                 divisor, _ = divisors(
-                    target, stats.lam, partner, self.weight, self.policy, self.reduction, num_items, facts.all_kept
+                    target,
+                    stats.lam,
+                    partner,
+                    self.weight,
+                    self.policy,
+                    self.reduction,
+                    num_items,
+                    facts.all_kept,
                 )
                 loss = loss.sum() / divisor
-        return (loss, stats) if return_stats else loss
+        return (loss, stats) if return_stats and stats is not None else loss
 
     def _plain(self, logits: Tensor, target: Tensor, num_items: float | Tensor | None) -> Tensor:
         by_items = self.reduction == "mean" and num_items is not None
@@ -220,7 +227,7 @@ class AMPLoss(nn.Module):
             reduction="sum" if by_items else self.reduction,
             label_smoothing=self.policy.label_smoothing,
         )
-        return loss / num_items if by_items else loss
+        return loss / num_items if by_items and num_items is not None else loss
 
     def _moving_weights(self, delta: Tensor) -> Tensor:
         """1 + (δ-μ)/σ where δ > μ, else 1; enters this step's positive δ (B,) into the window first."""

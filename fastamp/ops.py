@@ -74,15 +74,13 @@ def amp_cross_entropy(
         loss, rows = _AmpCrossEntropy.apply(
             logits, target, lam, partner, weight, grad_divisor, compiled_for, policy.step_size, divisor
         )
-    if not return_stats:
-        return loss, None
-    fields = (kernels.LAM_ADV, kernels.GRAD, kernels.DELTA)
-    return loss, MixStats(lam, *(rows[field] for field in fields), rows[kernels.MASK] > 0)
+    return loss, _stats(rows, lam) if return_stats else None
 
 
 class _AmpCrossEntropy(torch.autograd.Function):
     """The eager path. The gradient of the forward launch is handed out once, scaled in place by the first backward;
-    a later one computes it anew, so that nobody's gradient is ever written to."""
+    a later one computes it anew, so that nobody's gradient is ever written to.
+    """
 
     @staticmethod
     def forward(
@@ -207,7 +205,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.policy, ctx.reduces = inputs[6:14], inputs[15] is not None
 
 
-def _operator_gradient(ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _operator_gradient(
+    ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     *saved, divisor = ctx.saved_tensors
     upstream = grad_loss if ctx.reduces else grad_rows[kernels.LOSS]
     dlogits = _operator_backward(*saved, divisor if ctx.reduces else None, upstream, *ctx.policy)
@@ -215,3 +215,119 @@ def _operator_gradient(ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor
 
 
 _operator.register_autograd(_operator_gradient, setup_context=_keep_for_backward)
+
+
+def linear_head_fits(hidden: Tensor, linear_weight: Tensor) -> bool:
+    """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
+    classes, depth = linear_weight.shape
+    itemsize = closed_form.compute_dtype(hidden.dtype).itemsize
+    fits = kernels.linear_head_config(max(1, len(hidden)), classes, depth, itemsize) is not None
+    return fits and len(hidden) > 0 and not torch.compiler.is_compiling()
+
+
+def linear_amp_cross_entropy(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    relu: bool,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    policy: Policy,
+    reduction: str,
+    num_items: float | Tensor | None,
+    grad_divisor: Tensor | None,
+    *,
+    return_stats: bool,
+) -> tuple[Tensor, MixStats | None]:
+    """`fastamp.functional.linear_amp_cross_entropy` on Triton, for checked arguments and a head that fits."""
+    on_device = num_items if isinstance(num_items, Tensor) and reduction == "mean" else None
+    if on_device is not None:
+        reduction = "sum"
+    divisor = None if reduction == "none" else 1.0 if reduction == "sum" else float(num_items or 0)
+    loss, rows = _LinearAmpCrossEntropy.apply(
+        hidden,
+        linear_weight,
+        linear_bias,
+        target,
+        lam,
+        partner,
+        keep,
+        weight,
+        grad_divisor,
+        row_policy(policy, lam.dtype),
+        relu,
+        policy.step_size,
+        divisor,
+    )
+    loss = loss if on_device is None else loss / on_device
+    return loss, _stats(rows, lam) if return_stats else None
+
+
+class _LinearAmpCrossEntropy(torch.autograd.Function):
+    """Gradients for a reduced loss leave with the forward launch, and are scaled out of place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        keep: Tensor | None,
+        weight: Tensor | None,
+        grad_divisor: Tensor | None,
+        policy: RowPolicy,
+        relu: bool,
+        step_size: float,
+        divisor: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (hidden, linear_weight, linear_bias, target, lam, partner, keep, weight, grad_divisor)
+        options: dict[str, Any] = {"policy": policy, "relu": relu, "step_size": step_size}
+        reduces = divisor is not None
+        out = kernels.linear_head(
+            *tensors,
+            **options,
+            divisor=divisor,
+            upstream=None,
+            want_rows=True,
+            want_grad=reduces and any(ctx.needs_input_grad),
+        )
+        assert out.rows is not None
+        if out.dhidden is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.save_for_backward(out.dhidden, out.dweight, out.dbias, out.divisor)
+        ctx.options, ctx.reduces, ctx.assumed = options, out.dhidden is not None, out.assumed
+        ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
+        ctx.mark_non_differentiable(out.rows)
+        return (out.rows[kernels.LOSS].clone() if out.loss is None else out.loss), out.rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.reduces:
+            dhidden, dweight, dbias, divisor = ctx.saved_tensors
+            factor = grad_loss * torch.where(divisor == 0, 0, ctx.assumed / divisor)
+            grads = [dhidden * factor, dweight * factor, dbias * factor]
+        else:
+            out = kernels.linear_head(
+                *ctx.saved_tensors,
+                **ctx.options,
+                divisor=None,
+                upstream=grad_loss,
+                want_rows=False,
+                want_grad=True,
+            )
+            grads = [out.dhidden, out.dweight, out.dbias]
+        needed = zip(ctx.needs_input_grad, grads, ctx.dtypes, strict=False)
+        return (*[grad.to(dtype) if need else None for need, grad, dtype in needed], *[None] * 10)
+
+
+def _stats(rows: Tensor, lam: Tensor) -> MixStats:
+    """The statistics in a kernel's buffer; the mask costs a launch, so it is made on request only."""
+    return MixStats(lam, rows[kernels.LAM_ADV], rows[kernels.GRAD], rows[kernels.DELTA], rows[kernels.MASK] > 0)

@@ -53,7 +53,7 @@ class Policy(NamedTuple):
         return math.inf if self.grad_clip is None else self.step_size * self.grad_clip
 
 
-def checked_policy(**options: Any) -> Policy:  # noqa: ANN401 - each value is checked here
+def checked_policy(**options: Any) -> Policy:
     """A Policy of valid options; ValueError or TypeError naming the first that is not."""
     policy = Policy(**options)
     for name in ("mode", "loss", "grad_scale"):

@@ -37,8 +37,8 @@ from .rows import (
     load_logits,
     log1p_any,
     mixed_logits,
-    row_fields,
     row_argmax,
+    row_fields,
     row_max,
     row_shift,
     row_sum,
@@ -55,7 +55,7 @@ from .rows_loop import _amp_rows_grad_kernel, _amp_rows_kernel, _amp_total_kerne
 
 
 @triton.jit
-def _cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.constexpr):
+def cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.constexpr):
     """One row's AMP with its whole width in registers: its scalars and g at λ* (1-9)."""
     total = row_sum(on)
     top = row_max(x)
@@ -93,7 +93,7 @@ def _cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.c
 
 
 @triton.jit
-def _bce_at(x, on, off, cols):
+def bce_at(x, on, off, cols):
     """softmax_bce of rows in registers: loss, the six scalars that g is made of, and g (12-15)."""
     top = row_argmax(x)
     is_top = cols == top
@@ -114,13 +114,13 @@ def _bce_at(x, on, off, cols):
 @triton.jit
 def _bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy: tl.constexpr):
     """One row's AMP under softmax_bce with its whole width in registers."""
-    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, g = _bce_at(x, on, off, cols)
+    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, g = bce_at(x, on, off, cols)
     grad = scaled_grad(row_sum(g * d), grad_divisor_ptr)
     lam_adv = step_lam(lam, grad, step_size, policy)
     delta = tl.full(lam.shape, 0.0, lam.dtype)
     takes = takes_adversarial(loss, delta, policy)
     if policy.mode != "mixup":
-        loss_adv, top_adv, lse_adv, lse_others_adv, sum_a_adv, sum_bo_adv, bp_top_adv, g_adv = _bce_at(
+        loss_adv, top_adv, lse_adv, lse_others_adv, sum_a_adv, sum_bo_adv, bp_top_adv, g_adv = bce_at(
             x + (lam_adv - lam) * d, on, off, cols
         )
         delta = loss_adv - loss
@@ -166,8 +166,8 @@ def _register_role(
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
     on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
     if policy.bce:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = _bce_role(
-            x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = (
+            _bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy)
         )
         if STORE:
             store_field(rows_ptr, TOP, row, B, top, ok)
@@ -175,7 +175,7 @@ def _register_role(
             store_field(rows_ptr, SUM_BO, row, B, sum_bo, ok)
             store_field(rows_ptr, BP_TOP, row, B, bp_top, ok)
     else:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, g = _cross_entropy_role(
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, g = cross_entropy_role(
             x, d, on, lam, step_size, grad_divisor_ptr, policy
         )
     if STORE:

@@ -146,7 +146,9 @@ def log1p_any(v):
     y = v / (2.0 + v)
     y2 = y * y
     if v.dtype == tl.float64:
-        series = 0.07692307692307693 + y2 * (0.06666666666666667 + y2 * (0.058823529411764705 + y2 * 0.05263157894736842))
+        series = 0.07692307692307693 + y2 * (
+            0.06666666666666667 + y2 * (0.058823529411764705 + y2 * 0.05263157894736842)
+        )
         series = 0.1111111111111111 + y2 * (0.09090909090909091 + y2 * series)
     else:
         series = tl.full(v.shape, 0.1111111111111111, v.dtype)
@@ -177,7 +179,7 @@ def mixed_logits(
     shift_b,  # per row
     lam,  # per row
 ):
-    """x = b + λd and d = a - b of shifted logits; a class that is -inf in either is -inf in x, with d = 0."""
+    """X = b + λd and d = a - b of shifted logits; a class that is -inf in either is -inf in x, with d = 0."""
     excluded = (a == float("-inf")) | (b == float("-inf"))
     b = b - shift_b
     d = tl.where(excluded, 0.0, (a - shift_a) - b)
@@ -198,7 +200,9 @@ def label_mass(target_ptr, weight_ptr, lam, row, other, C, policy: tl.constexpr)
     label_b = tl.load(target_ptr + other)
     kept_a = label_a != policy.ignore_index
     kept_b = label_b != policy.ignore_index
-    tl.device_assert((label_a == policy.ignore_index) | ((label_a >= 0) & (label_a < C)), "target out of range")
+    tl.device_assert(
+        (label_a == policy.ignore_index) | ((label_a >= 0) & (label_a < C)), "target out of range"
+    )
     mass_a = tl.where(kept_a, lam, 0.0)
     mass_b = tl.where(kept_b, 1.0 - lam, 0.0)
     if weight_ptr is None:
@@ -227,7 +231,9 @@ def target_tile(
     """Class-weighted target mass `on`, mass `off` of "not this class", and the row's share of the divisor."""
     inside = cols < C
     if target_ptr.dtype.element_ty == tl.int64:
-        label_a, label_b, mass_a, mass_b, share = label_mass(target_ptr, weight_ptr, lam, row, other, C, policy)
+        label_a, label_b, mass_a, mass_b, share = label_mass(
+            target_ptr, weight_ptr, lam, row, other, C, policy
+        )
         on = tl.where(cols == label_a, mass_a, 0.0) + tl.where(cols == label_b, mass_b, 0.0)
         kept = mass_a + mass_b
     else:
@@ -304,7 +310,7 @@ def bce_share(x, is_top, lse_others):
 
 @triton.jit
 def bce_grad(x, on, off, is_top, lse, lse_others, sum_a, sum_bo, bp_top):
-    """g of a tile (15)."""
+    """G of a tile (15)."""
     a, b, bo, p, _ = bce_terms(x, on, off, is_top, lse, lse_others)
     return a - p * (sum_a + b) + p * (sum_bo - bo) + bp_top * bce_share(x, is_top, lse_others)
 

@@ -41,7 +41,7 @@ from .rows import (
 
 @triton.jit
 def _mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn):
-    """x at `lam_at` and d of one tile of one row."""
+    """X at `lam_at` and d of one tile of one row."""
     a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam_at.dtype)
     b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam_at.dtype)
     return mixed_logits(a, b, shift_a, shift_b, lam_at)
@@ -133,7 +133,9 @@ def _cross_entropy_loop(
             gains = zeros
             for start in range(0, C, BLOCK_C):
                 cols = start + tl.arange(0, BLOCK_C)
-                x, d = _mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
+                x, d = _mixed_tile(
+                    logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn
+                )
                 gains += tl.exp(x - lse) * expm1_near(eta * d)
             lse_change = log1p_any(tl.sum(gains, 0))
         else:

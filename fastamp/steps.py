@@ -1,0 +1,317 @@
+"""One AMP step on checked arguments: which backend takes it, what it divides by, and the autograd of the closed forms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastamp import closed_form
+from fastamp.backend import uses_triton
+from fastamp.checks import labels_all_kept
+from fastamp.mixing import MixStats
+from fastamp.policy import Policy
+
+
+class HostFacts(NamedTuple):
+    """What the host knows of the values in CPU tensors, at no cost worth naming."""
+
+    all_kept: bool  # no label equals ignore_index
+    spread: float | None  # the largest max - min of a row of logits
+
+
+def host_facts(logits: Tensor, target: Tensor, policy: Policy) -> HostFacts:
+    """Look at CPU tensors (elsewhere that would synchronise); ValueError for a label out of range."""
+    all_kept = labels_facts(target, logits.shape[1], policy)
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or not len(logits):
+        return HostFacts(all_kept, None)
+    low, high = torch.aminmax(logits.detach(), dim=1)
+    return HostFacts(all_kept, float((high - low).amax()))
+
+
+def labels_facts(target: Tensor, classes: int, policy: Policy) -> bool:
+    """Whether it is known that no label is ignored; ValueError for a label of a CPU tensor that is out of range."""
+    if target.is_floating_point():
+        return True
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return labels_all_kept(target, classes, policy.ignore_index)
+
+
+def amp_cross_entropy_step(
+    logits: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    reduction: str,
+    num_items: float | Tensor | None,
+    facts: HostFacts,
+    *,
+    return_stats: bool,
+) -> tuple[Tensor, MixStats | None]:
+    """`amp_cross_entropy` for arguments that have been checked; the statistics where they are asked for, or free."""
+    lam = lam.detach().to(closed_form.compute_dtype(logits.dtype))
+    if uses_triton(logits) and len(logits):
+        from fastamp import ops
+
+        return ops.amp_cross_entropy(
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            policy,
+            reduction,
+            num_items,
+            kernel_grad_divisor(target, lam, partner, weight, policy, num_items, facts.all_kept),
+            return_stats=return_stats,
+        )
+    divisor, grad_divisor = divisors(
+        target, lam, partner, weight, policy, reduction, num_items, facts.all_kept
+    )
+    loss, lam_adv, grad, delta, mask = _AmpCrossEntropy.apply(
+        logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts
+    )
+    return loss, MixStats(lam, lam_adv, grad, delta, mask)
+
+
+class _AmpCrossEntropy(torch.autograd.Function):
+    """The closed forms, with g kept for backward; nothing saved is ever written to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        weight: Tensor | None,
+        divisor: Tensor | float,
+        grad_divisor: Tensor | float,
+        policy: Policy,
+        reduction: str,
+        all_kept: bool,
+        spread: float | None,
+    ) -> tuple[Tensor, ...]:
+        rows = closed_form.amp_rows(
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            policy,
+            grad_divisor,
+            need_grad=ctx.needs_input_grad[0],
+            all_kept=all_kept,
+            spread=spread,
+        )
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *_if_tensor(divisor))
+            ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
+        ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
+        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_mixed, lam, partner, *divisor = ctx.saved_tensors
+        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        grad = closed_form.scatter_roles(grad_mixed, lam, partner, upstream)
+        return (grad.to(ctx.dtype), *[None] * 10)
+
+
+def linear_step(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    relu: bool,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    policy: Policy,
+    reduction: str,
+    num_items: float | Tensor | None,
+    *,
+    return_stats: bool,
+) -> tuple[Tensor, MixStats | None]:
+    """`linear_amp_cross_entropy` for arguments that have been checked."""
+    by_kernel = False
+    if uses_triton(hidden):
+        from fastamp import ops
+
+        by_kernel = ops.linear_head_fits(hidden, linear_weight)
+    if not by_kernel and not relu and keep is None:
+        # Affine: mix the logits instead of the hidden rows.
+        logits = F.linear(hidden, linear_weight, linear_bias)
+        facts = host_facts(logits, target, policy)
+        return amp_cross_entropy_step(
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            policy,
+            reduction,
+            num_items,
+            facts,
+            return_stats=return_stats,
+        )
+    lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
+    all_kept = labels_facts(target, len(linear_weight), policy)
+    if by_kernel:
+        return ops.linear_amp_cross_entropy(
+            hidden,
+            linear_weight,
+            linear_bias,
+            target,
+            lam,
+            partner,
+            relu,
+            keep,
+            weight,
+            policy,
+            reduction,
+            num_items,
+            kernel_grad_divisor(target, lam, partner, weight, policy, num_items, all_kept),
+            return_stats=return_stats,
+        )
+    divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, all_kept)
+    loss, lam_adv, grad, delta, mask = _LinearAmpCrossEntropy.apply(
+        hidden,
+        linear_weight,
+        linear_bias,
+        target,
+        lam,
+        partner,
+        relu,
+        keep,
+        weight,
+        divisor,
+        grad_divisor,
+        policy,
+        reduction,
+        all_kept,
+    )
+    return loss, MixStats(lam, lam_adv, grad, delta, mask)
+
+
+class _LinearAmpCrossEntropy(torch.autograd.Function):
+    """`closed_form.linear_amp_rows`, with the selected pass kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        relu: bool,
+        keep: Tensor | None,
+        weight: Tensor | None,
+        divisor: Tensor | float,
+        grad_divisor: Tensor | float,
+        policy: Policy,
+        reduction: str,
+        all_kept: bool,
+    ) -> tuple[Tensor, ...]:
+        dtype = lam.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, head_input, grad_m = closed_form.linear_amp_rows(
+                hidden.to(dtype),
+                linear_weight.to(dtype),
+                None if linear_bias is None else linear_bias.to(dtype),
+                target,
+                lam,
+                partner,
+                weight,
+                policy,
+                grad_divisor,
+                relu=relu,
+                keep=None if keep is None else keep.to(dtype),
+                all_kept=all_kept,
+            )
+        ctx.save_for_backward(rows.grad_mixed, grad_m, head_input, rows.lam, partner, *_if_tensor(divisor))
+        ctx.divisor = divisor if isinstance(divisor, float) else None
+        ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
+        ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
+        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        g, grad_m, head_input, lam, partner, *divisor = ctx.saved_tensors
+        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        grad_hidden = grad_weight = grad_bias = None
+        with torch.autocast(g.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_hidden = closed_form.scatter_roles(grad_m, lam, partner, upstream).to(hidden_dtype)
+            weighted = g * (upstream[:, None] if upstream.dim() else upstream)
+            if ctx.needs_input_grad[1]:
+                grad_weight = (weighted.mT @ head_input).to(weight_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = weighted.sum(0).to(bias_dtype)
+        return (grad_hidden, grad_weight, grad_bias, *[None] * 11)
+
+
+def divisors(
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    reduction: str,
+    num_items: float | Tensor | None,
+    all_kept: bool,
+) -> tuple[Tensor | float, Tensor | float]:
+    """The divisor of the loss, and the one of the λ-gradient under grad_scale="mean" (1.0 where unused)."""
+    if reduction != "mean" and policy.grad_scale != "mean":
+        return 1.0, 1.0
+    mean: Tensor | float
+    if num_items is not None:
+        mean = num_items if isinstance(num_items, Tensor) else float(num_items)
+    elif all_kept and (weight is None or target.is_floating_point()):
+        mean = float(len(lam))
+    else:
+        mean = closed_form.row_mass(target, lam, partner, weight, policy.ignore_index).sum()
+    return (mean if reduction == "mean" else 1.0), (mean if policy.grad_scale == "mean" else 1.0)
+
+
+def kernel_grad_divisor(
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    num_items: float | Tensor | None,
+    all_kept: bool,
+) -> Tensor | None:
+    """The divisor of the λ-gradient as a 0-d tensor like `lam`, or None where it is the row's own."""
+    if policy.grad_scale == "row":
+        return None
+    _, divisor = divisors(target, lam, partner, weight, policy, "none", num_items, all_kept)
+    return torch.as_tensor(divisor).to(lam)
+
+
+def _reduced(loss: Tensor, reduction: str, divisor: Tensor | float) -> Tensor:
+    return loss if reduction == "none" else loss.sum() / divisor
+
+
+def _upstream(grad_loss: Tensor, divisor: Tensor | float) -> Tensor:
+    if isinstance(divisor, float):
+        return grad_loss / divisor
+    # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
+    return torch.where(divisor == 0, torch.zeros_like(grad_loss), grad_loss / divisor)
+
+
+def _if_tensor(value: Tensor | float) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else ()

@@ -1,0 +1,376 @@
+"""AMP before a small linear head, mixed before its activation and dropout: everything in one pass over the rows.
+
+A program walks over a few rows with W and its share of dW in registers; a row's second role, as its predecessor's
+partner, is recomputed rather than added into shared memory. The shares of dW and db are summed afterwards, in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .amp_cross_entropy import bce_at, cross_entropy_role, inverse_permutation, on_device_of
+from .rows import (
+    DELTA,
+    GRAD,
+    LAM,
+    LAM_ADV,
+    LOSS,
+    MASK,
+    MASS,
+    RowPolicy,
+    row_sum,
+    scaled_grad,
+    step_lam,
+    store_field,
+    takes_adversarial,
+    target_tile,
+)
+from .rows_loop import _amp_total_kernel
+
+FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
+
+
+@triton.jit
+def _loss_and_grad(x, on, off, cols, policy: tl.constexpr):
+    """Loss of one row of logits and its gradient (1-3, 12-15)."""
+    if policy.bce:
+        loss, _, _, _, _, _, _, g = bce_at(x, on, off, cols)
+    else:
+        top = tl.max(x, 0)
+        p = tl.exp(x - top)
+        sum_exp = tl.sum(p, 0)
+        lse = top + tl.log(sum_exp)
+        loss = -tl.sum(tl.where(on != 0, on * (x - lse), 0.0), 0)
+        g = tl.sum(on, 0) * (p / sum_exp) - on
+    return loss, g
+
+
+@triton.jit
+def _head(m, keep, w, bias, RELU: tl.constexpr):
+    """The head's input a (BLOCK_D,), its slope ∂a/∂m, and its logits x (BLOCK_C,) (17)."""
+    slope = keep
+    if RELU:
+        slope = tl.where(m > 0, keep, 0.0)
+    a = m * slope
+    return a, slope, tl.sum(w * a[None, :], 1) + bias
+
+
+@triton.jit
+def _head_role(
+    hidden_ptr,
+    target_ptr,
+    lam_ptr,
+    keep_ptr,
+    class_weight_ptr,
+    grad_divisor_ptr,
+    row,  # int64
+    other,  # int64, its partner
+    w,  # (BLOCK_C, BLOCK_D)
+    bias,  # (BLOCK_C,), -inf past the last class
+    cols,  # (BLOCK_C,)
+    depth,  # (BLOCK_D,)
+    C,
+    D,
+    stride_hm,
+    step_size,
+    policy: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """The role of `row` mixed with `other`: its scalars, g (BLOCK_C,), a at λ* and ∂ℓ/∂m (BLOCK_D,) (17-19)."""
+    inside = depth < D
+    lam = tl.load(lam_ptr + row)
+    h = tl.load(hidden_ptr + row * stride_hm + depth, mask=inside, other=0.0).to(lam.dtype)
+    h_other = tl.load(hidden_ptr + other * stride_hm + depth, mask=inside, other=0.0).to(lam.dtype)
+    d = h - h_other
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + row * D + depth, mask=inside, other=0.0).to(lam.dtype)
+    else:
+        keep = tl.full(d.shape, 1.0, lam.dtype)
+    on, off, share = target_tile(target_ptr, class_weight_ptr, lam, row, other, cols, C, policy)
+    a, slope, x = _head(h_other + lam * d, keep, w, bias, RELU)
+    if not RELU and not policy.bce:
+        # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
+        dx = tl.where(cols < C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
+        loss, lam_sel, lam_adv, grad, delta, takes, _, _, g = cross_entropy_role(
+            x, dx, on, lam, step_size, grad_divisor_ptr, policy
+        )
+        a = keep * (h_other + lam_sel * d)
+    else:
+        loss, g = _loss_and_grad(x, on, off, cols, policy)
+        grad = scaled_grad(row_sum(tl.sum(w * g[:, None], 0) * slope * d), grad_divisor_ptr)
+        lam_adv = step_lam(lam, grad, step_size, policy)
+        delta = tl.full((), 0.0, lam.dtype)
+        takes = takes_adversarial(loss, delta, policy)
+        if policy.mode != "mixup":
+            a_adv, slope_adv, x_adv = _head(h_other + lam_adv * d, keep, w, bias, RELU)
+            loss_adv, g_adv = _loss_and_grad(x_adv, on, off, cols, policy)
+            delta = loss_adv - loss
+            takes = takes_adversarial(loss, delta, policy)
+            loss = tl.where(takes, loss_adv, loss)
+            g = tl.where(takes, g_adv, g)
+            a = tl.where(takes, a_adv, a)
+            slope = tl.where(takes, slope_adv, slope)
+        lam_sel = tl.where(takes, lam_adv, lam)
+    grad_m = tl.sum(w * g[:, None], 0) * slope
+    return loss, share, lam_sel, lam_adv, grad, delta, takes, g, a, grad_m
+
+
+@triton.jit
+def _linear_head_kernel(
+    hidden_ptr,  # (B, D), last dimension contiguous
+    weight_ptr,  # (C, D) contiguous
+    bias_ptr,  # (C,) or None
+    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
+    lam_ptr,  # (B,) compute dtype
+    partner_ptr,  # (B,) int64
+    inverse_ptr,  # (B,) int64
+    keep_ptr,  # (B, D) dropout mask, contiguous, or None
+    class_weight_ptr,  # (C,) or None
+    grad_divisor_ptr,  # () divisor of ∇λ or None
+    upstream_ptr,  # () or (B,) gradient of each row's loss, compute dtype; None stands for 1
+    rows_ptr,  # (7, B) compute dtype, or None
+    dhidden_ptr,  # (B, D) contiguous, or None with the two below
+    dweight_ptr,  # (programs, C, D) compute dtype: each program's share
+    dbias_ptr,  # (programs, C) compute dtype
+    B,
+    C,
+    D,
+    stride_hm: tl.int64,
+    stride_u: tl.int64,
+    step_size: tl.float64,
+    divisor: tl.float64,  # of the gradients
+    policy: tl.constexpr,
+    RELU: tl.constexpr,
+    ROWS: tl.constexpr,  # rows a program walks over
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Losses, ∇λ, λ', selection, and the gradients to h, W and b (17-21)."""
+    cols = tl.arange(0, BLOCK_C)
+    depth = tl.arange(0, BLOCK_D)
+    inside = (cols[:, None] < C) & (depth[None, :] < D)
+    dtype = lam_ptr.dtype.element_ty
+    w = tl.load(weight_ptr + cols[:, None] * D + depth[None, :], mask=inside, other=0.0).to(dtype)
+    bias = tl.where(cols < C, 0.0, float("-inf")).to(dtype)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < C, other=float("-inf")).to(dtype)
+    scale = tl.full((), divisor, dtype)
+    dw = tl.zeros((BLOCK_C, BLOCK_D), dtype)
+    db = tl.zeros((BLOCK_C,), dtype)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for step in range(0, ROWS):
+        row = first + step
+        ok = row < B
+        row = tl.where(ok, row, B - 1)  # a row too many repeats the last one, and counts for nothing
+        loss, share, lam_sel, lam_adv, grad, delta, takes, g, a, grad_m = _head_role(
+            hidden_ptr,
+            target_ptr,
+            lam_ptr,
+            keep_ptr,
+            class_weight_ptr,
+            grad_divisor_ptr,
+            row,
+            tl.load(partner_ptr + row),
+            w,
+            bias,
+            cols,
+            depth,
+            C,
+            D,
+            stride_hm,
+            step_size,
+            policy,
+            RELU,
+        )
+        if rows_ptr is not None:
+            store_field(rows_ptr, LOSS, row, B, loss, ok)
+            store_field(rows_ptr, MASS, row, B, share, ok)
+            store_field(rows_ptr, LAM, row, B, lam_sel, ok)
+            store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
+            store_field(rows_ptr, GRAD, row, B, grad, ok)
+            store_field(rows_ptr, DELTA, row, B, delta, ok)
+            store_field(rows_ptr, MASK, row, B, takes.to(dtype), ok)
+        if dhidden_ptr is not None:
+            source = tl.load(inverse_ptr + row)
+            _, _, lam_source, _, _, _, _, _, _, grad_m_source = _head_role(
+                hidden_ptr,
+                target_ptr,
+                lam_ptr,
+                keep_ptr,
+                class_weight_ptr,
+                grad_divisor_ptr,
+                source,
+                row,
+                w,
+                bias,
+                cols,
+                depth,
+                C,
+                D,
+                stride_hm,
+                step_size,
+                policy,
+                RELU,
+            )
+            own = 1.0 / scale
+            theirs = own
+            if upstream_ptr is not None:
+                own = tl.load(upstream_ptr + row * stride_u) / scale
+                theirs = tl.load(upstream_ptr + source * stride_u) / scale
+            dh = own * lam_sel * grad_m + theirs * (1.0 - lam_source) * grad_m_source
+            tl.store(
+                dhidden_ptr + row * D + depth,
+                dh.to(dhidden_ptr.dtype.element_ty),
+                mask=(depth < D) & (depth >= tl.where(ok, 0, D)),
+            )
+            own = tl.where(ok, own, 0.0)
+            db += own * g
+            dw += (own * g)[:, None] * a[None, :]
+    if dhidden_ptr is not None:
+        program = tl.program_id(0).to(tl.int64)
+        tl.store(dweight_ptr + program * C * D + cols[:, None] * D + depth[None, :], dw, mask=inside)
+        tl.store(dbias_ptr + program * C + cols, db, mask=cols < C)
+
+
+class HeadConfig(NamedTuple):
+    """A launch of `_linear_head_kernel`."""
+
+    rows: int
+    block_c: int
+    block_d: int
+    num_warps: int
+
+
+HEAD_CLASSES = 16
+HEAD_WORDS = 4096  # largest W in registers, in 4-byte words, at 4 warps
+HEAD_DEPTH = 1024
+
+
+def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> HeadConfig | None:
+    """The launch for a head of this size, or None where W does not fit in registers.
+
+    Args:
+        batch: B.
+        classes: C.
+        depth: D.
+        itemsize: bytes of the compute dtype, 4 or 8.
+    """
+    block_c = max(2, triton.next_power_of_2(classes))
+    block_d = triton.next_power_of_2(depth)
+    words = block_c * block_d * itemsize // 4
+    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > 2 * HEAD_WORDS:
+        return None
+    # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
+    rows = max(1, min(8, triton.cdiv(batch, 128)))
+    return HeadConfig(rows, block_c, block_d, 8 if words > HEAD_WORDS else 4)
+
+
+class HeadForward(NamedTuple):
+    """What `linear_head` leaves; gradients are divided by `assumed`."""
+
+    rows: Tensor | None  # (7, B)
+    loss: Tensor | None  # () reduced loss
+    divisor: Tensor | None  # () what it was divided by
+    dhidden: Tensor | None  # (B, D)
+    dweight: Tensor | None  # (C, D) compute dtype
+    dbias: Tensor | None  # (C,) compute dtype
+    assumed: float
+
+
+def linear_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    keep: Tensor | None,
+    class_weight: Tensor | None,
+    grad_divisor: Tensor | None,
+    *,
+    policy: RowPolicy,
+    relu: bool,
+    step_size: float,
+    divisor: float | None,
+    upstream: Tensor | None,
+    want_rows: bool,
+    want_grad: bool,
+) -> HeadForward:
+    """Launch the head: as a forward (`want_rows`), as a backward for a given `upstream`, or as both at once.
+
+    Args:
+        hidden: (B, D), B >= 1.
+        weight: (C, D).
+        bias: (C,) or None.
+        target: (B,) int64 or (B, C) floating point.
+        lam: (B,) compute dtype.
+        partner: (B,) int64 permutation.
+        keep: (B, D) dropout mask with its scaling, or None.
+        class_weight: (C,) or None.
+        grad_divisor: () compute dtype, or None.
+        policy: what to compile for.
+        relu: whether a ReLU stands between mixing and the head.
+        step_size: ε.
+        divisor: of the summed loss; 0 stands for the kept mass; None for no reduction.
+        upstream: () or (B,) gradient of each row's loss, or None for 1.
+        want_rows: write the rows' losses and scalars.
+        want_grad: compute the gradients.
+    """
+    batch, depth = hidden.shape
+    classes = weight.shape[0]
+    config = linear_head_config(batch, classes, depth, lam.element_size())
+    if config is None:
+        raise ValueError(f"a head of {classes} classes over {depth} features does not fit in registers")
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    programs = triton.cdiv(batch, config.rows)
+    assumed = 1.0 if divisor is None else divisor or float(batch)
+    rows = lam.new_empty(FIELDS, batch) if want_rows else None
+    dhidden = dweight = dbias = loss = loss_divisor = None
+    if want_grad:
+        dhidden = torch.empty(batch, depth, dtype=hidden.dtype, device=hidden.device)
+        dweight = lam.new_empty(programs, classes, depth)
+        dbias = lam.new_empty(programs, classes)
+        upstream = None if upstream is None else upstream.to(lam.dtype)
+    with on_device_of(hidden):
+        _linear_head_kernel[(programs,)](
+            hidden,
+            weight.contiguous(),
+            bias if bias is None else bias.contiguous(),
+            target.contiguous(),
+            lam,
+            partner,
+            inverse_permutation(partner) if want_grad else None,
+            None if keep is None else keep.contiguous(),
+            class_weight,
+            grad_divisor,
+            upstream,
+            rows,
+            dhidden,
+            dweight,
+            dbias,
+            batch,
+            classes,
+            depth,
+            hidden.stride(0),
+            upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+            step_size,
+            assumed,
+            policy=policy,
+            RELU=relu,
+            ROWS=config.rows,
+            BLOCK_C=config.block_c,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )
+        if rows is not None and divisor is not None:
+            loss, loss_divisor = lam.new_empty(()), lam.new_empty(())
+            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=1024, num_warps=4)
+    if dweight is not None and dbias is not None:
+        dweight, dbias = dweight.sum(0), dbias.sum(0)
+    return HeadForward(rows, loss, loss_divisor, dhidden, dweight, dbias, assumed)
