@@ -57,9 +57,7 @@ def check_target(target: object, logits: Tensor) -> None:
                 f"got {tuple(target.shape)}"
             )
     elif target.dtype != torch.int64:
-        raise TypeError(
-            f"target must be int64 class indices or floating-point probabilities, got {target.dtype}"
-        )
+        raise TypeError(f"target must be int64 class indices or floating-point probabilities, got {target.dtype}")
     elif target.shape != (batch,):
         raise ValueError(
             f"target of class indices must have shape ({batch},), one a row of logits, got {tuple(target.shape)}"
@@ -70,9 +68,7 @@ def check_target(target: object, logits: Tensor) -> None:
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """`value` lies on `device`."""
     if value.device != device:
-        raise ValueError(
-            f"{name} is on {value.device}, the rows to mix are on {device}; they must be together"
-        )
+        raise ValueError(f"{name} is on {value.device}, the rows to mix are on {device}; they must be together")
 
 
 def check_class_vector(name: str, value: object, classes: int, device: torch.device) -> None:
@@ -148,8 +144,6 @@ def check_num_items(num_items: object) -> None:
     """`num_items` is None, a positive number or a 0-d tensor."""
     if isinstance(num_items, Tensor):
         if num_items.dim():
-            raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
-            )
+            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
     elif num_items is not None:
         check_number("num_items", num_items, low=0.0, open_low=True, also="None")

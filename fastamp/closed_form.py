@@ -48,9 +48,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_mass(
-    target: Tensor, lam: Tensor, partner: Tensor, weight: Tensor | None, ignore_index: int
-) -> Tensor:
+def row_mass(target: Tensor, lam: Tensor, partner: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """(B,) kept, class-weighted mass λ_r w(y_r) + (1-λ_r) w(y_π(r)) of each row; 1 for soft targets."""
     if target.is_floating_point():
         return torch.ones_like(lam)
@@ -58,7 +56,7 @@ def row_mass(
     mass = kept.to(lam.dtype)
     if weight is not None:
         mass = mass * weight.to(lam.dtype)[torch.where(kept, target, 0)]
-    return torch.lerp(mass[partner], mass, lam)
+    return torch.lerp(mass.index_select(0, partner), mass, lam)
 
 
 def mixed_target(
@@ -76,22 +74,21 @@ def mixed_target(
     smoothing = policy.label_smoothing
     kept = None
     if target.is_floating_point():
-        on = torch.lerp(target[partner].to(lam.dtype), target.to(lam.dtype), lam)
+        on = torch.lerp(target.index_select(0, partner).to(lam.dtype), target.to(lam.dtype), lam)
     else:
         label, label_mass, other_mass = target[:, None], lam, 1 - lam
         if not all_kept:
             is_kept = label != policy.ignore_index
             label = torch.where(is_kept, label, 0)
-            label_mass, other_mass = label_mass * is_kept, other_mass * is_kept[partner]
+            label_mass, other_mass = label_mass * is_kept, other_mass * is_kept.index_select(0, partner)
             kept = label_mass + other_mass
+        other_label = label.index_select(0, partner)
         if torch.compiler.is_compiling():  # comparisons fuse; scatters do not
             classes = torch.arange(num_classes, device=target.device)
-            on = torch.where(label == classes, label_mass, 0) + torch.where(
-                label[partner] == classes, other_mass, 0
-            )
+            on = torch.where(label == classes, label_mass, 0) + torch.where(other_label == classes, other_mass, 0)
         else:
             on = lam.new_zeros(len(target), num_classes).scatter_(1, label, label_mass)
-            on = on.scatter_add_(1, label[partner], other_mass)
+            on.scatter_add_(1, other_label, other_mass)
     if smoothing > 0:
         uniform = smoothing / num_classes
         on = (1 - smoothing) * on + (uniform if kept is None else uniform * kept)
@@ -155,6 +152,14 @@ def select(loss: Tensor, delta: Tensor, policy: Policy) -> Tensor:
     return delta >= -(absolute + relative * loss.abs().clamp(min=1))
 
 
+TAME_LOGIT = 32.0
+
+
+def is_tame(low: float, high: float, policy: Policy) -> bool:
+    """Whether logits in [low, high] are finite, lose no digits by mixing, and keep |η d| <= 1; False for NaN."""
+    return -low <= TAME_LOGIT and high <= TAME_LOGIT and (high - low) * policy.lam_reach <= 1.0
+
+
 def amp_rows(
     logits: Tensor,
     target: Tensor,
@@ -165,25 +170,24 @@ def amp_rows(
     grad_divisor: Tensor | float,
     *,
     need_grad: bool,
-    all_kept: bool = False,
-    spread: float | None = None,
+    all_kept: bool,
+    tame: bool,
 ) -> Rows:
     """AMP on logits (B, C); everything returned is in the compute dtype.
 
-    `spread`, where the host knows it, is the largest max - min of a row of logits: |d| cannot exceed it, so a
-    finite and small one rules out -inf, NaN and overflow in expm1, and shortens the work.
+    `tame` promises small finite logits (see `is_tame`).
     """
-    # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
     z = logits.to(lam.dtype)
-    z = z - z.amax(1, keepdim=True)
-    other = z[partner]
-    tame = spread is not None and spread * policy.lam_reach <= 1.0 and spread < torch.inf
-    d = z - other
     if tame:
+        other = z.index_select(0, partner)
+        d = z - other
         x = torch.addcmul(other, lam[:, None], d)
     else:
+        # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
+        z = z - z.amax(1, keepdim=True)
+        other = z.index_select(0, partner)
         excluded = (z == -torch.inf) | (other == -torch.inf)
-        d = d.masked_fill(excluded, 0)
+        d = (z - other).masked_fill(excluded, 0)
         x = (other + lam[:, None] * d).masked_fill(excluded, -torch.inf)
     mixed = mixed_target(target, lam, partner, logits.shape[1], weight, policy, all_kept=all_kept)
 
@@ -249,7 +253,7 @@ def _tame_cross_entropy_rows(
     gain = torch.expm1(eta[:, None] * d).mul_(p)
     gain_sum = gain.sum(1)
     change = torch.log1p(gain_sum)
-    if total is not None:
+    if target.total is not None:
         change = change * target.total
     delta = change.sub_(eta * (target.on * d).sum(1))
     g_adv = None
@@ -259,6 +263,45 @@ def _tame_cross_entropy_rows(
     if policy.never_rejects:
         return Rows(loss.add_(delta), lam_adv, g_adv, lam_adv, grad, delta, torch.ones_like(lam) > 0)
     return _selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
+
+
+def tame_total(
+    logits: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    grad_divisor: Tensor | float,
+    *,
+    need_grad: bool,
+    all_kept: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss and its complete gradient where MinOp never rejects and nobody asked for statistics.
+
+    Fewest operations: then only the loss at λ' is needed, and of the pass at λ only its softmax. Tame
+    cross-entropy only.
+    """
+    z = logits.to(lam.dtype)
+    other = z.index_select(0, partner)
+    d = z - other
+    column = lam.unsqueeze(1)
+    on, _, total = mixed_target(target, lam, partner, z.shape[1], weight, policy, all_kept=all_kept)
+    x = torch.addcmul(other, column, d)
+    if policy.mode != "mixup":
+        p = x.softmax(1)
+        p = p if total is None else p.mul_(total[:, None])
+        grad = _scaled(p.sub_(on).mul_(d).sum(1), policy, grad_divisor)
+        column = step_lam(lam, grad, policy).unsqueeze(1)
+        x = torch.addcmul(other, column, d)
+    logp = x.log_softmax(1)
+    loss = -torch.dot(on.view(-1), logp.view(-1))
+    if not need_grad:
+        return loss, None
+    g = logp.exp_()
+    g = (g if total is None else g.mul_(total[:, None])).sub_(on)
+    own = g * column
+    return loss, own.index_add_(0, partner, g.sub_(own))
 
 
 def _scaled(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> Tensor:
@@ -338,7 +381,7 @@ def linear_amp_rows(
         The rows (grad_mixed is the gradient to the logits), the head's input at λ* (B, D), and ∂ℓ/∂m (B, D).
     """
     mixed = mixed_target(target, lam, partner, weight.shape[0], class_weight, policy, all_kept=all_kept)
-    other = hidden[partner]
+    other = hidden.index_select(0, partner)
     d = hidden - other
 
     def at(coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

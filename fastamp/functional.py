@@ -38,7 +38,8 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         partner: (B,) int64, a permutation of 0..B-1.
 
     Returns:
-        (B, ...) of hidden's dtype; float16 and bfloat16 are mixed in float32 and rounded once.
+        (B, ...) of hidden's dtype, differentiable to hidden; float16 and bfloat16 are mixed in float32 and rounded
+        once. An infinity in either row gives what arithmetic gives, mostly NaN.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.
@@ -46,8 +47,11 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     check_float_rows("hidden", hidden)
     _check_rows("lam", lam, hidden)
     check_partner(partner, len(hidden), hidden.device)
-    other, coefficient = _rows_for(hidden, partner, lam)
-    return (other + coefficient * (hidden.to(other.dtype) - other)).to(hidden.dtype)
+    # Widened once, so that the two roles of a row are added up in the compute dtype in backward, too.
+    wide = hidden.to(closed_form.compute_dtype(hidden.dtype))
+    other = wide.index_select(0, partner)
+    coefficient = lam.to(wide.dtype).view(-1, *[1] * (hidden.dim() - 1))
+    return (other + coefficient * (wide - other)).to(hidden.dtype)
 
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
@@ -67,9 +71,7 @@ def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     check_float_rows("hidden", hidden)
     check_float_rows("grad_mixed", grad_mixed)
     if grad_mixed.shape != hidden.shape:
-        raise ValueError(
-            f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}"
-        )
+        raise ValueError(f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}")
     check_device("grad_mixed", grad_mixed, hidden.device)
     check_partner(partner, len(hidden), hidden.device)
     with torch.no_grad():
@@ -106,15 +108,14 @@ def remix(
         TypeError, ValueError: wrong options, dtypes, shapes or devices.
     """
     policy = checked_policy(step_size=step_size, grad_clip=grad_clip, clamp=clamp)
+    check_float_rows("hidden", hidden)
     _check_rows("lam", lam, hidden)
     grad = lambda_grad(grad_mixed, hidden, partner)
     lam_adv = closed_form.step_lam(lam.detach().to(grad.dtype), grad, policy)
     return lam_adv, mix(hidden, lam_adv, partner)
 
 
-def select_loss(
-    loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+def select_loss(loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Keep ℓ' where ℓ' - ℓ > 0, else ℓ (MinOp, Eq. 18-21); a difference below the tie tolerance takes ℓ'.
 
     Args:
@@ -232,7 +233,8 @@ def linear_amp_cross_entropy(
 
     Returns:
         The loss, () or (B,), float32 (float64 for float64 hidden); with return_stats a tuple (loss, MixStats).
-        Differentiable once, to hidden, linear_weight and linear_bias.
+        Differentiable once, to hidden, linear_weight and linear_bias. Small heads, and any with an activation or a
+        dropout mask, are computed in float32 throughout; a large affine head is one matrix product in hidden's dtype.
 
     Raises:
         TypeError, ValueError: as in `amp_cross_entropy`.
@@ -240,7 +242,9 @@ def linear_amp_cross_entropy(
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
     check_float_rows("hidden", hidden, dims=2)
-    check_logits("linear_weight", linear_weight.mT if isinstance(linear_weight, Tensor) else linear_weight)
+    check_float_rows("linear_weight", linear_weight, dims=2)
+    if not len(linear_weight):
+        raise ValueError(f"linear_weight must have at least one class, got shape {tuple(linear_weight.shape)}")
     if linear_weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"linear_weight must be (C, {hidden.shape[1]}) for hidden {tuple(hidden.shape)}, "
@@ -279,11 +283,6 @@ def linear_amp_cross_entropy(
         return_stats=return_stats,
     )
     return (loss, stats) if return_stats and stats is not None else loss
-
-
-def _rows_for(hidden: Tensor, partner: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = closed_form.compute_dtype(hidden.dtype)
-    return hidden[partner].to(dtype), lam.to(dtype).view(-1, *[1] * (hidden.dim() - 1))
 
 
 def _check_rows(name: str, value: object, hidden: Tensor) -> None:

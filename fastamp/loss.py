@@ -181,6 +181,8 @@ class AMPLoss(nn.Module):
                 raise ValueError("mix and return_stats need train mode: in eval mode nothing is mixed")
             return self._plain(logits, target, num_items)
         if mix is not None:
+            if not isinstance(mix, tuple) or len(mix) != 2:
+                raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
             check_mix(*mix, len(logits), logits.device)
         if self.reweight is not None and self.window.device != logits.device:
             raise ValueError(
@@ -227,7 +229,9 @@ class AMPLoss(nn.Module):
             reduction="sum" if by_items else self.reduction,
             label_smoothing=self.policy.label_smoothing,
         )
-        return loss / num_items if by_items and num_items is not None else loss
+        if not by_items or num_items is None:
+            return loss
+        return loss / (num_items.to(loss.dtype) if isinstance(num_items, Tensor) else num_items)
 
     def _moving_weights(self, delta: Tensor) -> Tensor:
         """1 + (δ-μ)/σ where δ > μ, else 1; enters this step's positive δ (B,) into the window first."""

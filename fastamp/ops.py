@@ -61,18 +61,36 @@ def amp_cross_entropy(
             grad_divisor,
             return_stats=return_stats,
         )
-        return loss / num_items, stats
+        return loss / num_items.to(loss.dtype), stats
     divisor = None if reduction == "none" else 1.0 if reduction == "sum" else float(num_items or 0)
     compiled_for = row_policy(policy, lam.dtype)
     if torch.compiler.is_compiling():
         rows, loss = _operator(
-            logits, target, lam, partner, weight, grad_divisor, *compiled_for, policy.step_size, divisor
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            grad_divisor,
+            *compiled_for,
+            policy.step_size,
+            divisor,
+            ,
         )[:2]
         loss = rows[kernels.LOSS] if divisor is None else loss
         rows = rows.detach()
     else:
         loss, rows = _AmpCrossEntropy.apply(
-            logits, target, lam, partner, weight, grad_divisor, compiled_for, policy.step_size, divisor
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            grad_divisor,
+            compiled_for,
+            policy.step_size,
+            divisor,
+            logits.requires_grad and torch.is_grad_enabled(),
         )
     return loss, _stats(rows, lam) if return_stats else None
 
@@ -94,6 +112,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
         policy: RowPolicy,
         step_size: float,
         divisor: float | None,
+        need_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         out = kernels.amp_cross_entropy_forward(
             logits,
@@ -105,7 +124,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
             policy=policy,
             step_size=step_size,
             divisor=divisor,
-            want_grad=ctx.needs_input_grad[0],
+            want_grad=need_grad,
         )
         ctx.save_for_backward(logits, target, lam, partner, weight, out.rows, out.divisor)
         ctx.policy, ctx.dlogits, ctx.assumed = policy, out.dlogits, out.assumed
@@ -123,7 +142,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
             dlogits = kernels.amp_cross_entropy_backward(
                 logits, target, lam, partner, weight, rows, divisor, grad_loss, policy=ctx.policy
             )
-        return (dlogits, *[None] * 8)
+        return (dlogits, *[None] * 9)
 
 
 @torch.library.custom_op("fastamp::amp_cross_entropy", mutates_args=())
@@ -205,9 +224,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.policy, ctx.reduces = inputs[6:14], inputs[15] is not None
 
 
-def _operator_gradient(
-    ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
+def _operator_gradient(ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *saved, divisor = ctx.saved_tensors
     upstream = grad_loss if ctx.reduces else grad_rows[kernels.LOSS]
     dlogits = _operator_backward(*saved, divisor if ctx.reduces else None, upstream, *ctx.policy)
@@ -217,11 +234,12 @@ def _operator_gradient(
 _operator.register_autograd(_operator_gradient, setup_context=_keep_for_backward)
 
 
-def linear_head_fits(hidden: Tensor, linear_weight: Tensor) -> bool:
+def linear_head_fits(hidden: Tensor, linear_weight: Tensor, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
     classes, depth = linear_weight.shape
     itemsize = closed_form.compute_dtype(hidden.dtype).itemsize
-    fits = kernels.linear_head_config(max(1, len(hidden)), classes, depth, itemsize) is not None
+    bce = policy.loss == "softmax_bce"
+    fits = kernels.linear_head_config(max(1, len(hidden)), classes, depth, itemsize, bce=bce) is not None
     return fits and len(hidden) > 0 and not torch.compiler.is_compiling()
 
 
@@ -262,7 +280,7 @@ def linear_amp_cross_entropy(
         policy.step_size,
         divisor,
     )
-    loss = loss if on_device is None else loss / on_device
+    loss = loss if on_device is None else loss / on_device.to(loss.dtype)
     return loss, _stats(rows, lam) if return_stats else None
 
 
@@ -289,7 +307,7 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
         tensors = (hidden, linear_weight, linear_bias, target, lam, partner, keep, weight, grad_divisor)
         options: dict[str, Any] = {"policy": policy, "relu": relu, "step_size": step_size}
         reduces = divisor is not None
-        out = kernels.linear_head(
+        out = kernels.launch_linear_head(
             *tensors,
             **options,
             divisor=divisor,
@@ -315,7 +333,7 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
             factor = grad_loss * torch.where(divisor == 0, 0, ctx.assumed / divisor)
             grads = [dhidden * factor, dweight * factor, dbias * factor]
         else:
-            out = kernels.linear_head(
+            out = kernels.launch_linear_head(
                 *ctx.saved_tensors,
                 **ctx.options,
                 divisor=None,

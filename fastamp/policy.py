@@ -41,9 +41,7 @@ class Policy(NamedTuple):
     @property
     def never_rejects(self) -> bool:
         """Whether MinOp provably keeps every λ' (cross-entropy is convex in λ; rounding counts as a tie)."""
-        return self.mode == "maxop" or (
-            self.mode == "amp" and self.loss == "cross_entropy" and self.tie_tol == "auto"
-        )
+        return self.mode == "maxop" or (self.mode == "amp" and self.loss == "cross_entropy" and self.tie_tol == "auto")
 
     @property
     def lam_reach(self) -> float:

@@ -48,9 +48,7 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     return mixed.masked_fill(excluded, -torch.inf)
 
 
-def class_mass(
-    target: Tensor, logits: Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def class_mass(target: Tensor, logits: Tensor, ignore_index: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Target probabilities q (B, C), zero for an ignored row, and whether the row is kept (B,), 1.0 or 0.0."""
     if target.is_floating_point():
         q, kept = target.to(logits.dtype), torch.ones_like(logits[:, 0])

@@ -1,4 +1,4 @@
-"""One AMP step on checked arguments: which backend takes it, what it divides by, and the autograd of the closed forms."""
+"""One AMP step on checked arguments: which backend takes it, what it divides by, autograd of the closed forms."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from fastamp.checks import labels_all_kept
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
 
+SMALL_HEAD_CLASSES = 16
+
 
 class HostFacts(NamedTuple):
     """What the host knows of the values in CPU tensors, at no cost worth naming."""
 
     all_kept: bool  # no label equals ignore_index
-    spread: float | None  # the largest max - min of a row of logits
+    tame: bool  # the logits are finite and small: see closed_form.is_tame
 
 
 def host_facts(logits: Tensor, target: Tensor, policy: Policy) -> HostFacts:
     """Look at CPU tensors (elsewhere that would synchronise); ValueError for a label out of range."""
     all_kept = labels_facts(target, logits.shape[1], policy)
     if logits.device.type != "cpu" or torch.compiler.is_compiling() or not len(logits):
-        return HostFacts(all_kept, None)
-    low, high = torch.aminmax(logits.detach(), dim=1)
-    return HostFacts(all_kept, float((high - low).amax()))
+        return HostFacts(all_kept, False)
+    low, high = torch.aminmax(logits.detach())
+    return HostFacts(all_kept, closed_form.is_tame(low.item(), high.item(), policy))
 
 
 def labels_facts(target: Tensor, classes: int, policy: Policy) -> bool:
@@ -71,13 +73,62 @@ def amp_cross_entropy_step(
             kernel_grad_divisor(target, lam, partner, weight, policy, num_items, facts.all_kept),
             return_stats=return_stats,
         )
-    divisor, grad_divisor = divisors(
-        target, lam, partner, weight, policy, reduction, num_items, facts.all_kept
-    )
+    divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, facts.all_kept)
+    need_grad = logits.requires_grad and torch.is_grad_enabled()  # inside a Function grad mode is always off
+    if facts.tame and not return_stats and reduction != "none" and _needs_one_loss(policy):
+        loss = _TameTotal.apply(
+            logits, target, lam, partner, weight, divisor, grad_divisor, policy, facts.all_kept, need_grad
+        )
+        return loss, None
     loss, lam_adv, grad, delta, mask = _AmpCrossEntropy.apply(
-        logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts
+        logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts, need_grad
     )
     return loss, MixStats(lam, lam_adv, grad, delta, mask)
+
+
+def _needs_one_loss(policy: Policy) -> bool:
+    return policy.loss == "cross_entropy" and (policy.never_rejects or policy.mode == "mixup")
+
+
+class _TameTotal(torch.autograd.Function):
+    """`closed_form.tame_total`, divided; the saved gradient is scaled out of place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        weight: Tensor | None,
+        divisor: Tensor | float,
+        grad_divisor: Tensor | float,
+        policy: Policy,
+        all_kept: bool,
+        need_grad: bool,
+    ) -> Tensor:
+        loss, grad = closed_form.tame_total(
+            logits,
+            target,
+            lam,
+            partner,
+            weight,
+            policy,
+            grad_divisor,
+            need_grad=need_grad,
+            all_kept=all_kept,
+        )
+        if grad is not None:
+            ctx.save_for_backward(grad, *_if_tensor(divisor))
+            ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
+        return loss.div_(divisor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *divisor = ctx.saved_tensors
+        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        return ((grad * upstream).to(ctx.dtype), *[None] * 9)
 
 
 class _AmpCrossEntropy(torch.autograd.Function):
@@ -96,7 +147,8 @@ class _AmpCrossEntropy(torch.autograd.Function):
         policy: Policy,
         reduction: str,
         all_kept: bool,
-        spread: float | None,
+        tame: bool,
+        need_grad: bool,
     ) -> tuple[Tensor, ...]:
         rows = closed_form.amp_rows(
             logits,
@@ -106,11 +158,11 @@ class _AmpCrossEntropy(torch.autograd.Function):
             weight,
             policy,
             grad_divisor,
-            need_grad=ctx.needs_input_grad[0],
+            need_grad=need_grad,
             all_kept=all_kept,
-            spread=spread,
+            tame=tame,
         )
-        if ctx.needs_input_grad[0]:
+        if need_grad:
             ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *_if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
         ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
@@ -122,7 +174,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
         grad_mixed, lam, partner, *divisor = ctx.saved_tensors
         upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
         grad = closed_form.scatter_roles(grad_mixed, lam, partner, upstream)
-        return (grad.to(ctx.dtype), *[None] * 10)
+        return (grad.to(ctx.dtype), *[None] * 11)
 
 
 def linear_step(
@@ -146,8 +198,10 @@ def linear_step(
     if uses_triton(hidden):
         from fastamp import ops
 
-        by_kernel = ops.linear_head_fits(hidden, linear_weight)
-    if not by_kernel and not relu and keep is None:
+        by_kernel = ops.linear_head_fits(hidden, linear_weight, policy)
+    # Where a product in half precision would cost digits and save little, it is done in float32.
+    small_half = hidden.dtype.itemsize == 2 and len(linear_weight) <= SMALL_HEAD_CLASSES
+    if not by_kernel and not relu and keep is None and not small_half:
         # Affine: mix the logits instead of the hidden rows.
         logits = F.linear(hidden, linear_weight, linear_bias)
         facts = host_facts(logits, target, policy)
@@ -278,7 +332,7 @@ def divisors(
         return 1.0, 1.0
     mean: Tensor | float
     if num_items is not None:
-        mean = num_items if isinstance(num_items, Tensor) else float(num_items)
+        mean = num_items.to(lam.dtype) if isinstance(num_items, Tensor) else float(num_items)
     elif all_kept and (weight is None or target.is_floating_point()):
         mean = float(len(lam))
     else:

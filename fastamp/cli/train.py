@@ -81,9 +81,7 @@ def summary(result: TrainResult, out: str) -> str:
         f"test error {result.final_test_error:.2f}%; {result.steps_per_s:.1f} steps/s",
     ]
     if result.types_covered is not None:
-        lines.append(
-            f"vectors cover {result.types_covered:.1f}% of words and {result.tokens_covered:.2f}% of tokens"
-        )
+        lines.append(f"vectors cover {result.types_covered:.1f}% of words and {result.tokens_covered:.2f}% of tokens")
     return "\n".join([*lines, f"written to {out}"])
 
 

@@ -81,9 +81,7 @@ _SOURCES = {
 DATASETS = tuple(_SOURCES)
 
 
-def load(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0, lower: bool = True
-) -> Corpus:
+def load(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0, lower: bool = True) -> Corpus:
     """Loads a corpus by name.
 
     `questions` is generated and the same whatever the seed. The others are read from `data_dir`/`name`/: trec

@@ -156,9 +156,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _width(path: Path, line: bytes) -> int:
     fields = line.split(b" ")
     if len(fields) == 2 and all(field.isdigit() for field in fields):
-        raise ValueError(
-            f"{path}:1: {_shown(line)} is the header of a word2vec file; takes GloVe text without it"
-        )
+        raise ValueError(f"{path}:1: {_shown(line)} is the header of a word2vec file; takes GloVe text without it")
     if len(fields) < 2 or not all(_is_number(field) for field in fields[1:]):
         raise ValueError(f"{path}:1: not a word and its numbers: {_shown(line)}")
     return len(fields) - 1
@@ -168,9 +166,7 @@ def _split_word_with_spaces(path: Path, number: int, line: bytes, dim: int) -> t
     fields = line.split(b" ")
     # A number in the word's place is an overlong vector, not a word with spaces.
     if len(fields) <= dim or any(_is_number(field) for field in fields[1:-dim]):
-        raise ValueError(
-            f"{path}:{number}: {len(fields) - 1} values where the first line has {dim}: {_shown(line)}"
-        )
+        raise ValueError(f"{path}:{number}: {len(fields) - 1} values where the first line has {dim}: {_shown(line)}")
     return b" ".join(fields[:-dim]), b" ".join(fields[-dim:])
 
 

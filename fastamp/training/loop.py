@@ -74,9 +74,7 @@ class Listener:
         """A record was added to metrics.jsonl."""
 
 
-def train(
-    config: TrainConfig, out: str | os.PathLike[str], *, listener: Listener | None = None
-) -> TrainResult:
+def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listener | None = None) -> TrainResult:
     """Trains a model, or resumes a run, or reports one that is done.
 
     `out` receives config.json; metrics.jsonl, one record an evaluation and a final one; best.pt, the model of
@@ -181,9 +179,7 @@ class _Run:
         self.model = task.model(config).to(device)
         self.criterion = _criterion(config, device)
         # One dense, fused update of the whole embedding costs less than finding out which rows need one.
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, weight_decay=config.l2, fused=True
-        )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.l2, fused=True)
         self.batches = Batches(task.train, config.batch_size, config.seed + _SHUFFLING)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last evaluation
         self.step = self.offset = self.resumed_from = 0

@@ -2,7 +2,7 @@
 
 from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
-from .linear_head import linear_head, linear_head_config
+from .linear_head import launch_linear_head, linear_head_config
 from .rows import RowPolicy, row_fields
 
 # Rows of the buffer that a forward leaves, as plain integers for indexing tensors.
@@ -20,7 +20,7 @@ __all__ = [
     "RowPolicy",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
-    "linear_head",
+    "launch_linear_head",
     "linear_head_config",
     "rescale_",
     "row_fields",

@@ -166,8 +166,8 @@ def _register_role(
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
     on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
     if policy.bce:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = (
-            _bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy)
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = _bce_role(
+            x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy
         )
         if STORE:
             store_field(rows_ptr, TOP, row, B, top, ok)
@@ -288,41 +288,52 @@ class Config(NamedTuple):
     in_registers: bool  # whole rows in registers, or a loop over tiles
 
 
-def forward_config(batch: int, classes: int, itemsize: int) -> Config:
-    """The launch of the forward, from shape and compute width alone.
+# Sizes in 4-byte words of the compute dtype. tests/test_codegen.py compiles what these can choose, and fails on a
+# spill; which of the spill-free choices is fastest is for a GPU to say.
+REGISTER_WORDS = 4096  # longest row held in registers
+REGISTER_WORDS_BCE = 2048
+LOOP_WORDS = 2048  # tile of a longer row
+LOOP_WORDS_BCE = 1024
+SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole
+SINGLE_PROGRAM_ROWS = 64
+ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together
+ROW_GROUP_ROWS = 32
+WORDS_PER_WARP = 256
+GRAD_WORDS = 512
+GRAD_WORDS_BCE = 256
+TOTAL_BLOCK = 1024
+RESCALE_BLOCK = 4096
+
+
+def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -> Config:
+    """The launch of the forward.
 
     Args:
         batch: B.
         classes: C.
         itemsize: bytes of the compute dtype, 4 or 8.
+        policy: what the kernel is compiled for.
     """
     block_c = triton.next_power_of_2(classes)
     words = block_c * itemsize // 4
-    if words > REGISTER_WORDS:
-        block_c = LOOP_WORDS * 4 // itemsize
-        return Config(1, block_c, 8, False)
+    if words > (REGISTER_WORDS_BCE if policy.bce else REGISTER_WORDS):
+        tile = LOOP_WORDS_BCE if policy.bce else LOOP_WORDS
+        return Config(1, tile * 4 // itemsize, tile // WORDS_PER_WARP, False)
     # A batch that one program can hold is summed there: loss and gradient leave in one launch.
     block_b = triton.next_power_of_2(batch)
-    if block_b * words > SINGLE_PROGRAM_WORDS or block_b > SINGLE_PROGRAM_ROWS:
-        block_b = max(1, ROW_GROUP_WORDS // words)
-    tile = block_b * words
-    num_warps = 1 if tile <= 256 else 2 if tile <= 512 else 4 if tile <= 2048 else 8 if tile <= 4096 else 16
-    return Config(block_b, block_c, num_warps, True)
+    if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
+        return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
+    group = ROW_GROUP_WORDS // 2 if policy.bce else ROW_GROUP_WORDS
+    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
+    light = policy.never_rejects or policy.mode == "mixup"
+    per_warp = WORDS_PER_WARP // 4 if policy.bce else WORDS_PER_WARP if light else WORDS_PER_WARP // 2
+    return Config(block_b, block_c, min(max(1, words // per_warp), 16), True)
 
 
-def backward_config(classes: int, itemsize: int) -> Config:
-    """The launch of the gradient from stored scalars: tiles of about a thousand elements."""
-    block_c = min(triton.next_power_of_2(classes), 2048 * 4 // itemsize)
-    return Config(max(1, 512 * 4 // itemsize // block_c), block_c, 4, False)
-
-
-REGISTER_WORDS = 8192  # longest row held in registers, in 4-byte words: beyond it ptxas spills
-SINGLE_PROGRAM_WORDS = 1024
-SINGLE_PROGRAM_ROWS = 128
-ROW_GROUP_WORDS = 256
-LOOP_WORDS = 2048
-TOTAL_BLOCK = 1024
-RESCALE_BLOCK = 4096
+def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
+    """The launch of the gradient from stored scalars."""
+    block_c = min(triton.next_power_of_2(classes), (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize)
+    return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, 1, False)
 
 
 class Forward(NamedTuple):
@@ -369,11 +380,12 @@ def amp_cross_entropy_forward(
         want_grad: whether a gradient to the logits will be asked for.
     """
     batch, classes = logits.shape
-    target = target.contiguous()
+    target, lam, partner = target.contiguous(), lam.contiguous(), partner.contiguous()
+    weight = None if weight is None else weight.contiguous()
     rows = lam.new_empty(row_fields(policy.bce), batch)
     # Two tensors, not one: the user may write to the loss, and the divisor is kept for backward.
     loss, loss_divisor = (None, None) if divisor is None else (lam.new_empty(()), lam.new_empty(()))
-    config = forward_config(batch, classes, lam.element_size())
+    config = forward_config(batch, classes, lam.element_size(), policy)
     single = config.in_registers and config.block_b >= batch
     assumed = 0.0 if divisor is None or single else divisor or float(batch)
     dlogits = None
@@ -396,7 +408,8 @@ def amp_cross_entropy_forward(
                 num_warps=config.num_warps,
             )
         else:
-            if want_grad and divisor is not None:
+            # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
+            if want_grad and divisor is not None and logits.dtype != torch.float16:
                 dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
             _amp_cross_entropy_kernel[(triton.cdiv(batch, config.block_b),)](
                 logits,
@@ -441,16 +454,16 @@ def amp_cross_entropy_backward(
     batch, classes = logits.shape
     upstream = upstream.to(lam.dtype)
     dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
-    config = backward_config(classes, lam.element_size())
+    config = backward_config(classes, lam.element_size(), policy)
     grid = (triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c))
     with on_device_of(logits):
         _amp_rows_grad_kernel[grid](
             logits,
             target.contiguous(),
-            lam,
-            partner,
+            lam.contiguous(),
+            partner.contiguous(),
             inverse_permutation(partner),
-            weight,
+            None if weight is None else weight.contiguous(),
             rows,
             upstream,
             divisor,

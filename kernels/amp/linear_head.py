@@ -248,11 +248,12 @@ class HeadConfig(NamedTuple):
 
 
 HEAD_CLASSES = 16
-HEAD_WORDS = 4096  # largest W in registers, in 4-byte words, at 4 warps
+HEAD_WORDS = 8192  # largest W in registers, in 4-byte words, under cross-entropy
+HEAD_WORDS_BCE = 4096
 HEAD_DEPTH = 1024
 
 
-def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> HeadConfig | None:
+def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, bce: bool) -> HeadConfig | None:
     """The launch for a head of this size, or None where W does not fit in registers.
 
     Args:
@@ -260,30 +261,31 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> H
         classes: C.
         depth: D.
         itemsize: bytes of the compute dtype, 4 or 8.
+        bce: softmax_bce instead of cross-entropy.
     """
     block_c = max(2, triton.next_power_of_2(classes))
     block_d = triton.next_power_of_2(depth)
     words = block_c * block_d * itemsize // 4
-    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > 2 * HEAD_WORDS:
+    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > (HEAD_WORDS_BCE if bce else HEAD_WORDS):
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, triton.cdiv(batch, 128)))
-    return HeadConfig(rows, block_c, block_d, 8 if words > HEAD_WORDS else 4)
+    return HeadConfig(rows, block_c, block_d, 8)
 
 
 class HeadForward(NamedTuple):
-    """What `linear_head` leaves; gradients are divided by `assumed`."""
+    """What `launch_linear_head` leaves; gradients are divided by `assumed`."""
 
     rows: Tensor | None  # (7, B)
     loss: Tensor | None  # () reduced loss
     divisor: Tensor | None  # () what it was divided by
-    dhidden: Tensor | None  # (B, D)
+    dhidden: Tensor | None  # (B, D) hidden's dtype, or the compute dtype for float16
     dweight: Tensor | None  # (C, D) compute dtype
     dbias: Tensor | None  # (C,) compute dtype
     assumed: float
 
 
-def linear_head(
+def launch_linear_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -324,7 +326,7 @@ def linear_head(
     """
     batch, depth = hidden.shape
     classes = weight.shape[0]
-    config = linear_head_config(batch, classes, depth, lam.element_size())
+    config = linear_head_config(batch, classes, depth, lam.element_size(), bce=policy.bce)
     if config is None:
         raise ValueError(f"a head of {classes} classes over {depth} features does not fit in registers")
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -333,7 +335,9 @@ def linear_head(
     rows = lam.new_empty(FIELDS, batch) if want_rows else None
     dhidden = dweight = dbias = loss = loss_divisor = None
     if want_grad:
-        dhidden = torch.empty(batch, depth, dtype=hidden.dtype, device=hidden.device)
+        # float16 is rounded after the upstream gradient, a loss scale mostly, has been applied.
+        wide = hidden.dtype == torch.float16
+        dhidden = torch.empty(batch, depth, dtype=lam.dtype if wide else hidden.dtype, device=hidden.device)
         dweight = lam.new_empty(programs, classes, depth)
         dbias = lam.new_empty(programs, classes)
         upstream = None if upstream is None else upstream.to(lam.dtype)
@@ -343,11 +347,11 @@ def linear_head(
             weight.contiguous(),
             bias if bias is None else bias.contiguous(),
             target.contiguous(),
-            lam,
-            partner,
+            lam.contiguous(),
+            partner.contiguous(),
             inverse_permutation(partner) if want_grad else None,
             None if keep is None else keep.contiguous(),
-            class_weight,
+            None if class_weight is None else class_weight.contiguous(),
             grad_divisor,
             upstream,
             rows,

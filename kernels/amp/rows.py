@@ -200,9 +200,7 @@ def label_mass(target_ptr, weight_ptr, lam, row, other, C, policy: tl.constexpr)
     label_b = tl.load(target_ptr + other)
     kept_a = label_a != policy.ignore_index
     kept_b = label_b != policy.ignore_index
-    tl.device_assert(
-        (label_a == policy.ignore_index) | ((label_a >= 0) & (label_a < C)), "target out of range"
-    )
+    tl.device_assert((label_a == policy.ignore_index) | ((label_a >= 0) & (label_a < C)), "target out of range")
     mass_a = tl.where(kept_a, lam, 0.0)
     mass_b = tl.where(kept_b, 1.0 - lam, 0.0)
     if weight_ptr is None:
@@ -231,9 +229,7 @@ def target_tile(
     """Class-weighted target mass `on`, mass `off` of "not this class", and the row's share of the divisor."""
     inside = cols < C
     if target_ptr.dtype.element_ty == tl.int64:
-        label_a, label_b, mass_a, mass_b, share = label_mass(
-            target_ptr, weight_ptr, lam, row, other, C, policy
-        )
+        label_a, label_b, mass_a, mass_b, share = label_mass(target_ptr, weight_ptr, lam, row, other, C, policy)
         on = tl.where(cols == label_a, mass_a, 0.0) + tl.where(cols == label_b, mass_b, 0.0)
         kept = mass_a + mass_b
     else:

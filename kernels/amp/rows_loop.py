@@ -129,13 +129,11 @@ def _cross_entropy_loop(
     lse_change = delta
     if policy.mode != "mixup":
         eta = lam_adv - lam
-        if tl.max(tl.abs(eta)) * tl.max(d_max) <= 0.25:
+        if tl.abs(eta) * tl.max(d_max, 0) <= 0.25:
             gains = zeros
             for start in range(0, C, BLOCK_C):
                 cols = start + tl.arange(0, BLOCK_C)
-                x, d = _mixed_tile(
-                    logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn
-                )
+                x, d = _mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
                 gains += tl.exp(x - lse) * expm1_near(eta * d)
             lse_change = log1p_any(tl.sum(gains, 0))
         else:

@@ -1,0 +1,86 @@
+"""Parametrisations, and inputs that are checked before they are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastamp.benchmarking import DTYPES, GPU_ONLY, SHAPES, Contender, Workload, contenders, disagreement
+from fastamp.conformance import OperationCase, check_case
+
+DIRECTIONS = ("forward", "backward", "both")
+HIDDEN_SHAPES = ((50, 300), (24, 768), (24, 40, 768), (256, 128, 768))
+
+
+def plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """Mixup as one writes it."""
+    return torch.lerp(hidden[partner], hidden, lam.view(-1, *[1] * (hidden.dim() - 1)))
+
+
+def steps(takes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Every contender in every shape, dtype and direction."""
+    every = [pytest.param(one, id=one.name.replace(" ", "_")) for one in contenders(takes, compiled=True)]
+    shapes = [pytest.param(shape, id="x".join(map(str, shape))) for shape in SHAPES]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        for name, values in (
+            ("direction", DIRECTIONS),
+            ("contender", every),
+            ("dtype", ["fp32", "bf16"]),
+            ("shape", shapes),
+        ):
+            test = pytest.mark.parametrize(name, values)(test)
+        return test
+
+    return decorate
+
+
+def measure_step(
+    measure: Callable[..., None],
+    benchmark: Any,
+    device: torch.device,
+    takes: str,
+    shape: tuple[int, int, int],
+    dtype: str,
+    contender: Contender,
+    direction: str,
+) -> None:
+    """Times one direction of a contender that agrees with the definition; fails if it does not."""
+    if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
+        pytest.skip("takes a GPU")
+    work = Workload(shape, dtype, takes, device)
+    benchmark.group = f"{work.label} {direction}"
+    torch.compiler.reset()
+    runner = work.bind(contender)
+    reason = disagreement(runner, contender.mode)
+    assert reason is None, f"{contender.name} is not timed: {reason}"
+    if direction == "forward":
+        measure(lambda _: runner.forward(0))
+    elif direction == "backward":
+        measure(lambda loss: runner.backward(0, loss), prepare=lambda: runner.forward(0))
+    else:
+        measure(
+            lambda _: runner.backward(0, runner.forward(0)),
+            moved=work.logits_bytes if takes == "logits" else None,
+        )
+
+
+def checked_inputs(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of one of the paper's operations, on which it has just kept the contract."""
+    case = OperationCase(op, "benchmark", shape=shape)
+    finding = check_case(case, device, "auto", DTYPES[dtype])
+    assert not finding.failures, f"{op} is not timed: {finding.failures[0]}"
+    drawn = case.draw(DTYPES[dtype], torch.Generator().manual_seed(0))
+    return {name: value.to(device) for name, value in drawn.items()}
+
+
+def operations(test: Callable[..., None]) -> Callable[..., None]:
+    """Ours beside PyTorch's composition, in every shape and dtype."""
+    shapes = [pytest.param(shape, id="x".join(map(str, shape))) for shape in HIDDEN_SHAPES]
+    test = pytest.mark.parametrize("whose", ["fastamp", "PyTorch"])(test)
+    test = pytest.mark.parametrize("dtype", ["fp32", "bf16"])(test)
+    return pytest.mark.parametrize("shape", shapes)(test)

@@ -1,0 +1,146 @@
+"""Results as tables and as bars."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def workload_label(row: dict[str, Any]) -> str:
+    """The workload of a row in one line."""
+    shape = row["shape"]
+    rows = f"({shape['B']}, {shape['D']}) -> {shape['C']}" if shape["D"] else f"logits ({shape['B']}, {shape['C']})"
+    return f"{rows}, {row['dtype']}, {row['clock']}"
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Prints a table for every workload and clock, then who was refused and why.
+
+    Args:
+        results: what `run` gave.
+        console: where to; the standard output by default.
+    """
+    console = console or Console()
+    device, versions = results["device"], results["versions"]
+    checkout = results["checkout"]
+    came_from = "no checkout" if checkout is None else checkout["commit"][:12] + " changed" * checkout["changed"]
+    facts = ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)
+    console.print(f"{device['name']}; {facts}; {came_from}; threads: {results['threads']}", highlight=False)
+    console.print(
+        f"{results['rounds']} rounds, every contender once a round; a copy moves {results['copy_gb_s']:.1f} GB/s, "
+        "bytes read and written",
+        highlight=False,
+    )
+    for label, group in groupby(results["rows"], workload_label):
+        console.print(_table(label, list(group)))
+    if device["type"] == "cpu":
+        console.print("ops: operators dispatched in a step, not counted where it is compiled", highlight=False)
+        console.print("not measured on a CPU: peak memory, launches", highlight=False)
+    for note in results["notes"]:
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    for refused in results["refused"]:
+        line = f"refused, not timed: {refused['contender']} at {refused['workload']}: {refused['reason']}"
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _table(label: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=label, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    on_gpu, by_bytes = "kernel_launches" in rows[0], "bytes" in rows[0]
+    table.add_column("median µs", no_wrap=True)
+    headings = ["fwd", "bwd", "both", "xMixup", *(["GB/s", "%copy"] if by_bytes else ["q25-q75"])]
+    for heading in [*headings, *(["launches", "peak MB"] if on_gpu else ["ops"])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        ms, ratio = row["ms"], None if row["ratio"] is None else row["ratio"]["both"]
+        cells = [f"{1e3 * ms[name]['q50']:.1f}" for name in ("forward", "backward", "both")]
+        cells.append("" if ratio is None else f"{ratio['q50']:.2f}")
+        if by_bytes:
+            cells += [f"{row['gb_s']:.3g}", f"{row['percent_of_copy']:.1f}"]
+        else:
+            cells.append("" if ratio is None else f"{ratio['q25']:.2f}-{ratio['q75']:.2f}")
+        if on_gpu:
+            cells += [str(row["kernel_launches"]), f"{row['peak_memory_bytes'] / 1e6:.1f}"]
+        else:
+            cells.append("" if row["operators"] is None else str(row["operators"]))
+        star = " *" if row["contender"] == row["ratio_to"] else ""
+        table.add_row(row["contender"] + star, *cells)
+    captions = [] if rows[0]["ratio_to"] is None else ["* the faster plain Mixup: ratios are to it"]
+    if by_bytes:
+        captions.append(f"bytes: read B·C and write B·C of {rows[0]['dtype']}, {rows[0]['bytes']:,}")
+    table.caption = "; ".join(captions)
+    return table
+
+
+def _label(row: dict[str, Any]) -> str:
+    shape = row["shape"]
+    return f"({shape['B']}, {shape['D']}) -> {shape['C']}" if shape["D"] else f"({shape['B']}, {shape['C']})"
+
+
+def _drawn(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows to draw, by dtype and clock: those of whole steps, or of logits if there are no others."""
+    rows = [row for row in results["rows"] if row["ratio"] is not None]
+    rows = [row for row in rows if row["input"] == "hidden"] or rows
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(f"{row['dtype']}, {row['clock']}", []).append(row)
+    return panels
+
+
+def draw_png(results: dict[str, Any], path: Path) -> None:
+    """Draws the ratios as bars: a panel for every dtype and clock, a group for every shape.
+
+    Args:
+        results: what `run` gave, with at least one ratio.
+        path: the PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed; `pip install fastamp[plot]` gives it.
+    """
+    from matplotlib.figure import Figure
+
+    panels = _drawn(results)
+    every = [row for rows in panels.values() for row in rows]
+    shapes = list(dict.fromkeys(map(_label, every)))
+    names = list(dict.fromkeys(row["contender"] for row in every))
+    width = 0.8 / len(names)
+    figure = Figure(figsize=(3 + 5 * len(panels), 2 + 0.17 * len(names) * len(shapes)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, rows) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(names):
+            ratios = {_label(row): row["ratio"]["both"]["q50"] for row in rows if row["contender"] == name}
+            at = [shapes.index(shape) + (i - len(names) / 2 + 0.5) * width for shape in ratios]
+            bars = panel.barh(at, list(ratios.values()), 0.9 * width, label=name)
+            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        panel.set_yticks(range(len(shapes)), shapes)
+        panel.margins(x=0.1, y=0.01)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_title(title)
+    axes[0].invert_yaxis()
+    figure.supxlabel("time of a step over plain Mixup's, forward and backward (median of per-round ratios)", fontsize=9)
+    torch, threads = results["versions"]["torch"], results["threads"]
+    figure.suptitle(f"{results['device']['name']}, torch {torch}, threads {threads}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_terminal(results: dict[str, Any]) -> str:
+    """The same bars as text, a block for every dtype, clock and shape, by plotext."""
+    import plotext
+
+    blocks = []
+    for panel, rows in _drawn(results).items():
+        for shape, group in groupby(rows, _label):
+            ratios = {row["contender"]: row["ratio"]["both"]["q50"] for row in group}
+            figure = plotext.figure
+            figure.clear()
+            figure.plot_size(80, 2 * len(ratios) + 5)
+            figure.title(f"step over plain Mixup's: {shape}, {panel}")
+            figure.draw(figure.bar(list(ratios), list(ratios.values()), orientation="horizontal", width=0.5))
+            blocks.append(figure.build().string(colorless=True))
+    return "\n".join(blocks)

@@ -1,0 +1,198 @@
+"""Clocks: every contender once a round, in turn, so that what disturbs the machine disturbs them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastamp.benchmarking.workload import Runner
+
+SLOT_SECONDS = 4e-3  # what a contender runs for in one round, at least one step
+WARMUP_STEPS = 5
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+DIRECTIONS = ("forward", "backward", "both")
+
+
+class Sample(NamedTuple):
+    """Milliseconds a step, the mean of one slot."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass
+class Series:
+    """The samples of one contender, one a round."""
+
+    name: str
+    slot: Callable[[], Sample]
+    samples: list[Sample] = field(default_factory=list)
+
+    def values(self, direction: str) -> torch.Tensor:
+        """(rounds,) float64 milliseconds."""
+        return torch.tensor([getattr(sample, direction) for sample in self.samples], dtype=torch.float64)
+
+
+def round_robin(series: Sequence[Series], rounds: int) -> None:
+    """Fills the series: in every round each slot once, the first of a round a different one each time."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            first = number % len(series)
+            for one in (*series[first:], *series[:first]):
+                one.samples.append(one.slot())
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def quantiles(values: torch.Tensor) -> dict[str, float]:
+    """Quantiles by name ("q50" is the median) of (rounds,) values."""
+    found = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64))
+    return {f"q{round(100 * q)}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+
+
+def eager_slot(runner: Runner) -> Callable[[], Sample]:
+    """A slot of steps as Python issues them, host time included; warms up."""
+    cuda = runner.workload.device.type == "cuda"
+    one = _cuda_slot if cuda else _cpu_slot
+    one(runner, WARMUP_STEPS)
+    steps = max(1, round(SLOT_SECONDS * 1e3 / one(runner, 2).both))
+    return lambda: one(runner, steps)
+
+
+def _cpu_slot(runner: Runner, steps: int) -> Sample:
+    forward = backward = 0.0
+    for i in range(steps):
+        began = time.perf_counter()
+        loss = runner.forward(i)
+        between = time.perf_counter()
+        runner.backward(i, loss)
+        backward += time.perf_counter() - between
+        forward += between - began
+    return Sample(forward * 1e3 / steps, backward * 1e3 / steps)
+
+
+def _cuda_slot(runner: Runner, steps: int) -> Sample:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * steps + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for i in range(steps):
+        loss = runner.forward(i)
+        marks[2 * i + 1].record()
+        runner.backward(i, loss)
+        marks[2 * i + 2].record()
+    torch.cuda.synchronize()
+    spans = [before.elapsed_time(after) for before, after in pairwise(marks)]
+    return Sample(sum(spans[::2]) / steps, sum(spans[1::2]) / steps)
+
+
+def graph_slot(runner: Runner) -> Callable[[], Sample]:
+    """A slot of CUDA graph replays: the device's time alone. A graph holds one step for every input copy.
+
+    Backward is the difference of a graph of both and one of the forward.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
+    copies = len(runner.workload.inputs)
+
+    def forward() -> None:
+        kept = [runner.forward(i) for i in range(copies)]
+        del kept
+
+    def both() -> None:
+        for i in range(copies):
+            runner.backward(i, runner.forward(i))
+
+    graphs = [_captured(forward), _captured(both)]
+    replays = max(1, round(SLOT_SECONDS * 1e3 / _replay(graphs[1], 3)))
+
+    def slot() -> Sample:
+        once, whole = (_replay(graph, replays) / copies for graph in graphs)
+        return Sample(once, whole - once)
+
+    return slot
+
+
+def _captured(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            body()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    _replay(graph, 3)
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph, times: int) -> float:
+    """Milliseconds a replay."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    for _ in range(times):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / times
+
+
+def peak_memory(runner: Runner) -> int | None:
+    """Bytes that one step allocates at its peak beyond what was there before; None on a CPU, not measured."""
+    device = runner.workload.device
+    if device.type != "cuda":
+        return None
+    runner.backward(0, runner.forward(0))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner.backward(0, runner.forward(0))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def issued(runner: Runner) -> dict[str, int | None]:
+    """What one step issues: kernels launched on a GPU; operators dispatched on a CPU, None under torch.compile."""
+    if runner.workload.device.type != "cuda":
+        if runner.compiled:  # a dispatch mode keeps compiled code from running
+            return {"operators": None}
+        with _Counting() as counting:
+            runner.backward(0, runner.forward(0))
+        return {"operators": counting.count}
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        runner.backward(0, runner.forward(0))
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernel_launches": sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)}
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operators that reach a backend."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,157 @@
+"""A shape with its inputs, a contender bound to it, and the proof that the contender computes what it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastamp import Mix, reference
+from fastamp.benchmarking.contenders import STEP_SIZE, Contender
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How far a contender may be from the definition: in its loss, relative to max(1, loss), and in each gradient, in norm.
+# float32 tells Mixup from AMP (their losses differ by about 5e-4); a narrow dtype is held to its rounding.
+LOSS_TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+GRAD_TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+MAX_COPIES = 32
+
+
+@dataclass
+class Workload:
+    """Inputs of one shape and dtype.
+
+    Attributes:
+        shape: (B, D, C).
+        dtype: a key of DTYPES.
+        takes: "hidden": x is (B, D), and a linear layer follows; "logits": x is (B, C).
+        device: where.
+        copies: how many inputs the steps rotate over.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: str
+    takes: str
+    device: torch.device
+    copies: int = 1
+    seed: int = 0
+    inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
+    head: nn.Linear | None = field(init=False, repr=False)
+    mix: Mix = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        batch, width, classes = self.shape
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        torch_dtype = DTYPES[self.dtype]
+        made: dict[str, Any] = {"device": self.device, "generator": generator}
+        columns = width if self.takes == "hidden" else classes
+        self.inputs = []
+        for _ in range(self.copies):
+            x = torch.randn(batch, columns, **made).to(torch_dtype).requires_grad_()
+            self.inputs.append((x, torch.randint(classes, (batch,), **made)))
+        self.head = None
+        if self.takes == "hidden":
+            self.head = nn.Linear(width, classes, device=self.device, dtype=torch_dtype)
+            with torch.no_grad():
+                for parameter in self.head.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, **made) * 2 / width**0.5)
+        self.mix = Mix(torch.rand(batch, **made), torch.randperm(batch, **made))
+
+    @property
+    def label(self) -> str:
+        """One line."""
+        batch, width, classes = self.shape
+        rows = f"({batch}, {width}) -> {classes}" if self.takes == "hidden" else f"logits ({batch}, {classes})"
+        return f"{rows}, {self.dtype}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """The least that a step on logits moves: read B·C, write B·C."""
+        return 2 * self.shape[0] * self.shape[2] * DTYPES[self.dtype].itemsize
+
+    def bind(self, contender: Contender) -> Runner:
+        """A contender on these inputs."""
+        loss: Any = contender.loss
+        if contender.compiled:
+            # A function of its own: two contenders, or two shapes, do not share a cache or its limits.
+            def traced(x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
+                return contender.loss(self.head, x, y, mix)
+
+            compiled = torch.compile(traced, fullgraph=True, dynamic=False)
+
+            def drawn(x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
+                # Drawn before the graph, so that the graph that is timed is the one that was checked; besides,
+                # torch 2.13 cannot compile x[torch.randperm(len(x))].
+                if mix is None and contender.mode != "none":
+                    mix = Mix(torch.rand(len(x), device=x.device), torch.randperm(len(x), device=x.device))
+                return compiled(x, y, mix)
+
+            return Runner(contender.name, self, drawn, compiled=True)
+        return Runner(contender.name, self, lambda x, y, mix: loss(self.head, x, y, mix))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A contender on a workload: what is timed."""
+
+    name: str
+    workload: Workload
+    loss: Callable[[Tensor, Tensor, Mix | None], Tensor]
+    compiled: bool = False
+
+    def forward(self, i: int, mix: Mix | None = None) -> Tensor:
+        """The loss on the i-th input, the inputs taken in turn."""
+        inputs = self.workload.inputs
+        return self.loss(*inputs[i % len(inputs)], mix)
+
+    def backward(self, i: int, loss: Tensor) -> tuple[Tensor, ...]:
+        """The gradients to that input and to the head."""
+        inputs, head = self.workload.inputs, self.workload.head
+        leaves = [inputs[i % len(inputs)][0], *([] if head is None else head.parameters())]
+        return torch.autograd.grad(loss, leaves)
+
+
+def disagreement(runner: Runner, mode: str) -> str | None:
+    """What a contender computes otherwise than the definition, given the same λ and partners; None for nothing.
+
+    The truth is `fastamp.reference` in float64, for the loss and for every gradient.
+    """
+    work = runner.workload
+    dtype = DTYPES[work.dtype]
+    loss = runner.forward(0, None if mode == "none" else work.mix)
+    values = runner.backward(0, loss)
+    x, y = work.inputs[0]
+    leaves = [x, *([] if work.head is None else work.head.parameters())]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def head(rows: Tensor) -> Tensor:
+        return rows if work.head is None else nn.functional.linear(rows, *wide[1:])
+
+    # λ as the contender has it: a composition in bfloat16 rounds it first.
+    lam, partner = work.mix.lam.double(), work.mix.partner
+    if mode == "none":
+        expected = nn.functional.cross_entropy(head(wide[0]), y)
+    else:
+        expected = reference.amp(head, wide[0], y, lam, partner, mode=mode, step_size=STEP_SIZE).loss
+    truths = torch.autograd.grad(expected, wide)
+    off = float(((loss.double() - expected).abs() / expected.abs().clamp(min=1)).detach())
+    if not off <= LOSS_TOLERANCE[dtype]:
+        return f"its loss is off by {off:.1e} (allowed {LOSS_TOLERANCE[dtype]:.0e})"
+    for name, value, truth in zip(("its input", "weight", "bias"), values, truths, strict=False):
+        off = float((value.double() - truth).norm() / truth.norm())
+        if not off <= GRAD_TOLERANCE[dtype]:
+            return f"its gradient to {name} is off by {off:.1e} in norm (allowed {GRAD_TOLERANCE[dtype]:.0e})"
+    return None
+
+
+def copies_to_exceed_cache(shape: tuple[int, int, int], dtype: str, takes: str, device: torch.device) -> int:
+    """How many inputs to rotate over so that each is gone from the L2 cache when its turn comes; at most 32."""
+    if device.type != "cuda":
+        return 1
+    batch, width, classes = shape
+    one = batch * (width if takes == "hidden" else classes) * DTYPES[dtype].itemsize
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MAX_COPIES, -(-3 * cache // one)))

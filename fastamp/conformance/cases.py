@@ -1,0 +1,318 @@
+"""What `fastamp check` runs: every operation beside its definition, on inputs that are ordinary and on some that hurt.
+
+A case knows how to draw its inputs, how to run ours on them, and how to run the definition on them in any dtype. The
+definition in float64 is the truth; in the inputs' own dtype it is what a user would compose in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastamp import functional, reference
+
+Tensors = dict[str, Tensor]
+SPOILED = 1  # a class that no row of the -inf case is labelled with
+
+
+class Outcome(NamedTuple):
+    """What a run gave."""
+
+    values: Tensors  # outputs and gradients by name, detached
+    mask: Tensor | None = None  # (B,) bool: rows that took ℓ(λ'); None where nothing is selected
+    delta: Tensor | None = None  # (B,) ℓ(λ') - ℓ(λ)
+    loss: Tensor | None = None  # (B,) the selected losses, which the tie tolerance is relative to
+
+
+class Case(Protocol):
+    """One comparison."""
+
+    @property
+    def op(self) -> str:
+        """The operation's name in fastamp.functional."""
+
+    @property
+    def name(self) -> str:
+        """What is special about the inputs or options."""
+
+    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        """Inputs on the CPU, floating-point ones in `dtype` but for λ and upstream gradients."""
+
+    def ours(self, inputs: Tensors) -> Outcome:
+        """Runs the operation."""
+
+    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
+        """Runs the definition in `dtype`; `mask`, if given, says which rows take ℓ(λ')."""
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A whole AMP step: `amp_cross_entropy`, or with a width `linear_amp_cross_entropy`."""
+
+    name: str
+    batch: int = 50
+    classes: int = 6
+    width: int | None = None  # D of the hidden rows
+    activation: str | None = None
+    dropout: float = 0.0
+    soft: bool = False
+    weighted: bool = False
+    ignored: bool = False
+    layout: str = "contiguous"  # "strided": every second column of a wider tensor; "misaligned": one element in
+    scale: float = 1.0
+    offset: float = 0.0
+    spoiled: bool = False  # one class is -inf in some rows
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """The operation's name in fastamp.functional."""
+        return "amp_cross_entropy" if self.width is None else "linear_amp_cross_entropy"
+
+    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        """Inputs on the CPU."""
+        batch, classes, width = self.batch, self.classes, self.width or self.classes
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        hidden = normal(batch, width) * self.scale + self.offset
+        labels = torch.randint(classes, (batch,), generator=generator)
+        if self.spoiled:
+            hidden[: batch // 2, SPOILED] = -torch.inf
+            labels[labels == SPOILED] = 0
+        inputs = {
+            "hidden": _laid_out(hidden.to(dtype), self.layout),
+            "target": labels,
+            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(_lam_dtype(dtype)),
+            "partner": torch.randperm(batch, generator=generator),
+            "upstream": normal(batch).to(_lam_dtype(dtype)),
+        }
+        if self.soft:
+            inputs["target"] = normal(batch, classes).softmax(1).to(dtype)
+        if self.ignored:
+            inputs["target"][::3] = -100
+        if self.weighted:
+            inputs["class_weight"] = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
+        if self.width is not None:
+            inputs["weight"] = (normal(classes, width) / width**0.5).to(dtype)
+            inputs["bias"] = normal(classes).to(dtype)
+            if self.dropout:
+                keep = torch.rand(batch, width, generator=generator) >= self.dropout
+                inputs["keep"] = (keep / (1 - self.dropout)).to(dtype)
+        return inputs
+
+    def _leaves(self, inputs: Tensors) -> Tensors:
+        names = ("hidden",) if self.width is None else ("hidden", "weight", "bias")
+        return {name: inputs[name].detach().requires_grad_() for name in names}
+
+    def ours(self, inputs: Tensors) -> Outcome:
+        """Row losses and their mean, all gradients of both, and λ'."""
+        leaves = self._leaves(inputs)
+        given = {"weight": inputs.get("class_weight"), "return_stats": True, **self.options}
+        if self.width is not None:
+            given |= {"activation": self.activation, "dropout_mask": inputs.get("keep")}
+        step = getattr(functional, self.op)
+        arguments = (*leaves.values(), inputs["target"], inputs["lam"], inputs["partner"])
+        rows, stats = step(*arguments, reduction="none", **given)
+        mean, _ = step(*arguments, reduction="mean", **given)
+        values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": stats.lam_adv}
+        values |= _gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(rows.dtype))
+        values |= _gradients(mean, leaves, "of the mean")
+        return Outcome(values, stats.mask, stats.delta, rows.detach())
+
+    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
+        """The same by `fastamp.reference.amp`."""
+        leaves = {name: leaf.to(dtype).detach().requires_grad_() for name, leaf in self._leaves(inputs).items()}
+        target, lam, partner = inputs["target"], inputs["lam"], inputs["partner"]
+        class_weight = inputs.get("class_weight")
+
+        def head(mixed: Tensor) -> Tensor:
+            if self.width is None:
+                return mixed
+            active = mixed.relu() if self.activation == "relu" else mixed
+            kept = active * inputs["keep"].to(dtype) if "keep" in inputs else active
+            return kept @ leaves["weight"].mT + leaves["bias"]
+
+        def run(mode: str) -> reference.Result:
+            options = {**self.options, "mode": mode, "reduction": "none", "weight": class_weight}
+            return reference.amp(head, leaves["hidden"], target, lam, partner, **options)
+
+        mode = self.options.get("mode", "amp")
+        at_lam, at_adv, selected = run("mixup"), run("maxop"), run(mode)
+        mask = selected.mask if mask is None else mask
+        # By hand, so that a run in a narrow dtype can be made to take the same branch as the truth.
+        rows = torch.where(mask, at_adv.loss, at_lam.loss)
+        mean = rows.sum() / self._divisor(inputs).to(dtype)
+        values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": selected.lam_adv}
+        values |= _gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(dtype), again=True)
+        values |= _gradients(mean, leaves, "of the mean")
+        return Outcome(values, mask, selected.delta, selected.row_loss)
+
+    def _divisor(self, inputs: Tensors) -> Tensor:
+        target, lam, partner = inputs["target"], inputs["lam"].double(), inputs["partner"]
+        mass = torch.ones_like(lam)
+        if not target.is_floating_point():
+            kept = target != -100
+            mass = mass * kept
+            if "class_weight" in inputs:
+                mass = mass * inputs["class_weight"].double()[torch.where(kept, target, 0)]
+        return (lam * mass + (1 - lam) * mass[partner]).sum()
+
+
+@dataclass(frozen=True)
+class OperationCase:
+    """One of the paper's operations alone: `mix`, `lambda_grad`, `remix` or `select_loss`."""
+
+    op: str
+    name: str
+    shape: tuple[int, ...] = (50, 30)
+    layout: str = "contiguous"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        """Inputs on the CPU."""
+        batch = self.shape[0]
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        if self.op == "select_loss":
+            loss = normal(batch).abs()
+            difference = torch.randn(batch, generator=generator).to(dtype) * 0.1
+            difference[::5] = 0
+            return {"loss": loss, "loss_adv": loss + difference, "upstream": normal(batch)}
+        return {
+            "hidden": _laid_out(normal(*self.shape), self.layout),
+            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(_lam_dtype(dtype)),
+            "partner": torch.randperm(batch, generator=generator),
+            "grad_mixed": normal(*self.shape) * 0.1,
+            "upstream": normal(*self.shape),
+        }
+
+    def ours(self, inputs: Tensors) -> Outcome:
+        """Outputs and the gradients that the operation has."""
+        if self.op == "select_loss":
+            leaves = _fresh(inputs, ("loss", "loss_adv"))
+            chosen, delta, mask = functional.select_loss(leaves["loss"], leaves["loss_adv"], **self.options)
+            values = {"loss": chosen.detach(), **_gradients(chosen, leaves, "", inputs["upstream"])}
+            return Outcome(values, mask, delta, inputs["loss"])
+        leaves = _fresh(inputs, ("hidden",))
+        hidden, lam, partner, grad_mixed = leaves["hidden"], inputs["lam"], inputs["partner"], inputs["grad_mixed"]
+        if self.op == "lambda_grad":
+            return Outcome({"∇λ": functional.lambda_grad(grad_mixed, hidden, partner)})
+        if self.op == "mix":
+            mixed = functional.mix(hidden, lam, partner)
+            return Outcome({"m": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])})
+        lam_adv, mixed = functional.remix(hidden, lam, partner, grad_mixed, **self.options)
+        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])}
+        return Outcome(values)
+
+    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
+        """The same from `fastamp.reference.mix` and autograd."""
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        if self.op == "select_loss":
+            leaves = _fresh(inputs, ("loss", "loss_adv"))
+            delta = (leaves["loss_adv"] - leaves["loss"]).detach()
+            mask = delta >= 0 if mask is None else mask
+            chosen = torch.where(mask, leaves["loss_adv"], leaves["loss"])
+            values = {"loss": chosen.detach(), **_gradients(chosen, leaves, "", inputs["upstream"])}
+            return Outcome(values, mask, delta, inputs["loss"])
+        leaves = _fresh(inputs, ("hidden",))
+        hidden, partner = leaves["hidden"], inputs["partner"]
+        lam = inputs["lam"].detach().requires_grad_()
+        mixed = reference.mix(hidden, lam, partner)
+        if self.op == "mix":
+            return Outcome({"m": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])})
+        (grad,) = torch.autograd.grad(mixed, lam, inputs["grad_mixed"])
+        if self.op == "lambda_grad":
+            return Outcome({"∇λ": grad})
+        clip = self.options.get("grad_clip", 1.0)
+        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * (
+            grad if clip is None else grad.clamp(-clip, clip)
+        )
+        lam_adv = lam_adv.clamp(0, 1) if self.options.get("clamp") else lam_adv
+        mixed = reference.mix(hidden, lam_adv, partner)
+        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])}
+        return Outcome(values)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """All cases; the quick ones are a part of them."""
+    for loss in ("cross_entropy", "softmax_bce"):
+        options: dict[str, Any] = {"loss": loss}
+        yield from (StepCase(f"{loss} {mode}", options={**options, "mode": mode}) for mode in ("amp", "maxop", "mixup"))
+        yield StepCase(f"{loss} confident", batch=7, scale=20.0, options=options)
+        yield StepCase(f"{loss} -inf, strided", batch=9, spoiled=True, layout="strided", options=options)
+        yield StepCase(
+            f"{loss} weight, ignored, smoothing",
+            batch=33,
+            weighted=True,
+            ignored=True,
+            options={**options, "label_smoothing": 0.1},
+        )
+        for kind, head in (
+            ("plain", {}),
+            ("relu", {"activation": "relu"}),
+            ("relu, dropout", {"activation": "relu", "dropout": 0.5}),
+        ):
+            yield StepCase(f"{loss} {kind}", batch=24, width=20, **head, options=options)
+        if quick:
+            continue
+        yield StepCase(f"{loss} one class", batch=5, classes=1, options=options)
+        yield StepCase(f"{loss} one row", batch=1, classes=7, options=options)
+        yield StepCase(f"{loss} probabilities", soft=True, weighted=True, options=options)
+        yield StepCase(f"{loss} common offset", offset=1000.0, options=options)
+        yield StepCase(f"{loss} misaligned", classes=37, layout="misaligned", options=options)
+        yield StepCase(f"{loss} many rows", batch=700, classes=5, options=options)
+        yield StepCase(f"{loss} grad of the mean", options={**options, "grad_scale": "mean"})
+        yield StepCase(f"{loss} no clip", scale=4.0, options={**options, "grad_clip": None, "step_size": 0.05})
+        yield StepCase(f"{loss} clamp", options={**options, "clamp": True, "step_size": 0.4})
+        yield StepCase(f"{loss} to the letter", options={**options, "tie_tol": 1e-3, "step_size": 0.1})
+        yield StepCase(f"{loss} 300 classes", batch=12, classes=300, options=options)
+        yield StepCase(f"{loss} TextCNN head", batch=50, width=300, activation="relu", dropout=0.5, options=options)
+        yield StepCase(f"{loss} BERT head", batch=24, classes=5, width=768, options=options)
+    if not quick:
+        yield StepCase("cross_entropy 5000 classes", batch=6, classes=5000)
+        yield StepCase("cross_entropy 20000 classes", batch=4, classes=20000)
+    yield OperationCase("mix", "rows of 30")
+    yield OperationCase("mix", "words, strided", shape=(7, 5, 12), layout="strided")
+    yield OperationCase("lambda_grad", "rows of 30")
+    yield OperationCase("lambda_grad", "words, strided", shape=(7, 5, 12), layout="strided")
+    yield OperationCase("remix", "rows of 30")
+    yield OperationCase("remix", "clamp, no clip", options={"step_size": 0.5, "grad_clip": None, "clamp": True})
+    yield OperationCase("select_loss", "a fifth of ties")
+    if not quick:
+        yield OperationCase("mix", "long rows", shape=(3, 40_000))
+        yield OperationCase("lambda_grad", "long rows", shape=(3, 40_000))
+        yield OperationCase("remix", "long rows", shape=(3, 40_000))
+
+
+def _lam_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _laid_out(rows: Tensor, layout: str) -> Tensor:
+    """The same values in another layout."""
+    if layout == "strided":
+        return torch.stack([rows, -rows], -1)[..., 0]
+    if layout == "misaligned":
+        memory = rows.new_full((rows.numel() + 1,), torch.nan)
+        memory[1:] = rows.flatten()
+        return memory[1:].view(rows.shape)
+    return rows
+
+
+def _fresh(inputs: Tensors, names: tuple[str, ...]) -> Tensors:
+    return {name: inputs[name].detach().requires_grad_() for name in names}
+
+
+def _gradients(
+    output: Tensor, leaves: Tensors, of: str, upstream: Tensor | None = None, *, again: bool = False
+) -> Tensors:
+    grads = torch.autograd.grad(output, list(leaves.values()), upstream, retain_graph=again)
+    return {f"gradient {of} to {name}".replace("  ", " "): grad for name, grad in zip(leaves, grads, strict=True)}

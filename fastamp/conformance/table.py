@@ -1,0 +1,47 @@
+"""A report as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastamp.conformance.check import Report
+
+_SHOWN = 3  # failures of one row
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Prints a row for every operation, device, backend and dtype, then what failed and what was not there.
+
+    Args:
+        report: what `check` gave.
+        console: where to; the standard output by default.
+    """
+    console = console or Console()
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption="errors against the definition in float64; PyTorch: the definition in the same dtype",
+    )
+    for heading in ("op", "on", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cases", "worst", "PyTorch's", "ok"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        numbers = (str(row.cases), f"{row.worst:.1e}", f"{row.worst_pytorch:.1e}")
+        verdict = "[green]yes[/]" if row.ok else "[red]NO[/]"
+        table.add_row(row.op, f"{row.backend} {row.device}", row.dtype, *numbers, verdict)
+    console.print(table)
+    for row in report.rows:
+        where = f"{row.op}, {row.backend} on {row.device}, {row.dtype}"
+        for line in row.failures[:_SHOWN]:
+            console.print(f"failed: {where}: {line}", markup=False, highlight=False, soft_wrap=True)
+        if len(row.failures) > _SHOWN:
+            console.print(f"failed: {where}: {len(row.failures) - _SHOWN} more, all of them in --out")
+    for line in report.absent:
+        console.print(f"not checked: {line}", markup=False, highlight=False, soft_wrap=True)
+    failed = sum(not row.ok for row in report.rows)
+    verdict = "every row keeps the contract" if report.ok else f"{failed} of {len(report.rows)} rows break the contract"
+    console.print(f"{verdict}: |ours - truth| <= |PyTorch - truth| + tolerance", markup=False, highlight=False)

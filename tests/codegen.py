@@ -1,0 +1,250 @@
+"""Compile what the launch heuristics can choose, for GPUs that are not here; print one JSON line a kernel.
+
+Run as a program, in a process where TRITON_INTERPRET is not set: triton.jit decides when a kernel is defined
+whether it will be compiled or interpreted.
+
+    python tests/codegen.py cuda:90 rows       # or rows-fp64, loop, grad, head, small
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastamp.kernels import RowPolicy, amp_cross_entropy, linear_head, rows_loop
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7)
+MASKED = PLAIN._replace(tie_rel=0.0, clamp=True, label_smoothing=0.1)
+DTYPES = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
+
+
+class Case(NamedTuple):
+    """One specialisation of one kernel."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # of the arguments that are not constants
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]  # arguments divisible by 16
+    num_warps: int
+    row_bytes: int  # bytes of a row in one tile, to be read in vectors; 0: too short to ask
+
+
+def variants(itemsize: int) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
+    """Name, policy, soft targets, class weights: the lightest and the heaviest of each loss."""
+    yield "cross_entropy", PLAIN, False, False
+    yield "cross_entropy+all", MASKED, True, True
+    if itemsize == 4:
+        yield "softmax_bce", PLAIN._replace(bce=True), False, False
+    yield "softmax_bce+all", MASKED._replace(bce=True), True, True
+
+
+def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[str, str]:
+    wide = DTYPES[itemsize]
+    signature = {"logits_ptr": data, "target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
+    signature |= {"rows_ptr": wide, "B": "i32", "C": "i32", "stride_zm": "i64"}
+    return signature | ({"weight_ptr": wide} if weighted else {})
+
+
+def row_cases(itemsize: int, sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    """The register kernel at (B, C) in `sizes`."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for batch, classes in sizes:
+            config = amp_cross_entropy.forward_config(batch, classes, itemsize, policy)
+            if not config.in_registers:
+                continue
+            # bfloat16 where the registers are fewest; float32 where they are most.
+            width = 2 if itemsize == 4 and not weighted else itemsize
+            data = DTYPES[width]
+            wide = DTYPES[itemsize]
+            signature = row_signature(itemsize, data, soft, weighted)
+            signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
+            single = config.block_b >= batch
+            signature |= {"loss_ptr": wide, "divisor_ptr": wide} if single else {"inverse_ptr": "*i64"}
+            constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": config.block_b, "BLOCK_C": config.block_c}
+            long = classes >= 1024
+            yield Case(
+                f"{name} B={batch} C={classes} {config}",
+                amp_cross_entropy._amp_cross_entropy_kernel,
+                signature,
+                constants,
+                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
+                config.num_warps,
+                config.block_c * width if long else 0,
+            )
+
+
+def loop_cases(itemsize: int) -> Iterator[Case]:
+    for name, policy, soft, weighted in variants(itemsize):
+        config = amp_cross_entropy.forward_config(64, 32000, itemsize, policy)
+        width = 2 if itemsize == 4 and not weighted else itemsize
+        data = DTYPES[width]
+        yield Case(
+            f"{name} {config}",
+            rows_loop._amp_rows_kernel,
+            row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"},
+            {"stride_zn": 1, "policy": policy, "BLOCK_C": config.block_c},
+            ("logits_ptr", "stride_zm", "C"),
+            config.num_warps,
+            config.block_c * width,
+        )
+
+
+def grad_cases(itemsize: int) -> Iterator[Case]:
+    for name, policy, soft, weighted in variants(itemsize):
+        for classes in (2, 64, 32000):
+            config = amp_cross_entropy.backward_config(classes, itemsize, policy)
+            width = 2 if itemsize == 4 and not weighted else itemsize
+            data = DTYPES[width]
+            signature = row_signature(itemsize, data, soft, weighted)
+            signature |= {"inverse_ptr": "*i64", "upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
+            signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
+            long = classes >= 1024
+            yield Case(
+                f"{name} C={classes} {config}",
+                rows_loop._amp_rows_grad_kernel,
+                signature,
+                {"stride_zn": 1, "policy": policy, "BLOCK_B": config.block_b, "BLOCK_C": config.block_c},
+                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
+                config.num_warps,
+                config.block_c * width if long else 0,
+            )
+
+
+def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
+    """The head kernel at (B, D, C)."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for batch, depth, classes in shapes:
+            config = linear_head.linear_head_config(batch, classes, depth, itemsize, bce=policy.bce)
+            if config is None:
+                continue
+            wide = DTYPES[itemsize]
+            pointers = ("hidden", "weight", "bias", "lam", "rows", "dhidden", "dweight", "dbias")
+            signature = {f"{pointer}_ptr": wide for pointer in pointers}
+            signature |= {"target_ptr": wide if soft else "*i64", "partner_ptr": "*i64", "inverse_ptr": "*i64"}
+            signature |= {"B": "i32", "C": "i32", "D": "i32", "stride_hm": "i64", "stride_u": "i64"}
+            signature |= {"step_size": "fp64", "divisor": "fp64"}
+            signature |= {"class_weight_ptr": wide, "keep_ptr": wide, "upstream_ptr": wide} if weighted else {}
+            yield Case(
+                f"{name} B={batch} D={depth} C={classes} {config}",
+                linear_head._linear_head_kernel,
+                signature,
+                {
+                    "policy": policy,
+                    "RELU": weighted,
+                    "ROWS": config.rows,
+                    "BLOCK_C": config.block_c,
+                    "BLOCK_D": config.block_d,
+                },
+                ("hidden_ptr", "dhidden_ptr", "stride_hm", "D"),
+                config.num_warps,
+                0,
+            )
+
+
+def small_cases() -> Iterator[Case]:
+    """The sum of the losses and the rescaling of the gradient."""
+    for wide in ("*fp32", "*fp64"):
+        yield Case(
+            f"total {wide}",
+            rows_loop._amp_total_kernel,
+            {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64"},
+            {"BLOCK": amp_cross_entropy.TOTAL_BLOCK},
+            (),
+            4,
+            0,
+        )
+    yield Case(
+        "rescale",
+        rows_loop._rescale_kernel,
+        {
+            "dlogits_ptr": "*bf16",
+            "upstream_ptr": "*fp32",
+            "divisor_ptr": "*fp32",
+            "numel": "i64",
+            "assumed": "fp64",
+        },
+        {"BLOCK": amp_cross_entropy.RESCALE_BLOCK},
+        ("dlogits_ptr", "numel"),
+        8,
+        0,
+    )
+
+
+SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
+GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
+LONG = [(4096, 2**power) for power in range(8, 13)]
+HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
+GROUPS_OF_CASES = {
+    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG),
+    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)]),
+    "rows-some": lambda: row_cases(4, [(50, 6), (4096, 6), (4096, 1024), (4096, 4096)]),
+    "loop": lambda: loop_cases(4),
+    "loop-fp64": lambda: loop_cases(8),
+    "grad": lambda: grad_cases(4),
+    "grad-fp64": lambda: grad_cases(8),
+    "head": lambda: head_cases(4, HEADS),
+    "head-some": lambda: head_cases(4, HEADS[:2]),
+    "head-fp64": lambda: head_cases(8, HEADS[:2]),
+    "small": small_cases,
+}
+
+
+def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
+    """Compile, and read registers, spills and the narrowest vector access off the machine code."""
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    constants = {name: case.constants.get(name) for name in names if signature[name] == "constexpr"}
+    aligned = [name for name in case.aligned if name in case.signature]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    start = time.perf_counter()
+    source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    found: dict[str, Any] = {"case": case.name, "kernel": case.kernel.__name__, "warps": case.num_warps}
+    found["seconds"] = round(time.perf_counter() - start, 2)
+    if target.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            command = [CUOBJDUMP, "-sass", file.name]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found |= {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))  # accesses to thread-local memory
+        accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+        found["widest"] = max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
+    else:
+        assembly = compiled.asm["amdgcn"]
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+            found[key] = max(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", assembly))
+        found["spills"] = found["vgpr_spill_count"] + found["private_segment_fixed_size"]
+        widths = [int(width or 1) for width in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", assembly)]
+        found["widest"] = 4 * max(widths, default=0)
+    held = case.row_bytes // (case.num_warps * target.warp_size)
+    found["narrow"] = found["widest"] < min(16, held)
+    return found
+
+
+def main(target_name: str, group: str) -> None:
+    """Print one JSON line for every case of a group."""
+    backend, arch = target_name.split(":")
+    target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    for case in GROUPS_OF_CASES[group]():
+        print(json.dumps(compile_case(case, target)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,246 @@
+"""torch.compile: whole graphs, the numbers of eager mode, new draws in every call; the registered operators."""
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import HAS_GPU, random_case
+from torch import nn
+
+import fastamp
+from fastamp import AMPLoss, Mix
+from fastamp.functional import amp_cross_entropy
+from fastamp.policy import Policy
+
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def torch_backend():
+    with fastamp.set_backend("torch"):
+        yield
+
+
+def compiled(function, **options):
+    return torch.compile(function, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager", **options)
+
+
+def batch(size=6, classes=5):
+    case = random_case(size, classes)
+    return case.logits.requires_grad_(), case.target, Mix(case.lam, case.partner)
+
+
+OPTIONS = [
+    {},
+    {"mode": "mixup"},
+    {"loss": "softmax_bce", "step_size": 0.1, "grad_scale": "mean", "grad_clip": None},
+    {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2, "weight": torch.arange(1.0, 6.0)},
+    {"reweight": "moving", "step_size": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_compiled_criterion_gives_the_numbers_of_eager_mode(backend, options):
+    """12, 14: silently wrong under torch.compile, or the graph breaks."""
+    logits, target, mix = batch()
+
+    def step(criterion, logits):
+        return criterion(2 * logits, target, mix=mix)
+
+    eager, other = (AMPLoss(**options).to(logits.device) for _ in range(2))
+    fast = compiled(step)
+    for _ in range(3):
+        expected, loss = step(eager, logits), fast(other, logits)
+        torch.testing.assert_close(loss, expected, **CLOSE)
+        upstream = torch.randn(loss.shape)
+        grads = [torch.autograd.grad(x, logits, upstream)[0] for x in (expected, loss)]
+        torch.testing.assert_close(*grads, **CLOSE)
+    if "reweight" in options:
+        torch.testing.assert_close(other.window, eager.window, **CLOSE)
+
+
+def test_inductor_gives_the_numbers_of_eager_mode(torch_backend):
+    logits, target, mix = batch()
+    criterion = AMPLoss(ignore_index=1, label_smoothing=0.1)
+    loss, stats = torch.compile(criterion, fullgraph=True)(logits, target, mix=mix, return_stats=True)
+    expected, expected_stats = criterion(logits, target, mix=mix, return_stats=True)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(stats, expected_stats, **CLOSE)
+    grads = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*grads, **CLOSE)
+
+
+def test_a_compiled_criterion_draws_a_new_lambda_in_every_call(backend):
+    """29: a λ frozen into the graph."""
+    logits, target, _ = batch()
+    criterion = AMPLoss()
+    fast = compiled(lambda logits: criterion(logits, target, return_stats=True)[1])
+    draws = [fast(logits) for _ in range(4)]
+    for i, one in enumerate(draws):
+        assert ((one.lam >= 0) & (one.lam <= 1)).all()
+        assert not any(torch.equal(one.lam, other.lam) for other in draws[i + 1 :])
+    assert len({tuple(one.lam_adv.tolist()) for one in draws}) == 4
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+def test_every_kind_of_draw_compiles_into_one_graph(torch_backend, pairing, alpha):
+    """14: compile raises or breaks the graph."""
+    logits, target, _ = batch()
+    criterion = AMPLoss(alpha=alpha, pairing=pairing)
+    explanation = torch._dynamo.explain(criterion)(logits, target)
+    assert explanation.graph_break_count == 0
+    assert explanation.graph_count == 1
+    loss = compiled(criterion)(logits, target)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_batches_of_any_size_pass_one_dynamic_graph(backend):
+    criterion = AMPLoss()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda *args: criterion(args[0], args[1], mix=Mix(*args[2:])), fullgraph=True, dynamic=True, backend=counting)
+    for size in (6, 9, 5, 12):
+        logits, target, mix = batch(size)
+        torch.testing.assert_close(step(logits, target, *mix), criterion(logits, target, mix=mix), **CLOSE)
+    assert len(graphs) == 1
+
+
+def test_batches_of_any_size_give_the_gradients_of_eager_mode(backend):
+    criterion = AMPLoss()
+    fast = compiled(lambda *args: criterion(args[0], args[1], mix=Mix(*args[2:])), dynamic=True)
+    for size in (6, 9, 5):
+        logits, target, mix = batch(size)
+        grads = [
+            torch.autograd.grad(loss, logits)[0]
+            for loss in (fast(logits, target, *mix), criterion(logits, target, mix=mix))
+        ]
+        torch.testing.assert_close(*grads, **CLOSE)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "columns sliced", "every second"])
+def test_compiled_strides_reach_the_kernel_as_they_are(backend, layout):
+    """13: the compiler pads or reorders strides before the kernel."""
+    target, mix = batch(6, 5)[1:]
+    wide = torch.randn(12, 12, requires_grad=True)
+    take = {
+        "transposed": lambda w: (w * 2)[:5, :6].t(),
+        "columns sliced": lambda w: (w * 2)[:6, 3:8],
+        "every second": lambda w: (w * 2)[::2, 1:11:2],
+    }[layout]
+    criterion = AMPLoss()
+
+    def step(w):
+        return criterion(take(w), target, mix=mix)
+
+    loss, expected = compiled(step)(wide), step(wide)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(*[torch.autograd.grad(x, wide)[0] for x in (loss, expected)], **CLOSE)
+
+
+def test_a_compiled_training_step_gives_the_gradients_of_eager_mode(backend):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5))
+    x = torch.randn(6, 4)
+    _, target, mix = batch()
+    criterion = AMPLoss()
+
+    def step(x):
+        return criterion(model(x), target, mix=mix)
+
+    gradients = []
+    for run in (step, compiled(step)):
+        model.zero_grad()
+        run(x).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, eager, **CLOSE)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_compiled_head_gives_the_gradients_of_eager_mode(backend, activation):
+    hidden, weight, bias = torch.randn(6, 7), torch.randn(5, 7), torch.randn(5)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    _, target, mix = batch()
+
+    def step(*leaves):
+        return fastamp.functional.linear_amp_cross_entropy(*leaves, target, *mix, activation=activation)
+
+    losses = step(*leaves), compiled(step)(*leaves)
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
+        torch.testing.assert_close(other, one, **CLOSE)
+
+
+def test_eval_mode_compiles(backend):
+    logits, target, _ = batch()
+    criterion = AMPLoss().eval()
+    torch.testing.assert_close(compiled(criterion)(logits, target), nn.functional.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_function_compiles_with_items_on_the_device(backend, reduction):
+    logits, target, mix = batch()
+
+    def step(logits, items):
+        return amp_cross_entropy(logits, target, *mix, reduction=reduction, num_items=items)
+
+    items = torch.tensor(3.0)
+    torch.testing.assert_close(compiled(step)(logits, items), step(logits, items), **CLOSE)
+
+
+# --- the registered operators
+
+
+def operator_arguments(*, divisor, soft=False, dtype=torch.float32, layout=None, **options):
+    from fastamp.ops import row_policy
+
+    case = random_case(6, 5, dtype=dtype)
+    logits = case.logits if layout is None else torch.stack([case.logits, case.logits], 2)[..., 0]
+    target = torch.rand(6, 5).softmax(1) if soft else case.target
+    policy = row_policy(Policy(**options), torch.float32)
+    tensors = (logits.detach().requires_grad_(), target, case.lam, case.partner, torch.rand(5), None)
+    return (*tensors, *policy, 0.1, divisor)
+
+
+@pytest.mark.parametrize("divisor", [0.0, 1.0, None])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"soft": True}, {"loss": "softmax_bce"}, {"dtype": torch.bfloat16}, {"layout": "strided"}],
+    ids=str,
+)
+def test_the_forward_operator_passes_opcheck(triton_backend, options, divisor):
+    import fastamp.ops  # noqa: F401 - registers the operators
+
+    torch.library.opcheck(torch.ops.fastamp.amp_cross_entropy.default, operator_arguments(divisor=divisor, **options))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "softmax_bce"])
+@pytest.mark.parametrize("upstream", ["scalar", "rows", "stride 0", "strided"])
+def test_the_backward_operator_passes_opcheck(triton_backend, upstream, loss):
+    """5: gradients of stride 0 among them, which gradcheck does not try."""
+    import fastamp.ops  # noqa: F401 - registers the operators
+
+    arguments = operator_arguments(divisor=1.0 if upstream == "scalar" else None, loss=loss)
+    rows, _, divisor = torch.ops.fastamp.amp_cross_entropy(*arguments)
+    grad = {
+        "scalar": torch.tensor(0.5),
+        "rows": torch.randn(6),
+        "stride 0": torch.ones(()).expand(6),
+        "strided": torch.randn(6, 2)[:, 1],
+    }[upstream]
+    tensors = [t if t is None else t.detach() for t in arguments[:5]]
+    divisor = divisor.detach() if upstream == "scalar" else None
+    backward = (*tensors, rows.detach(), divisor, grad, *arguments[6:-2])
+    torch.library.opcheck(torch.ops.fastamp.amp_cross_entropy_backward.default, backward)

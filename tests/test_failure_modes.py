@@ -1,0 +1,367 @@
+"""What went wrong in other kernel libraries; the numbers are those of the list that these tests follow."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HAS_GPU, assert_contract, by_definition, by_library, random_case
+from strategies import laid_out
+from torch import nn
+
+import fastamp
+from fastamp import AMPLoss, Mix
+from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
+
+LOSSES = ("cross_entropy", "softmax_bce")
+
+
+def leaf(case):
+    return case.logits.detach().clone().requires_grad_()
+
+
+def call(case, logits, **options):
+    return amp_cross_entropy(logits, case.target, case.lam, case.partner, **{**case.options, **options})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_inputs_are_never_written(backend, soft, reduction, loss):
+    """1: the loss overwrites its logits, and gradients further up are wrong."""
+    case = random_case(6, 5, loss=loss, reduction=reduction, weight=torch.rand(5))
+    target = torch.rand(6, 5).softmax(1) if soft else case.target
+    hidden = torch.randn(6, 4, requires_grad=True)
+    head = torch.randn(4, 5)
+    logits = hidden @ head
+    inputs = (logits, target, case.lam, case.partner, case.options["weight"])
+    before = [tensor.detach().clone() for tensor in inputs]
+    versions = [tensor._version for tensor in inputs]
+    value = amp_cross_entropy(logits, target, case.lam, case.partner, **case.options)
+    (value.sum() + logits.square().sum()).backward()
+    assert all(map(torch.equal, inputs, before))
+    assert [tensor._version for tensor in inputs] == versions
+    value = amp_cross_entropy(hidden @ head, target, case.lam, case.partner, **case.options)
+    (alone,) = torch.autograd.grad(value.sum(), hidden)
+    (square,) = torch.autograd.grad((hidden @ head).square().sum(), hidden)
+    torch.testing.assert_close(hidden.grad, alone + square, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_with_weights_one_two_one_gives_one_two_one_times(backend, reduction):
+    """2: a second backward rescales the saved gradient."""
+    case = random_case(6, 5, reduction=reduction)
+    logits = leaf(case)
+    loss = call(case, logits)
+    grads = [
+        torch.autograd.grad(loss, logits, factor * torch.ones_like(loss), retain_graph=True)[0] for factor in (1, 2, 1)
+    ]
+    torch.testing.assert_close(grads[1], 2 * grads[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grads[2], grads[0], rtol=1e-5, atol=1e-7)
+
+
+def test_double_backward_raises_instead_of_giving_zero(backend):
+    """3: double backward silently wrong."""
+    case = random_case(6, 5)
+    logits = leaf(case)
+    (grad,) = torch.autograd.grad(call(case, logits), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_row_has_its_own_upstream_gradient_in_both_of_its_roles(backend, loss):
+    """4: reduction="none" with a gradient from above that differs by row."""
+    case = random_case(6, 5, loss=loss, reduction="none", step_size=0.3)
+    case = case._replace(upstream=torch.tensor([1.0, 0.0, -3.0, 100.0, 0.5, 2.0]))
+    assert_contract(case)
+    one_hot = case._replace(upstream=torch.eye(6)[2])
+    grad = by_library(one_hot).grad_logits
+    touched = {2, int(case.partner[2])}
+    assert {r for r in range(6) if grad[r].abs().sum() > 0} == touched
+
+
+def test_an_upstream_gradient_of_stride_zero(backend):
+    """5: `.sum().backward()` passes an expanded scalar down."""
+    case = random_case(6, 5, reduction="none")
+    logits = leaf(case)
+    call(case, logits).sum().backward()
+    expected = by_library(case._replace(options={"reduction": "sum"}, upstream=torch.ones(()))).grad_logits
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_strided_upstream_gradient(backend):
+    """6: the gradient of a loss that was concatenated or stacked is a strided view."""
+    case = random_case(6, 5, reduction="none")
+    factor = torch.randn(6, 2)
+    logits = leaf(case)
+    (torch.stack([call(case, logits), torch.ones(6)], 1) * factor).sum().backward()
+    stacked, logits.grad = logits.grad, None
+    (torch.cat([call(case, logits), torch.ones(3)]) * torch.cat([factor[:, 0], torch.ones(3)])).sum().backward()
+    expected = by_library(case._replace(upstream=factor[:, 0].contiguous())).grad_logits
+    torch.testing.assert_close(stacked, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_further_apart_than_they_are_long(backend, loss):
+    """7: a non-contiguous input whose last stride is 1."""
+    case = random_case(6, 5, loss=loss)
+    sliced = laid_out(case.logits, "columns sliced")
+    assert sliced.stride() == (10, 1)
+    assert_contract(case._replace(logits=sliced))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [3, 9])
+def test_offsets_beyond_the_range_of_int32(small_tiles, classes, reduction):
+    """8: row times stride does not fit in 32 bits; memory that is never touched costs nothing."""
+    stride = 2**31 // 2 + 7
+    storage = torch.empty(3 * stride, dtype=torch.float16)  # rows 2 and 3 begin past 2^31 elements or bytes
+    logits = storage.as_strided((3, classes), (stride, 1))
+    logits.copy_(torch.randn(3, classes))
+    case = random_case(3, classes, dtype=torch.float16, reduction=reduction)
+    assert_contract(case._replace(logits=logits))
+    across = storage.as_strided((2, 3), (1, stride))
+    across.copy_(torch.randn(2, 3))
+    assert_contract(random_case(2, 3, reduction=reduction)._replace(logits=across))
+
+
+@pytest.mark.gpu
+@pytest.mark.large
+def test_more_than_two_to_the_thirty_one_logits(triton_backend):
+    """8: int32 offset overflow, with every element in use."""
+    classes = 128_257
+    batch = 2**31 // classes + 2
+    logits = torch.randn(batch, classes, dtype=torch.bfloat16).requires_grad_()
+    target, lam, partner = torch.randint(classes, (batch,)), torch.rand(batch), torch.arange(batch).flip(0)
+    loss = amp_cross_entropy(logits, target, lam, partner, reduction="none")
+    loss.sum().backward()
+    ends = torch.tensor([0, 1, batch - 2, batch - 1])
+    part = logits.detach()[ends].requires_grad_()
+    expected = amp_cross_entropy(part, target[ends], lam[ends], torch.tensor([3, 2, 1, 0]), reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(loss[ends], expected)
+    torch.testing.assert_close(logits.grad[ends], part.grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("classes", [7, 8, 9, 15, 16, 17, 25])
+def test_class_counts_on_both_sides_of_a_block(small_tiles, classes, loss):
+    """9: a class count that is not a multiple of the block."""
+    assert_contract(random_case(4, classes, loss=loss, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("batch", [4, 37])
+def test_all_rows_ignored_is_what_cross_entropy_makes_of_it(backend, batch, ignored, loss):
+    """10: 0, NaN or Inf. The mean is 0/0, the sum 0, the gradient 0."""
+    case = random_case(batch, 5, loss=loss, ignore_index=ignored)
+    target = torch.full((batch,), ignored)
+    for reduction in ("mean", "sum", "none"):
+        logits, plain = leaf(case), leaf(case)
+        value = call(case._replace(target=target), logits, reduction=reduction)
+        expected = F.cross_entropy(plain, target, ignore_index=ignored, reduction=reduction)
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+        value.sum().backward()
+        expected.sum().backward()
+        assert torch.equal(logits.grad, plain.grad)
+        assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ignored", [-100, 0, 4, 17])
+def test_an_ignored_label_takes_no_part(backend, ignored, loss):
+    """11: ignore_index accepted and unused; it may also be a class."""
+    case = random_case(6, 5, loss=loss, ignore_index=ignored, step_size=0.3)
+    target = case.target.clone()
+    target[target == ignored] = 2
+    target[1] = ignored
+    case = case._replace(target=target, partner=torch.tensor([2, 1, 0, 4, 5, 3]))
+    ours = assert_contract(case)
+    assert (ours.grad_logits[1] == 0).all()  # paired with itself: both sides are ignored
+    other = call(case, case.logits, ignore_index=-1) if ignored in (0, 4) else None
+    assert other is None or not torch.isclose(other, ours.loss)
+
+
+def test_autocast_and_arguments_of_other_dtypes(backend):
+    """18: float16 logits, float32 weights and float64 probabilities meet."""
+    for dtype in (torch.float16, torch.bfloat16):
+        case = random_case(6, 5, dtype=dtype, weight=torch.rand(5, dtype=torch.float64))
+        assert_contract(case._replace(target=torch.rand(6, 5, dtype=torch.float64).softmax(1)))
+        with torch.autocast(case.logits.device.type, dtype=torch.bfloat16):
+            ours = by_library(case)
+        assert torch.equal(ours.grad_logits, by_library(case).grad_logits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_forward_and_backward_compute_in_the_same_precision(backend, dtype, loss):
+    """19: low precision is what goes in and comes out, once."""
+    case = random_case(6, 5, dtype=dtype, loss=loss, step_size=0.3, reduction="sum")
+    case = case._replace(upstream=torch.ones(()))
+    low, wide = by_library(case), by_library(case._replace(logits=case.logits.float()))
+    assert torch.equal(low.loss, wide.loss)
+    # Triton's interpreter truncates to bfloat16: one unit in the last place.
+    ulp = torch.finfo(dtype).eps if backend == "triton" and not HAS_GPU else 0
+    torch.testing.assert_close(low.grad_logits, wide.grad_logits.to(dtype), rtol=ulp, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**14])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scaled_loss_keeps_small_float16_gradients(backend, reduction, scale):
+    """19: a gradient that was rounded to float16 before the loss scale came has lost what the scale is for."""
+    case = random_case(64, 10, dtype=torch.float16, reduction=reduction)
+    case = case._replace(logits=(2.5 * case.logits.float()).half())
+    upstream = torch.full((64,), scale / 64) if reduction == "none" else torch.tensor(scale)
+    case = case._replace(upstream=upstream)
+    ours, truth = by_library(case).grad_logits.double(), by_definition(case, torch.float64).grad_logits
+    assert truth.abs().max() < 65504
+    torch.testing.assert_close(ours, truth, rtol=2e-3, atol=2**-24)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_large_offset_common_to_a_row_changes_nothing(backend, loss):
+    """21: logits near ±10^4. The values are such that float32 adds the offset without rounding."""
+    case = random_case(6, 5, loss=loss, step_size=0.3)
+    case = case._replace(logits=(case.logits * 256).round() / 256)
+    offset = torch.tensor([1e4, -1e4, 8e3, 0.0, 1e4, -3.0])[:, None]
+    shifted = case._replace(logits=case.logits + offset)
+    assert torch.equal(shifted.logits - offset, case.logits)
+    for name, one, other in zip(case._fields, by_library(case), by_library(shifted), strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_probabilities_need_not_sum_to_one(backend, loss):
+    """23: backward assumes that soft targets sum to 1."""
+    case = random_case(6, 5, loss=loss, step_size=0.3)
+    mass = torch.tensor([0.0, 0.3, 1.0, 0.7, 1.6, 1.0])[:, None]
+    ours = assert_contract(case._replace(target=mass * torch.rand(6, 5).softmax(1)))
+    assert ours.loss.isfinite()
+
+
+def test_nothing_is_autotuned_and_a_repeated_call_gives_the_same_bits(triton_backend):
+    """24: autotuning reruns a kernel that works in place."""
+    from triton.runtime.autotuner import Autotuner
+
+    case = random_case(6, 5)
+    first, second = by_library(case), by_library(case)
+    assert all(map(torch.equal, first, second))
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastamp.kernels")]
+    assert len(modules) > 2
+    assert not [value for module in modules for value in vars(module).values() if isinstance(value, Autotuner)]
+
+
+def test_outputs_share_no_memory_that_backward_reads(backend):
+    """25: a dummy pointer aliases an output; zeroing what came out must not change the gradient."""
+    case = random_case(6, 5)
+    for reduction in ("mean", "none"):
+        logits = leaf(case)
+        (expected,) = torch.autograd.grad(call(case, logits, reduction=reduction).sum(), logits)
+        loss = call(case, logits, reduction=reduction)
+        total = loss.sum()
+        loss.detach().zero_()
+        torch.testing.assert_close(torch.autograd.grad(total, logits)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_mean_under_accumulation_is_the_mean_of_all_items(backend):
+    """26: four micro-batches of different kept mass."""
+    parts = [random_case(size, 5) for size in (3, 1, 4, 2)]
+    parts[2].target[0] = -100
+    leaves = [leaf(case) for case in parts]
+    items = sum((case.target != -100).sum() for case in parts)
+    for case, logits in zip(parts, leaves, strict=True):
+        call(case, logits, num_items=items).backward()
+    start, partner = 0, []
+    for case in parts:
+        partner.append(case.partner + start)
+        start += len(case.partner)
+    whole = torch.cat([case.logits for case in parts]).requires_grad_()
+    fields = (torch.cat([getattr(case, name) for case in parts]) for name in ("target", "lam"))
+    (amp_cross_entropy(whole, *fields, torch.cat(partner), reduction="sum") / items).backward()
+    torch.testing.assert_close(torch.cat([x.grad for x in leaves]), whole.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 2**40, -101])
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_a_label_out_of_range_is_refused(backend, ignored, label):
+    """27: it is read past the row, or counts as no class at all."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("on a GPU the kernel asserts, and the context is lost")
+    case = random_case(6, 5)
+    case.target[4] = label
+    with pytest.raises(ValueError, match=rf"target must lie in 0\.\.4 or be ignore_index .* got {label} in row 4"):
+        call(case, case.logits, ignore_index=ignored)
+
+
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_odd_and_last_partial_batches(backend, size, pairing):
+    """28: the last batch of an epoch."""
+    case = random_case(size, 5)
+    logits = leaf(case)
+    loss, stats = AMPLoss(pairing=pairing)(logits, case.target, return_stats=True)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.abs().sum() > 0
+    assert stats.lam.shape == (size,)
+
+
+def test_each_rank_draws_its_own_lambda_and_each_step_another(backend):
+    """29: the same λ on every rank."""
+    case = random_case(6, 5)
+    draws = []
+    for rank in (0, 1):
+        criterion = AMPLoss(generator=torch.Generator(case.logits.device).manual_seed(100 + rank))
+        for _ in range(2):
+            draws.append(criterion(case.logits, case.target, return_stats=True)[1].lam)
+    for i, one in enumerate(draws):
+        assert not any(torch.equal(one, other) for other in draws[i + 1 :])
+
+
+def test_the_step_of_lambda_leaves_no_gradient_behind(backend):
+    """30: the adversarial pass leaks into `.grad`."""
+    torch.manual_seed(1)
+    model = nn.Linear(4, 5)
+    x, case = torch.randn(6, 4, requires_grad=True), random_case(6, 5)
+    loss = call(case, model(x))
+    assert model.weight.grad is None
+    assert x.grad is None
+    loss.backward()
+    once = model.weight.grad.clone()
+    call(case, model(x))
+    assert torch.equal(model.weight.grad, once)
+
+
+def test_both_passes_share_the_dropout_mask_and_draw_nothing(backend):
+    """31: dropout differs between the two passes."""
+    torch.manual_seed(1)
+    hidden, weight, case = torch.randn(6, 8), torch.randn(5, 8), random_case(6, 5)
+    keep = F.dropout(torch.ones(6, 8), 0.5)
+    state = torch.get_rng_state()
+    _, stats = linear_amp_cross_entropy(
+        hidden,
+        weight,
+        None,
+        case.target,
+        case.lam,
+        case.partner,
+        activation="relu",
+        dropout_mask=keep,
+        return_stats=True,
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    # Redrawn masks would make |δ| about 0.1 and half of its signs wrong.
+    assert (stats.delta >= -1e-6).all()
+    assert (stats.delta <= 2.1e-3 * stats.grad.abs() + 1e-5).all()
+
+
+def test_token_ids_are_refused():
+    """33: a mixup of integers."""
+    ids, lam, partner = torch.randint(9, (4, 7)), torch.rand(4), torch.arange(4)
+    with pytest.raises(TypeError, match=r"hidden must be .*got torch\.int64; embed integer ids first"):
+        fastamp.functional.mix(ids, lam, partner)
+    with pytest.raises(TypeError, match=r"logits must be .*got torch\.int64"):
+        AMPLoss()(ids, torch.zeros(4, dtype=torch.int64), mix=Mix(lam, partner))

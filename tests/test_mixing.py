@@ -1,0 +1,148 @@
+"""The law of λ, the partners, and that draws are as repeatable as the generator."""
+
+import math
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import fastamp
+from fastamp.mixing import Mix, draw
+
+REJECT = 1e-3  # seeds are fixed: a test that passes once passes always
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
+def test_lambda_follows_the_beta_law(alpha):
+    lam = draw(20_000, alpha=alpha, generator=seeded()).lam.double().numpy()
+    law = stats.beta(alpha, alpha)
+    # The Kolmogorov-Smirnov distance over points that float32 can tell apart from 0 and 1: at α = 0.02 half of
+    # the mass lies within 1e-15 of them.
+    small = np.logspace(-30, np.log10(0.5), 200)
+    points = np.concatenate([small, 1 - small[small > 1e-6]])
+    distance = abs((lam[:, None] <= points).mean(0) - law.cdf(points)).max()
+    assert distance < math.sqrt(math.log(2 / REJECT) / (2 * len(lam)))
+    half = abs(lam - 0.5) < 1e-3
+    expected = law.cdf(0.501) - law.cdf(0.499)
+    assert stats.binomtest(int(half.sum()), len(lam), expected).pvalue > REJECT
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.02, 0.1])
+def test_a_small_alpha_does_not_pile_lambda_up_at_one_half(alpha):
+    lam = draw(20_000, alpha=alpha, generator=seeded()).lam
+    assert (lam == 0.5).sum() == 0
+    assert lam.isfinite().all()
+    share_of_ones = (lam > 0.5).double().mean().item()
+    assert abs(share_of_ones - 0.5) < 4 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0, 50.0, 1e4])
+def test_lambda_is_float32_in_the_unit_interval(alpha):
+    lam = draw(5000, alpha=alpha).lam
+    assert lam.dtype == torch.float32
+    assert lam.min() >= 0
+    assert lam.max() <= 1
+
+
+def test_rows_draw_their_lambda_independently():
+    lam = torch.stack([draw(2, alpha=0.5).lam for _ in range(4000)])
+    assert stats.pearsonr(lam[:, 0], lam[:, 1]).pvalue > REJECT
+
+
+def test_partners_are_a_uniform_random_permutation():
+    generator = seeded()
+    counts = Counter(tuple(draw(4, generator=generator).partner.tolist()) for _ in range(4800))
+    assert set(counts) == set(permutations(range(4)))
+    assert stats.chisquare(list(counts.values())).pvalue > REJECT
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 7, 50, 101])
+def test_a_matching_is_an_involution_with_a_fixed_point_only_in_an_odd_batch(batch):
+    partner = draw(batch, pairing="matching", generator=seeded()).partner
+    rows = torch.arange(batch)
+    assert torch.equal(partner[partner], rows)
+    assert (partner == rows).sum() == batch % 2
+
+
+@pytest.mark.parametrize(("batch", "count"), [(4, 3), (5, 15)])
+def test_every_matching_is_equally_likely(batch, count):
+    generator = seeded()
+    counts = Counter(
+        tuple(draw(batch, pairing="matching", generator=generator).partner.tolist()) for _ in range(count * 200)
+    )
+    assert len(counts) == count
+    assert stats.chisquare(list(counts.values())).pvalue > REJECT
+
+
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_a_draw_depends_on_nothing_but_the_generator(alpha, pairing):
+    first = draw(9, alpha=alpha, pairing=pairing, generator=seeded(3))
+    torch.manual_seed(123)
+    again = draw(9, alpha=alpha, pairing=pairing, generator=seeded(3))
+    other = draw(9, alpha=alpha, pairing=pairing, generator=seeded(4))
+    assert torch.equal(first.lam, again.lam)
+    assert torch.equal(first.partner, again.partner)
+    assert not torch.equal(first.lam, other.lam)
+
+
+def test_a_generator_of_its_own_leaves_the_global_one_alone():
+    state = torch.get_rng_state()
+    draw(9, alpha=0.3, pairing="matching", generator=seeded())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_without_a_generator_the_global_seed_decides(alpha):
+    torch.manual_seed(5)
+    first = draw(9, alpha=alpha)
+    torch.manual_seed(5)
+    again = draw(9, alpha=alpha)
+    later = draw(9, alpha=alpha)
+    assert torch.equal(first.lam, again.lam)
+    assert not torch.equal(later.lam, again.lam)
+
+
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+def test_a_draw_lies_where_it_was_asked_for(pairing):
+    mix = draw(6, pairing=pairing, device="cpu", generator=seeded())
+    assert isinstance(mix, Mix)
+    assert mix.lam.device.type == mix.partner.device.type == "cpu"
+    assert mix.partner.dtype == torch.int64
+    meta = draw(6, pairing=pairing, device="meta", generator=seeded())
+    assert meta.lam.device.type == meta.partner.device.type == "meta"
+
+
+def test_the_criterion_draws_what_the_function_draws():
+    criterion = fastamp.AMPLoss(alpha=0.4, pairing="matching", generator=seeded(2))
+    mix = criterion.sample(7, device="cpu")
+    expected = draw(7, alpha=0.4, pairing="matching", generator=seeded(2))
+    assert torch.equal(mix.lam, expected.lam)
+    assert torch.equal(mix.partner, expected.partner)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_the_union_of_masks_keeps_what_either_row_keeps(dtype):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).to(dtype)
+    mix = Mix(torch.full((3,), 0.5), torch.tensor([2, 1, 0]))
+    assert mix.union(mask).tolist() == torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).to(dtype).tolist()
+    assert mix.union(mask).dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", [1.0, 0.02])
+def test_a_generator_on_the_cpu_serves_the_gpu(alpha):
+    mix = draw(64, alpha=alpha, device="cuda", generator=seeded())
+    assert mix.lam.is_cuda
+    assert mix.partner.is_cuda
+    on_host = draw(64, alpha=alpha, generator=seeded())
+    assert torch.equal(mix.lam.cpu(), on_host.lam)
+    on_device = draw(64, alpha=alpha, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    assert on_device.lam.is_cuda
