@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastamp import closed_form, kernels
+import fastamp.kernels as kernels
+from fastamp import closed_form
 from fastamp.kernels import RowPolicy
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
@@ -75,7 +76,6 @@ def amp_cross_entropy(
             *compiled_for,
             policy.step_size,
             divisor,
-            ,
         )[:2]
         loss = rows[kernels.LOSS] if divisor is None else loss
         rows = rows.detach()
@@ -185,7 +185,7 @@ def _operator(
 @_operator.register_fake
 def _(logits: Tensor, target: Tensor, lam: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     bce = rest[4]
-    return lam.new_empty(kernels.row_fields(bce), len(lam)), lam.new_empty(()), lam.new_empty(())
+    return lam.new_empty(kernels.row_fields(bce), lam.shape[0]), lam.new_empty(()), lam.new_empty(())
 
 
 @torch.library.custom_op("fastamp::amp_cross_entropy_backward", mutates_args=())

@@ -337,7 +337,11 @@ def divisors(
         mean = float(len(lam))
     else:
         mean = closed_form.row_mass(target, lam, partner, weight, policy.ignore_index).sum()
-    return (mean if reduction == "mean" else 1.0), (mean if policy.grad_scale == "mean" else 1.0)
+    of_grad = mean if policy.grad_scale == "mean" else 1.0
+    if reduction != "mean":
+        return 1.0, of_grad
+    # Two tensors: torch.compile refuses one tensor in two places of an autograd.Function.
+    return mean, of_grad.clone() if isinstance(of_grad, Tensor) else of_grad
 
 
 def kernel_grad_divisor(

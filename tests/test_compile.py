@@ -5,6 +5,7 @@ import torch
 import torch._dynamo
 from conftest import HAS_GPU, random_case
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import fastamp
 from fastamp import AMPLoss, Mix
@@ -31,6 +32,16 @@ def compiled(function, **options):
     return torch.compile(function, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager", **options)
 
 
+def counting(graphs):
+    """A compiler backend that notes every graph."""
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    return compile_graph
+
+
 def batch(size=6, classes=5):
     case = random_case(size, classes)
     return case.logits.requires_grad_(), case.target, Mix(case.lam, case.partner)
@@ -38,7 +49,6 @@ def batch(size=6, classes=5):
 
 OPTIONS = [
     {},
-    {"mode": "mixup"},
     {"loss": "softmax_bce", "step_size": 0.1, "grad_scale": "mean", "grad_clip": None},
     {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2, "weight": torch.arange(1.0, 6.0)},
     {"reweight": "moving", "step_size": 0.3},
@@ -55,7 +65,7 @@ def test_a_compiled_criterion_gives_the_numbers_of_eager_mode(backend, options):
 
     eager, other = (AMPLoss(**options).to(logits.device) for _ in range(2))
     fast = compiled(step)
-    for _ in range(3):
+    for _ in range(2):
         expected, loss = step(eager, logits), fast(other, logits)
         torch.testing.assert_close(loss, expected, **CLOSE)
         upstream = torch.randn(loss.shape)
@@ -88,61 +98,42 @@ def test_a_compiled_criterion_draws_a_new_lambda_in_every_call(backend):
     assert len({tuple(one.lam_adv.tolist()) for one in draws}) == 4
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.3])
-@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+@pytest.mark.parametrize(("pairing", "alpha"), [("permutation", 1.0), ("matching", 0.3)])
 def test_every_kind_of_draw_compiles_into_one_graph(torch_backend, pairing, alpha):
     """14: compile raises or breaks the graph."""
     logits, target, _ = batch()
     criterion = AMPLoss(alpha=alpha, pairing=pairing)
-    explanation = torch._dynamo.explain(criterion)(logits, target)
-    assert explanation.graph_break_count == 0
-    assert explanation.graph_count == 1
-    loss = compiled(criterion)(logits, target)
-    loss.backward()
+    graphs = []
+    torch.compile(criterion, fullgraph=True, backend=counting(graphs))(logits, target).backward()
+    assert len(graphs) == 1
     assert logits.grad.isfinite().all()
 
 
 def test_batches_of_any_size_pass_one_dynamic_graph(backend):
-    criterion = AMPLoss()
-    graphs = []
+    criterion, graphs = AMPLoss(), []
 
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    def step(logits, target, lam, partner):
+        return criterion(logits, target, mix=Mix(lam, partner))
 
-    step = torch.compile(lambda *args: criterion(args[0], args[1], mix=Mix(*args[2:])), fullgraph=True, dynamic=True, backend=counting)
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend=counting(graphs))
     for size in (6, 9, 5, 12):
         logits, target, mix = batch(size)
-        torch.testing.assert_close(step(logits, target, *mix), criterion(logits, target, mix=mix), **CLOSE)
+        losses = fast(logits, target, *mix), step(logits, target, *mix)
+        torch.testing.assert_close(*losses, **CLOSE)
+        torch.testing.assert_close(*[torch.autograd.grad(loss, logits)[0] for loss in losses], **CLOSE)
     assert len(graphs) == 1
 
 
-def test_batches_of_any_size_give_the_gradients_of_eager_mode(backend):
-    criterion = AMPLoss()
-    fast = compiled(lambda *args: criterion(args[0], args[1], mix=Mix(*args[2:])), dynamic=True)
-    for size in (6, 9, 5):
-        logits, target, mix = batch(size)
-        grads = [
-            torch.autograd.grad(loss, logits)[0]
-            for loss in (fast(logits, target, *mix), criterion(logits, target, mix=mix))
-        ]
-        torch.testing.assert_close(*grads, **CLOSE)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "columns sliced", "every second"])
-def test_compiled_strides_reach_the_kernel_as_they_are(backend, layout):
+@pytest.mark.parametrize("layout", ["transposed", "every second"])
+def test_compiled_strides_reach_the_kernel_as_they_are(triton_backend, layout):
     """13: the compiler pads or reorders strides before the kernel."""
     target, mix = batch(6, 5)[1:]
     wide = torch.randn(12, 12, requires_grad=True)
-    take = {
-        "transposed": lambda w: (w * 2)[:5, :6].t(),
-        "columns sliced": lambda w: (w * 2)[:6, 3:8],
-        "every second": lambda w: (w * 2)[::2, 1:11:2],
-    }[layout]
     criterion = AMPLoss()
 
     def step(w):
-        return criterion(take(w), target, mix=mix)
+        logits = (w * 2)[:5, :6].t() if layout == "transposed" else (w * 2)[::2, 1:11:2]
+        return criterion(logits, target, mix=mix)
 
     loss, expected = compiled(step)(wide), step(wide)
     torch.testing.assert_close(loss, expected, **CLOSE)
@@ -168,14 +159,13 @@ def test_a_compiled_training_step_gives_the_gradients_of_eager_mode(backend):
         torch.testing.assert_close(fast, eager, **CLOSE)
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_compiled_head_gives_the_gradients_of_eager_mode(backend, activation):
+def test_a_compiled_head_gives_the_gradients_of_eager_mode(backend):
     hidden, weight, bias = torch.randn(6, 7), torch.randn(5, 7), torch.randn(5)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     _, target, mix = batch()
 
     def step(*leaves):
-        return fastamp.functional.linear_amp_cross_entropy(*leaves, target, *mix, activation=activation)
+        return fastamp.functional.linear_amp_cross_entropy(*leaves, target, *mix, activation="relu")
 
     losses = step(*leaves), compiled(step)(*leaves)
     torch.testing.assert_close(losses[1], losses[0], **CLOSE)
@@ -183,18 +173,17 @@ def test_a_compiled_head_gives_the_gradients_of_eager_mode(backend, activation):
         torch.testing.assert_close(other, one, **CLOSE)
 
 
-def test_eval_mode_compiles(backend):
+def test_eval_mode_compiles(torch_backend):
     logits, target, _ = batch()
     criterion = AMPLoss().eval()
     torch.testing.assert_close(compiled(criterion)(logits, target), nn.functional.cross_entropy(logits, target))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_function_compiles_with_items_on_the_device(backend, reduction):
+def test_the_function_compiles_with_items_on_the_device(backend):
     logits, target, mix = batch()
 
     def step(logits, items):
-        return amp_cross_entropy(logits, target, *mix, reduction=reduction, num_items=items)
+        return amp_cross_entropy(logits, target, *mix, num_items=items)
 
     items = torch.tensor(3.0)
     torch.testing.assert_close(compiled(step)(logits, items), step(logits, items), **CLOSE)
@@ -214,20 +203,31 @@ def operator_arguments(*, divisor, soft=False, dtype=torch.float32, layout=None,
     return (*tensors, *policy, 0.1, divisor)
 
 
-@pytest.mark.parametrize("divisor", [0.0, 1.0, None])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"soft": True}, {"loss": "softmax_bce"}, {"dtype": torch.bfloat16}, {"layout": "strided"}],
+    [
+        {"divisor": 0.0},
+        {"divisor": 1.0, "dtype": torch.bfloat16},
+        {"divisor": None, "soft": True},
+        {"divisor": None, "loss": "softmax_bce", "layout": "strided"},
+    ],
     ids=str,
 )
-def test_the_forward_operator_passes_opcheck(triton_backend, options, divisor):
+def test_the_forward_operator_passes_opcheck(triton_backend, options):
     import fastamp.ops  # noqa: F401 - registers the operators
 
-    torch.library.opcheck(torch.ops.fastamp.amp_cross_entropy.default, operator_arguments(divisor=divisor, **options))
+    torch.library.opcheck(torch.ops.fastamp.amp_cross_entropy.default, operator_arguments(**options))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "softmax_bce"])
-@pytest.mark.parametrize("upstream", ["scalar", "rows", "stride 0", "strided"])
+@pytest.mark.parametrize(
+    ("upstream", "loss"),
+    [
+        ("scalar", "cross_entropy"),
+        ("rows", "softmax_bce"),
+        ("stride 0", "cross_entropy"),
+        ("strided", "cross_entropy"),
+    ],
+)
 def test_the_backward_operator_passes_opcheck(triton_backend, upstream, loss):
     """5: gradients of stride 0 among them, which gradcheck does not try."""
     import fastamp.ops  # noqa: F401 - registers the operators

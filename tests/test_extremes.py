@@ -6,7 +6,7 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_contract, by_definition, by_library, random_case
+from conftest import INTERPRETED, assert_contract, by_definition, by_library, random_case
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import laid_out
@@ -148,6 +148,7 @@ def test_a_nan_among_the_logits_of_a_looping_kernel_reaches_its_loss(small_tiles
 # --- of AMP itself
 
 
+@INTERPRETED
 @given(
     seed=st.integers(0, 2**16),
     scale=st.sampled_from([0.01, 1.0, 10.0]),
