@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastamp import reference
 from fastamp.checks import check_class_vector, check_logits, check_mix, check_num_items, check_target
-from fastamp.mixing import Mix, MixStats, _draw
+from fastamp.mixing import Mix, MixStats, draw
 from fastamp.policy import check_choice, check_number, checked_policy
 from fastamp.steps import amp_cross_entropy_step, divisors, host_facts
 
@@ -144,7 +144,7 @@ class AMPLoss(nn.Module):
             raise TypeError(f"batch_size must be an int, got {batch_size!r}")
         if batch_size < 0:
             raise ValueError(f"batch_size must be >= 0, got {batch_size}")
-        return _draw(batch_size, self.alpha, self.pairing, device, self.generator)
+        return draw(batch_size, alpha=self.alpha, pairing=self.pairing, device=device, generator=self.generator)
 
     def forward(
         self,

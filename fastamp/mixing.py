@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastamp.policy import check_choice, check_number
-
 
 class Mix(NamedTuple):
     """One draw for a batch: row r becomes λ_r·row r + (1-λ_r)·row partner[r]."""
@@ -46,35 +44,12 @@ def draw(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Mix:
-    """λ ~ Beta(alpha, alpha), one a row, and who mixes with whom.
+    """λ ~ Beta(alpha, alpha), one a row, and who mixes with whom; arguments as `AMPLoss` checks them.
 
-    Args:
-        batch_size: B, at least 0.
-        alpha: parameter of the Beta law, > 0.
-        pairing: "permutation": partner is a uniform random permutation. "matching": a uniform random perfect
-            matching, partner[partner[r]] = r; with odd B one random row is its own partner.
-        device: where the result lies.
-        generator: source of the random numbers; they are drawn on its device. Default: torch's own.
-
-    Raises:
-        ValueError, TypeError: a bad alpha, pairing or batch size.
+    "permutation" makes partner a uniform random permutation. "matching" makes it a uniform random perfect matching,
+    partner[partner[r]] = r; with odd B one random row is its own partner. Random numbers are drawn on the generator's
+    device, and the result is moved to `device`.
     """
-    check_number("alpha", alpha, low=0.0, open_low=True)
-    check_choice("pairing", pairing)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
-    if batch_size < 0:
-        raise ValueError(f"batch_size must be >= 0, got {batch_size}")
-    return _draw(batch_size, alpha, pairing, device, generator)
-
-
-def _draw(
-    batch_size: int,
-    alpha: float,
-    pairing: str,
-    device: torch.device | str | None,
-    generator: torch.Generator | None,
-) -> Mix:
     source = device if generator is None else generator.device
     lam = _beta(batch_size, alpha, source, generator)
     partner = torch.randperm(batch_size, device=source, generator=generator)

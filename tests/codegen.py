@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastamp.kernels import RowPolicy, amp_cross_entropy, linear_head, rows_loop
+from fastamp.kernels.rows import ASSERTING
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7)
@@ -187,16 +188,19 @@ SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
 GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
 LONG = [(4096, 2**power) for power in range(8, 13)]
 HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
+ASSERTING_KERNELS = (
+    amp_cross_entropy._amp_cross_entropy_kernel,
+    rows_loop._amp_rows_kernel,
+    linear_head._linear_head_kernel,
+)
 GROUPS_OF_CASES = {
     "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG),
     "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)]),
-    "rows-some": lambda: row_cases(4, [(50, 6), (4096, 6), (4096, 1024), (4096, 4096)]),
     "loop": lambda: loop_cases(4),
     "loop-fp64": lambda: loop_cases(8),
     "grad": lambda: grad_cases(4),
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),
-    "head-some": lambda: head_cases(4, HEADS[:2]),
     "head-fp64": lambda: head_cases(8, HEADS[:2]),
     "small": small_cases,
 }
@@ -211,7 +215,8 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     start = time.perf_counter()
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps} | (ASSERTING if case.kernel in ASSERTING_KERNELS else {})
+    compiled = triton.compile(source, target=target, options=options)
     found: dict[str, Any] = {"case": case.name, "kernel": case.kernel.__name__, "warps": case.num_warps}
     found["seconds"] = round(time.perf_counter() - start, 2)
     if target.backend == "cuda":

@@ -79,6 +79,7 @@ def run(
     command: str,
     candidates: Callable[[str], list[Contender]] | None = None,
     listener: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure.
 
@@ -87,6 +88,7 @@ def run(
         command: what gives these results again; recorded.
         candidates: contenders for an input kind; None takes all of `contenders`.
         listener: hears what is under way.
+        save: is given the results so far after every workload, so that an interrupted run leaves something.
 
     Returns:
         The results, fit for JSON; bench/README.md says what is in them.
@@ -119,6 +121,7 @@ def run(
                     copies = copies_to_exceed_cache(shape, dtype, takes, device)
                     work = Workload(shape, dtype, takes, device, copies)
                     _measure(work, candidates(takes), config.rounds, results, listener)
+                    save(results)
     return results
 
 
@@ -143,6 +146,7 @@ def _measure(
         modes[contender.name] = contender.mode
     if not runners:
         return
+    work.truths.clear()
     listener(f"{work.label}: timing")
     series = [timing.Series(runner.name, timing.eager_slot(runner)) for runner in runners]
     timing.round_robin(series, rounds)

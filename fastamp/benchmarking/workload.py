@@ -41,6 +41,7 @@ class Workload:
     inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
     head: nn.Linear | None = field(init=False, repr=False)
     mix: Mix = field(init=False, repr=False)
+    truths: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, width, classes = self.shape
@@ -71,6 +72,24 @@ class Workload:
     def logits_bytes(self) -> int:
         """The least that a step on logits moves: read B·C, write B·C."""
         return 2 * self.shape[0] * self.shape[2] * DTYPES[self.dtype].itemsize
+
+    def truth(self, mode: str) -> tuple[Tensor, ...]:
+        """The loss () and the gradients to input, weight and bias on the first input, by the definition in float64."""
+        if mode not in self.truths:
+            x, y = self.inputs[0]
+            leaves = [x, *([] if self.head is None else self.head.parameters())]
+            wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+            def head(rows: Tensor) -> Tensor:
+                return rows if self.head is None else nn.functional.linear(rows, *wide[1:])
+
+            lam, partner = self.mix.lam.double(), self.mix.partner
+            if mode == "none":
+                loss = nn.functional.cross_entropy(head(wide[0]), y)
+            else:
+                loss = reference.amp(head, wide[0], y, lam, partner, mode=mode, step_size=STEP_SIZE).loss
+            self.truths[mode] = (loss.detach(), *torch.autograd.grad(loss, wide))
+        return self.truths[mode]
 
     def bind(self, contender: Contender) -> Runner:
         """A contender on these inputs."""
@@ -123,20 +142,7 @@ def disagreement(runner: Runner, mode: str) -> str | None:
     dtype = DTYPES[work.dtype]
     loss = runner.forward(0, None if mode == "none" else work.mix)
     values = runner.backward(0, loss)
-    x, y = work.inputs[0]
-    leaves = [x, *([] if work.head is None else work.head.parameters())]
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-
-    def head(rows: Tensor) -> Tensor:
-        return rows if work.head is None else nn.functional.linear(rows, *wide[1:])
-
-    # λ as the contender has it: a composition in bfloat16 rounds it first.
-    lam, partner = work.mix.lam.double(), work.mix.partner
-    if mode == "none":
-        expected = nn.functional.cross_entropy(head(wide[0]), y)
-    else:
-        expected = reference.amp(head, wide[0], y, lam, partner, mode=mode, step_size=STEP_SIZE).loss
-    truths = torch.autograd.grad(expected, wide)
+    expected, *truths = work.truth(mode)
     off = float(((loss.double() - expected).abs() / expected.abs().clamp(min=1)).detach())
     if not off <= LOSS_TOLERANCE[dtype]:
         return f"its loss is off by {off:.1e} (allowed {LOSS_TOLERANCE[dtype]:.0e})"

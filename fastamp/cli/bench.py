@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 
 from fastamp.benchmarking import DTYPES, SHAPES, BenchConfig, draw_png, draw_terminal, print_results, run, write
@@ -58,19 +59,26 @@ class _Dtypes(click.ParamType):
 )
 @click.option("--rounds", default=BenchConfig.rounds, type=click.IntRange(1), help="Every contender runs once in each.")
 @click.option("--threads", default=BenchConfig.threads, type=click.IntRange(1), help="CPU threads.")
-@click.option("--device", default=BenchConfig.device, help="As in torch.device: cpu, cuda, cuda:1.")
+@click.option(
+    "--device", show_default="cuda where there is one, else cpu", help="As in torch.device: cpu, cuda, cuda:1."
+)
 @click.option("--compiled/--no-compiled", default=True, help="Also what goes through torch.compile.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>.json and .png here.")
-def command(out: Path | None, **fields: Any) -> None:
+def command(out: Path | None, device: str | None, **fields: Any) -> None:
     """Measure a training step against plain Mixup and against AMP as one writes it.
 
     Nothing is timed before it has agreed with the definition. The default takes two or three minutes on two cores.
     """
     console = Console()
     try:
-        config = BenchConfig(**fields)
+        config = BenchConfig(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **fields)
         with console.status("starting") as status:
-            results = run(config, command=shlex.join(["fastamp", *sys.argv[1:]]), listener=status.update)
+            results = run(
+                config,
+                command=shlex.join(["fastamp", *sys.argv[1:]]),
+                listener=status.update,
+                save=lambda results: out and write(results, out),
+            )
         print_results(results, console)
         if out is not None:
             path = write(results, out)

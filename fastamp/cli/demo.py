@@ -167,7 +167,7 @@ def _show(
     console.print(_table(results, curves))
     seeds = f"{len(runs)} seed{'s' * (len(runs) != 1)}"
     console.print(
-        f"{seeds}, {runs[0].steps} steps each; test error where dev error is least. The test set has 500 sentences: one "
+        f"{seeds}, {runs[0].steps} steps each; test error where dev error is least. Of the 500 test sentences one "
         "error is 0.2 points, and a difference of 2 between two runs is within chance. One seed decides nothing. Runs "
         "were timed one after the other; fastamp bench takes turns.",
         highlight=False,

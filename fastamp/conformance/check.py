@@ -112,6 +112,8 @@ def places(devices: Sequence[str] | None = None) -> tuple[list[Place], list[str]
 def check(
     devices: Sequence[str] | None = None,
     *,
+    dtypes: Sequence[torch.dtype] = tuple(TOLERANCES),
+    ops: Sequence[str] | None = None,
     quick: bool = False,
     seed: int = 0,
     listener: Callable[[str], None] = lambda line: None,
@@ -120,6 +122,8 @@ def check(
 
     Args:
         devices: as in torch.device; None takes all that are here.
+        dtypes: of the inputs.
+        ops: names in fastamp.functional; None takes all.
         quick: fewer cases.
         seed: of the inputs.
         listener: hears what is about to be run.
@@ -130,11 +134,12 @@ def check(
     found, absent = places(devices)
     by_op: dict[str, list[Case]] = {}
     for case in cases(quick=quick):
-        by_op.setdefault(case.op, []).append(case)
+        if ops is None or case.op in ops:
+            by_op.setdefault(case.op, []).append(case)
     rows = []
     for device, backend in found:
         for op, its_cases in by_op.items():
-            for dtype in TOLERANCES:
+            for dtype in dtypes:
                 listener(f"{op} {backend} on {device} in {_name(dtype)}")
                 rows.append(_check_op(op, its_cases, Place(device, backend), dtype, seed))
     return Report(tuple(rows), tuple(absent))

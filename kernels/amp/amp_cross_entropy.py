@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import (
+    ASSERTING,
     BP_TOP,
     DELTA,
     GRAD,
@@ -406,6 +407,7 @@ def amp_cross_entropy_forward(
                 policy=policy,
                 BLOCK_C=config.block_c,
                 num_warps=config.num_warps,
+                **ASSERTING,
             )
         else:
             # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
@@ -432,6 +434,7 @@ def amp_cross_entropy_forward(
                 BLOCK_B=config.block_b,
                 BLOCK_C=config.block_c,
                 num_warps=config.num_warps,
+                **ASSERTING,
             )
         if loss is not None and not single:
             _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)

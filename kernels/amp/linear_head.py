@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .amp_cross_entropy import bce_at, cross_entropy_role, inverse_permutation, on_device_of
 from .rows import (
+    ASSERTING,
     DELTA,
     GRAD,
     LAM,
@@ -371,6 +372,7 @@ def launch_linear_head(
             BLOCK_C=config.block_c,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
+            **ASSERTING,
         )
         if rows is not None and divisor is not None:
             loss, loss_divisor = lam.new_empty(()), lam.new_empty(())

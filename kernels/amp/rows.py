@@ -38,6 +38,11 @@ def row_fields(bce: bool) -> int:
     return 15 if bce else 11
 
 
+# Launch options under which a label out of range stops the kernel; without the checks of integer overflow that
+# would come with them.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
 class RowPolicy(NamedTuple):
     """What a kernel is compiled for. Values, not tensors: they enter the code as constants."""
 
