@@ -250,6 +250,10 @@ def linear_amp_cross_entropy(
             f"linear_weight must be (C, {hidden.shape[1]}) for hidden {tuple(hidden.shape)}, "
             f"got {tuple(linear_weight.shape)}"
         )
+    if linear_weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"linear_weight must have hidden's dtype {hidden.dtype} outside torch.autocast, got {linear_weight.dtype}"
+        )
     classes = linear_weight.shape[0]
     check_device("linear_weight", linear_weight, hidden.device)
     check_class_vector("linear_bias", linear_bias, classes, hidden.device)

@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+import fastamp
+from fastamp import functional, reference
+from fastamp.backend import has_triton, uses_triton
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Decided when a kernel is decorated, so before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
-
-import fastamp
-from fastamp import functional, reference
-from fastamp.backend import has_triton, uses_triton
 
 torch.set_num_threads(1)
 
@@ -158,9 +158,7 @@ def by_definition(case: Case, dtype: torch.dtype) -> Outcome:
     target = case.target.to(dtype) if case.target.is_floating_point() else case.target
     result = reference.amp(lambda m: m, logits, target, case.lam, case.partner, **case.options)
     (grad,) = torch.autograd.grad(result.loss, logits, case.upstream.to(result.loss.dtype))
-    return Outcome(
-        result.loss.detach(), grad, result.lam_adv, result.grad, result.delta, result.mask
-    )
+    return Outcome(result.loss.detach(), grad, result.lam_adv, result.grad, result.delta, result.mask)
 
 
 def by_library(case: Case) -> Outcome:
@@ -195,7 +193,8 @@ def assert_no_worse(name: str, ours: Tensor, truth: Tensor, composed: Tensor, dt
     exact = (ours == truth) | (ours.isnan() & truth.isnan())
     same = torch.where(truth.isfinite(), (ours - truth).abs() <= slack + tolerance, exact)
     worst = (ours - truth).abs().where(~same, 0).max() if same.numel() else 0
-    assert same.all(), f"{name} ({dtype}): off by up to {worst:.3g}\nours\n{ours}\ntruth\n{truth}\ncomposition\n{composed}"
+    values = f"ours\n{ours}\ntruth\n{truth}\ncomposition\n{composed}"
+    assert same.all(), f"{name} ({dtype}): off by up to {worst:.3g}\n{values}"
 
 
 def assert_contract(case: Case) -> Outcome:
@@ -216,7 +215,5 @@ def assert_contract(case: Case) -> Outcome:
     excess = (truth.delta + (0.0 if tie_tol == "auto" else tie_tol)).abs() if tie_tol != 0.0 else truth.delta.abs()
     assert (excess[tied] <= noise).all(), f"mask: {ours.mask} is not {truth.mask}, delta {truth.delta}"
     free = ~(tied | torch.zeros_like(tied).index_put_((case.partner,), tied))
-    assert_no_worse(
-        "gradient", ours.grad_logits[free], truth.grad_logits[free], composed.grad_logits[free], dtype
-    )
+    assert_no_worse("gradient", ours.grad_logits[free], truth.grad_logits[free], composed.grad_logits[free], dtype)
     return ours

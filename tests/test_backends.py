@@ -92,9 +92,7 @@ def test_one_row_and_one_class_are_ordinary(backend, batch, classes, loss):
 def test_an_empty_batch_gives_what_cross_entropy_gives(backend, reduction):
     logits = torch.empty(0, 3, requires_grad=True)
     empty = torch.empty(0, dtype=torch.int64)
-    loss, stats = amp_cross_entropy(
-        logits, empty, torch.empty(0), empty, reduction=reduction, return_stats=True
-    )
+    loss, stats = amp_cross_entropy(logits, empty, torch.empty(0), empty, reduction=reduction, return_stats=True)
     expected = torch.nn.functional.cross_entropy(logits, empty, reduction=reduction)
     torch.testing.assert_close(loss, expected, equal_nan=True)
     loss.sum().backward()

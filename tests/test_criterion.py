@@ -93,7 +93,7 @@ def test_double_backward_raises(backend, reduction):
     logits, target, mix = batch()
     loss = AMPLoss(reduction=reduction)(logits, target, mix=mix).sum()
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         torch.autograd.grad(grad.square().sum(), logits)
 
 
@@ -184,9 +184,7 @@ def test_several_losses_of_one_batch_add_up(backend):
     other = Mix(1 - mix.lam, mix.partner.flip(0))
     grads = [torch.autograd.grad(AMPLoss()(logits, target, mix=m), logits)[0] for m in (mix, other)]
     both = AMPLoss()(logits, target, mix=mix) + 3 * AMPLoss()(logits, target, mix=other)
-    torch.testing.assert_close(
-        torch.autograd.grad(both, logits)[0], grads[0] + 3 * grads[1], rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(torch.autograd.grad(both, logits)[0], grads[0] + 3 * grads[1], rtol=1e-5, atol=1e-7)
 
 
 def test_the_function_gives_the_gradient_through_a_view_of_the_logits(backend):

@@ -159,7 +159,9 @@ def test_a_nan_among_the_logits_of_a_looping_kernel_reaches_its_loss(small_tiles
 def test_with_cross_entropy_a_step_is_never_rejected(backend, seed, scale, step, clip, smoothing):
     """ℓ is convex in λ, so a step along its derivative cannot lower it."""
     torch.manual_seed(seed)
-    case = random_case(5, 4, dtype=torch.float64, step_size=step, grad_clip=clip, tie_tol=0.0, label_smoothing=smoothing)
+    case = random_case(
+        5, 4, dtype=torch.float64, step_size=step, grad_clip=clip, tie_tol=0.0, label_smoothing=smoothing
+    )
     ours = by_library(case._replace(logits=scale * torch.randn(5, 4, dtype=torch.float64)))
     # A smaller derivative is the rounding of 1e-16 times |d| <= 60 or so.
     moved = (ours.grad.abs() > 1e-13) & (ours.lam_adv != case.lam)

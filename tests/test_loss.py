@@ -101,9 +101,7 @@ def test_num_items_replaces_the_divisor_of_the_mean(backend):
     for items in (3, 2.5, torch.tensor(3), torch.tensor(2.5, dtype=torch.float64)):
         loss = AMPLoss()(logits, target, mix=mix, num_items=items)
         torch.testing.assert_close(loss, total / float(items), rtol=1e-6, atol=0)
-        torch.testing.assert_close(
-            torch.autograd.grad(loss, logits)[0], grad / float(items), rtol=1e-5, atol=1e-7
-        )
+        torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], grad / float(items), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("options", [{}, {"reweight": "moving"}], ids=["plain", "reweight"])
@@ -111,9 +109,7 @@ def test_num_items_replaces_the_divisor_of_the_mean(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16], ids=str)
 def test_the_dtype_of_num_items_does_not_decide_that_of_the_loss(backend, dtype, return_stats, options):
     logits, target, mix = batch()
-    out = AMPLoss(**options)(
-        logits, target, mix=mix, num_items=torch.tensor(4, dtype=dtype), return_stats=return_stats
-    )
+    out = AMPLoss(**options)(logits, target, mix=mix, num_items=torch.tensor(4, dtype=dtype), return_stats=return_stats)
     assert (out[0] if return_stats else out).dtype == torch.float32
     assert AMPLoss().eval()(logits, target, num_items=torch.tensor(4, dtype=dtype)).dtype == torch.float32
 
@@ -206,9 +202,8 @@ def test_eval_mode_is_cross_entropy_to_the_bit(loss, weighted, ignored, smoothin
     target[3] = ignored
     options = {"ignore_index": ignored, "label_smoothing": smoothing, "reduction": reduction}
     options["weight"] = torch.rand(5) if weighted else None
-    value, expected = (
-        criterion(logits, target) for criterion in (AMPLoss(loss=loss, **options).eval(), nn.CrossEntropyLoss(**options))
-    )
+    value = AMPLoss(loss=loss, **options).eval()(logits, target)
+    expected = nn.CrossEntropyLoss(**options)(logits, target)
     assert torch.equal(value, expected)
     grads = [torch.autograd.grad(x.sum(), logits)[0] for x in (value, expected)]
     assert torch.equal(*grads)

@@ -23,9 +23,7 @@ def rows(batch=5, classes=4):
 def test_two_rows_of_two_classes_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     lam, partner = torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([1, 0])
-    result = reference.amp(
-        identity, logits, torch.tensor([0, 1]), lam, partner, step_size=STEP, reduction="mean"
-    )
+    result = reference.amp(identity, logits, torch.tensor([0, 1]), lam, partner, step_size=STEP, reduction="mean")
 
     def loss_at(own, other, label_mass, coefficient):
         """-(t_0 log p_0 + t_1 log p_1) at the mixture with `coefficient`, and p_0."""
@@ -162,9 +160,7 @@ def test_at_lambda_one_soft_targets_are_cross_entropys(weighted):
     target = torch.rand(7, 4, dtype=torch.float64)
     weight = torch.rand(4, dtype=torch.float64) if weighted else None
     lam, partner = torch.ones(7, dtype=torch.float64), torch.randperm(7)
-    result = reference.amp(
-        identity, logits, target, lam, partner, step_size=0.0, weight=weight, label_smoothing=0.2
-    )
+    result = reference.amp(identity, logits, target, lam, partner, step_size=0.0, weight=weight, label_smoothing=0.2)
     expected = F.cross_entropy(logits, target, weight=weight, label_smoothing=0.2)
     torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=1e-14)
 

@@ -5,8 +5,8 @@ What is behind `fastamp bench` and the files in bench/.
 
 from fastamp.benchmarking import machine
 from fastamp.benchmarking.contenders import MIXUP, STEP_SIZE, Contender, contenders
+from fastamp.benchmarking.measure import GPU_ONLY, SHAPES, BenchConfig, run, write
 from fastamp.benchmarking.report import draw_png, draw_terminal, print_results
-from fastamp.benchmarking.run import GPU_ONLY, SHAPES, BenchConfig, run, write
 from fastamp.benchmarking.workload import DTYPES, Runner, Workload, disagreement
 
 __all__ = [

@@ -5,7 +5,7 @@ The contract, element by element: |ours - truth| ≤ |PyTorch - truth| + toleran
 """
 
 from fastamp.conformance.cases import OperationCase, StepCase, cases
-from fastamp.conformance.check import TOLERANCES, Report, Row, check, check_case, places
+from fastamp.conformance.contract import TOLERANCES, Report, Row, check, check_case, places
 from fastamp.conformance.table import print_report
 
 __all__ = [

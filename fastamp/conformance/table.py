@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastamp.conformance.check import Report
+from fastamp.conformance.contract import Report
 
 _SHOWN = 3  # failures of one row
 

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Everything there is to know from one GPU, in one go of less than nine minutes and without a network:
+#
+#   bench/gpu.sh DIR
+#
+# A report of the machine, the tests marked gpu, the check of every operation, and the benchmark. Logs and JSON go
+# to DIR, at most eight files. A step that fails or runs out of time does not keep the next one from running; the
+# code at the end is 1 if any did. Takes the python3 on PATH (or $PYTHON) with its torch, triton and rich, and changes
+# nothing in it; packages it lacks can be put as wheels into carry/ beforehand:
+#   python3 -m pip download --no-deps -d carry rich
+# DEVICE=cpu rehearses it on a machine without a GPU.
+set -u
+
+die() { echo "gpu.sh: $*" >&2; exit 2; }
+
+[ $# -eq 1 ] || die "usage: bench/gpu.sh DIR"
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+command -v "$python" >/dev/null || die "no $python on PATH; set PYTHON"
+mkdir -p "$1" || die "cannot make $1"
+out=$(cd "$1" && pwd)
+
+# The checkout as a package, kernels/amp in its place, without installing anything.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+mkdir "$site/fastamp"
+ln -s "$root"/fastamp/* "$site/fastamp/"
+ln -s "$root/kernels/amp" "$site/fastamp/kernels"
+if ls "$root"/carry/*.whl >/dev/null 2>&1; then
+    "$python" -m pip install -q --no-index --no-deps --target "$site" "$root"/carry/*.whl || die "cannot unpack carry/*.whl"
+fi
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+cd "$site" || die "cannot enter $site"  # and not the checkout, whose fastamp/ lacks the kernels
+
+for package in torch triton rich; do
+    "$python" -c "import $package" 2>/dev/null ||
+        die "$python has no $package; on a machine with a network: pip download --no-deps -d carry $package"
+done
+if [ "$device" = cuda ]; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || die "torch finds no GPU on this machine"
+fi
+
+began=$SECONDS
+: >"$out/summary.txt"
+
+# step NAME LOG SECONDS COMMAND...: runs it with its output added to LOG.txt and its outcome to summary.txt
+step() {
+    local name=$1 log=$out/$2.txt limit=$3 start=$SECONDS code=0
+    shift 3
+    timeout -k 5 "$limit" "$@" >>"$log" 2>&1 || code=$?
+    local said="failed with code $code"
+    [ $code -eq 0 ] && said="passed"
+    [ $code -eq 124 ] || [ $code -eq 137 ] && said="ran out of its $limit s"
+    echo "$name: $said after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+}
+
+steps=("$python" "$root/bench/gpu_steps.py" --device "$device")
+for log in setup tests check bench; do : >"$out/$log.txt"; done
+command -v nvidia-smi >/dev/null && step nvidia-smi setup 20 nvidia-smi
+step machine setup 60 "${steps[@]}" machine "$out"
+
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
+# First all that proves and compiles, side by side; nothing is being timed.
+if "$python" -c 'import pytest' 2>/dev/null; then
+    step tests tests 240 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
+        -p no:cacheprovider -m gpu "${workers[@]}" &
+else
+    echo "tests: not run, $python has no pytest" | tee -a "$out/summary.txt"
+fi
+step check check 240 "${steps[@]}" check "$out" &
+step warm setup 240 "${steps[@]}" warm "$out" &
+wait
+# Then the clocks, alone.
+step bench bench 220 "${steps[@]}" bench "$out"
+
+echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
+if grep -qE "failed|ran out|not run" "$out/summary.txt"; then exit 1; fi

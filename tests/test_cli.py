@@ -1,0 +1,345 @@
+"""`fastamp check`, `fastamp bench`, `fastamp demo`, and bench/gpu.sh."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import HAS_GPU
+
+from fastamp import benchmarking, functional, reference
+from fastamp.benchmarking import BenchConfig, Contender, Workload, contenders, disagreement, timing
+from fastamp.benchmarking.contenders import amp_autograd, cross_entropy, mixup_soft_targets
+from fastamp.cli import main
+from fastamp.cli.demo import loss_against_lambda
+from fastamp.conformance import OperationCase, StepCase, cases, check, check_case
+
+ROOT = Path(__file__).parents[1]
+TINY = (6, 5, 3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch):
+    # The whole check takes minutes in Triton's interpreter; the tests of the kernels run there anyway.
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(map(str, arguments)))
+
+
+# check
+
+
+def test_quick_check_passes_and_shows_every_operation_and_dtype(tmp_path):
+    result = invoke("check", "--quick", "--device", "cpu", "--out", tmp_path / "check.json")
+    assert result.exit_code == 0, result.output
+    for op in functional.__all__:
+        for dtype in ("float64", "float32", "float16", "bfloat16"):
+            assert any(op in line and dtype in line and "yes" in line for line in result.output.splitlines())
+    assert "TRITON_INTERPRET=1" in result.output or HAS_GPU
+    assert "every row keeps the contract" in result.output
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["ok"]
+    assert len(report["rows"]) == 4 * len(functional.__all__)
+    assert all(0 <= row["worst"] < 1 for row in report["rows"])
+
+
+def test_a_broken_operation_is_named_and_ends_in_code_1(monkeypatch):
+    right = functional.mix
+    monkeypatch.setattr(functional, "mix", lambda *given: right(*given) * 1.02)
+    result = invoke("check", "--quick", "--device", "cpu", "--op", "mix", "--op", "lambda_grad")
+    assert result.exit_code == 1
+    assert "failed: mix, torch on cpu, float32: rows of 30: m: " in result.output
+    assert "failed: lambda_grad" not in result.output
+    assert "4 of 8 rows break the contract" in result.output
+
+
+def test_an_operation_that_raises_is_a_failure_and_the_others_are_still_checked(monkeypatch):
+    def broken(*given, **options):
+        raise RuntimeError("ptxas\nfailed")
+
+    monkeypatch.setattr(functional, "mix", broken)
+    report = check(["cpu"], quick=True, ops=["mix", "lambda_grad"])
+    assert {row.op: row.ok for row in report.rows} == {"mix": False, "lambda_grad": True}
+    assert report.rows[0].failures[0] == "rows of 30: RuntimeError: ptxas"
+
+
+@pytest.mark.parametrize("fault", ["unwritten", "input", "branch", "step"])
+def test_a_faulty_step_breaks_the_contract(monkeypatch, fault):
+    right = functional.amp_cross_entropy
+
+    def faulty(logits, *given, **options):
+        if fault == "step":  # λ' of another step size
+            return right(logits, *given, **{**options, "step_size": 3e-3})
+        loss, stats = right(logits, *given, **options)
+        if fault == "unwritten":
+            stats = stats._replace(lam_adv=torch.empty_like(stats.lam_adv))
+        if fault == "input":
+            with torch.no_grad():
+                logits.mul_(2)
+        if fault == "branch":
+            stats = stats._replace(mask=~stats.mask)
+        return loss, stats
+
+    case = StepCase("case", batch=9)
+    assert not check_case(case, "cpu", "torch", torch.float32).failures
+    monkeypatch.setattr(functional, "amp_cross_entropy", faulty)
+    failures = " ".join(check_case(case, "cpu", "torch", torch.float32).failures)
+    said = {"unwritten": "λ': 9 of 9", "input": "wrote to its input", "branch": "the other of the two", "step": "λ'"}
+    assert said[fault] in failures
+
+
+def test_quick_cases_are_among_all_cases():
+    every = list(cases(quick=False))
+    assert all(case in every for case in cases(quick=True))
+    assert len({(case.op, case.name) for case in every}) == len(every)
+    assert {case.op for case in every} == set(functional.__all__)
+
+
+@pytest.mark.gpu
+def test_quick_check_passes_on_a_gpu():
+    report = check(["cuda"], quick=True)
+    assert {row.backend for row in report.rows} == {"torch", "triton"}
+    assert report.ok, [row.failures for row in report.rows]
+
+
+# bench
+
+
+def test_bench_writes_its_results(tmp_path):
+    arguments = ("--shapes", "6x5x3", "--rounds", 2, "--device", "cpu", "--no-compiled", "--out", tmp_path)
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert results["threads"] == 1
+    assert results["rounds"] == 2
+    assert results["device"]["type"] == "cpu"
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["copy_gb_s"] > 0
+    assert results["refused"] == results["notes"] == []
+    names = {takes: [one.name for one in contenders(takes, compiled=False)] for takes in ("hidden", "logits")}
+    assert [row["contender"] for row in results["rows"]] == names["hidden"] + names["logits"]
+    for row in results["rows"]:
+        for direction in ("forward", "backward", "both"):
+            quantiles = list(row["ms"][direction].values())
+            assert 0 < quantiles[0] <= quantiles[-1]
+        assert row["ratio"]["both"]["q50"] > 0
+        assert row["operators"] > 0
+        assert row["peak_memory_bytes"] is None
+        assert ("gb_s" in row) == (row["input"] == "logits")
+    assert "not measured on a CPU: peak memory" in result.output
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses_a_contender_that_computes_something_else(monkeypatch, tmp_path):
+    wrong = Contender("Mixup as AMP", "amp", mixup_soft_targets)
+    right = Contender("AMP autograd", "amp", amp_autograd)
+    monkeypatch.setattr(benchmarking.measure, "contenders", lambda takes, *, compiled: [wrong, right])
+    result = invoke("bench", "--shapes", "50x5x3", "--rounds", 1, "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "refused, not timed: Mixup as AMP at (50, 5) -> 3, fp32: its loss is off by" in result.output
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert {row["contender"] for row in results["rows"]} == {"AMP autograd"}
+    assert {row["ratio"] for row in results["rows"]} == {None}
+    assert {entry["contender"] for entry in results["refused"]} == {"Mixup as AMP"}
+
+
+def test_bench_refuses_a_contender_that_raises():
+    def broken(head, x, y, mix):
+        raise RuntimeError("no compiler\nhere")
+
+    given = [Contender("broken", "amp", broken), Contender("cross-entropy", "none", cross_entropy)]
+    config = BenchConfig(shapes=(TINY,), rounds=1, inputs=("hidden",))
+    results = benchmarking.run(config, command="", candidates=lambda takes: given)
+    assert [entry["reason"] for entry in results["refused"]] == ["RuntimeError: no compiler"]
+    assert [row["contender"] for row in results["rows"]] == ["cross-entropy"]
+
+
+@pytest.mark.parametrize("takes", ["hidden", "logits"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_contender_agrees_with_the_definition(takes, dtype):
+    work = Workload((50, 30, 6), dtype, takes, CPU)
+    for contender in contenders(takes, compiled=False):
+        assert disagreement(work.bind(contender), contender.mode) is None, contender.name
+
+
+def test_a_wrong_gradient_is_seen_where_the_loss_is_right():
+    def detached(head, x, y, mix):
+        loss = cross_entropy(head, x, y, mix)
+        return loss.detach() + 0.5 * (loss - loss.detach())
+
+    work = Workload(TINY, "fp32", "hidden", CPU)
+    assert "its gradient to its input is off by 5.0e-01" in disagreement(
+        work.bind(Contender("half", "none", detached)), "none"
+    )
+
+
+def test_contenders_take_turns():
+    order = []
+    series = [timing.Series(n, lambda n=n: order.append(n) or timing.Sample(1.0, 2.0)) for n in "abc"]
+    timing.round_robin(series, 4)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert series[0].values("both").tolist() == [3.0] * 4
+
+
+def test_large_shapes_are_left_to_gpus_and_said_so():
+    config = BenchConfig(shapes=((4096, 8, 32000),), rounds=1)
+    results = benchmarking.run(config, command="")
+    assert results["rows"] == []
+    assert results["notes"] == [f"(4096, 8, 32000) fp32 {takes}: not run, it takes a GPU" for takes in config.inputs]
+
+
+def test_bars_come_in_the_terminal_where_matplotlib_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ("--shapes", "6x5x3", "--rounds", 1, "--device", "cpu", "--no-compiled", "--out", tmp_path)
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "pip install fastamp[plot]" in result.output
+    assert "step over plain Mixup's: (6, 5) -> 3, fp32, eager" in result.output
+    assert "█" in result.output
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu_measures_graphs_launches_and_memory():
+    results = benchmarking.run(BenchConfig(shapes=((50, 300, 6),), rounds=2, device="cuda"), command="")
+    assert results["refused"] == []
+    assert {row["clock"] for row in results["rows"]} == {"eager", "graph"}
+    assert all(row["kernel_launches"] > 0 and row["peak_memory_bytes"] > 0 for row in results["rows"])
+
+
+# demo
+
+
+def test_demo_trains_draws_and_resumes(monkeypatch, tmp_path):
+    import fastamp.cli.demo as demo
+
+    monkeypatch.setattr(demo, "check", lambda *given, **options: check(["cpu"], quick=True, ops=["mix"]))
+    monkeypatch.setattr(demo, "PAIRINGS", 2)
+    arguments = ("demo", "--steps", 3, "--seeds", 1, "--out", tmp_path)
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    for said in ("sent-amp", "test error %", "1 seed, 3 steps each", "One seed decides nothing", "ms a step"):
+        assert said in first.output
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert set(record["loss"]) == {"none", "sent-mixup", "sent-amp"}
+    assert len(record["loss"]["none"][0]) == len(record["lam"]) == demo.GRID
+    assert (tmp_path / "figure-2c.png").read_bytes().startswith(b"\x89PNG")
+    assert "step 3 " in first.output
+    again = invoke(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "step 3 " not in again.output
+    assert json.loads((tmp_path / "demo.json").read_text())["loss"] == record["loss"]
+
+
+def test_demo_stops_where_the_check_fails(monkeypatch, tmp_path):
+    import fastamp.cli.demo as demo
+
+    def failing(*given, **options):
+        report = check(["cpu"], quick=True, ops=["lambda_grad"])
+        return replace(report, rows=(replace(report.rows[0], failures=("wrong",)),))
+
+    monkeypatch.setattr(demo, "check", failing)
+    result = invoke("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("Error: the operations do not do here what they should")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_curve_is_the_loss_of_mixed_rows(monkeypatch):
+    monkeypatch.setattr("fastamp.cli.demo.PAIRINGS", 1)
+    logits, labels = torch.randn(20, 4, dtype=torch.float64), torch.randint(4, (20,))
+    lam = torch.tensor([0.0, 0.3, 1.0])
+    curve = loss_against_lambda(logits, labels, lam, torch.Generator().manual_seed(1))
+    partner = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    for value, one in zip(curve, lam.double(), strict=True):
+        expected = reference.amp(lambda m: m, logits, labels, one.expand(20), partner, mode="mixup").loss
+        torch.testing.assert_close(value, expected)
+
+
+# all of them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("check", "--device", "gpu"), 1, "device 'gpu' cannot be used"),
+        (("check", "--device", "meta"), 1, "device must be a CPU or a CUDA/ROCm GPU, got 'meta'"),
+        (("check", "--op", "mixup"), 2, "'mixup' is not one of 'amp_cross_entropy'"),
+        (("check", "--seed", "-1"), 2, "-1 is not in the range"),
+        (("bench", "--shapes", "50x300"), 2, "'50x300' is no shape; write BxDxC, as in 50x300x6"),
+        (("bench", "--shapes", "0x3x6"), 2, "'0x3x6' is no shape"),
+        (("bench", "--dtype", "fp8"), 2, "'fp8' is not one of fp32, bf16, fp16"),
+        (("bench", "--rounds", "0"), 2, "0 is not in the range"),
+        (("bench", "--device", "tpu9"), 1, "device 'tpu9' cannot be used"),
+        (("demo", "--steps", "0"), 2, "0 is not in the range"),
+        (("demo", "--seeds", "many"), 2, "'many' is not a valid integer range"),
+    ],
+)
+def test_bad_commands_end_in_one_line_and_a_failure_code(arguments, code, message):
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    *_, last = result.output.strip().splitlines()
+    assert last.startswith("Error: ")
+    assert message in last
+
+
+def test_a_file_in_the_place_of_the_results_folder_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "out").write_text("")
+    result = invoke("bench", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "is a file" in result.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"shapes": ((1, 2),)}, "a shape is (B, D, C), each at least 1, got (1, 2)"),
+        ({"dtypes": ("fp8",)}, "unknown dtype 'fp8'; takes fp32, bf16, fp16"),
+        ({"inputs": ("words",)}, "unknown inputs 'words'; takes hidden, logits"),
+    ],
+)
+def test_bad_benchmarks_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        BenchConfig(**fields)
+
+
+def test_operation_cases_run_in_the_shapes_of_the_benchmarks():
+    finding = check_case(OperationCase("mix", "words", shape=(4, 3, 5)), "cpu", "auto", torch.float32)
+    assert not finding.failures
+
+
+# gpu.sh
+
+SCRIPT = ROOT / "bench" / "gpu.sh"
+
+
+def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def test_gpu_script_is_valid_bash():
+    assert run_script("-n", str(SCRIPT)).returncode == 0
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    done = run_script(str(SCRIPT), str(tmp_path / "out"), PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["gpu.sh: torch finds no GPU on this machine"]
+
+
+def test_gpu_script_says_how_it_is_called():
+    done = run_script(str(SCRIPT))
+    assert (done.returncode, done.stderr) == (2, "gpu.sh: usage: bench/gpu.sh DIR\n")

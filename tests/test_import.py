@@ -1,0 +1,131 @@
+"""`import fastamp` is quick and needs neither Triton, nor transformers, nor a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastamp
+from fastamp.backend import uses_triton
+
+OPTIONAL = ("triton", "transformers", "datasets")
+HEAVY = (*OPTIONAL, "fastamp.kernels", "fastamp.ops", "rich", "click", "plotext", "matplotlib", "scipy")
+
+STEP = """
+logits = torch.randn(4, 3, requires_grad=True)
+fastamp.AMPLoss()(logits, torch.tensor([0, 1, 2, 0])).backward()
+assert logits.grad.abs().sum() > 0
+"""
+
+# A path finder that finds none of the optional packages, as where they are not installed.
+UNINSTALL = f"""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {OPTIONAL} else find(name, path, target)
+PathFinder.find_spec = find_spec
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, with Triton not interpreting unless asked to."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "hide", [UNINSTALL, f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))"], ids=["absent", "blocked"]
+)
+def test_without_triton_and_transformers_it_imports_and_trains(hide):
+    refusal = python(
+        f"""
+{hide}
+import torch, fastamp
+{STEP}
+try:
+    fastamp.set_backend("triton")
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert refusal == "backend 'triton' was asked for, but the package triton is not installed"
+
+
+def test_neither_the_import_nor_a_step_on_the_cpu_loads_what_only_others_need():
+    added = python(
+        f"""
+import sys, torch
+before = set(sys.modules)
+import fastamp
+{STEP}
+print(*sorted(set(sys.modules) - before))
+"""
+    ).split()
+    assert "fastamp.loss" in added
+    assert not [name for name in added if name.startswith(HEAVY)]
+
+
+def test_the_import_does_not_ask_for_a_gpu():
+    python(
+        """
+import torch
+def refuse(*args, **kwargs):
+    raise AssertionError("something was asked of the GPU at import")
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "init", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+import fastamp
+fastamp.AMPLoss()
+"""
+    )
+
+
+def test_the_import_takes_less_than_a_third_of_a_second_beyond_that_of_torch():
+    code = "import time, torch; start = time.process_time(); import fastamp; print(time.process_time() - start)"
+    # The smallest is the one that other work on the machine disturbed least.
+    times = [float(python(code)) for _ in range(2)]
+    assert min(times) < 0.3, times
+
+
+def test_a_backend_holds_to_the_end_of_its_block_or_until_further_notice():
+    x = torch.zeros(1)
+    with fastamp.set_backend("torch"):
+        assert not uses_triton(x)
+        with fastamp.set_backend("auto"):
+            assert not uses_triton(x)  # on the CPU
+        if fastamp.backend.has_triton() and fastamp.backend.interpreting():
+            fastamp.set_backend("triton")
+            assert uses_triton(x)
+    assert not uses_triton(x)
+
+
+def test_an_unknown_backend_is_refused_and_changes_nothing():
+    with fastamp.set_backend("torch"):
+        with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton'; got 'cuda'"):
+            fastamp.set_backend("cuda")
+        assert not uses_triton(torch.zeros(1))
+
+
+def test_a_block_that_raises_gives_the_backend_back():
+    with fastamp.set_backend("torch"), pytest.raises(KeyError), fastamp.set_backend("auto"):
+        raise KeyError
+    assert not uses_triton(torch.zeros(1))
+
+
+def test_triton_refuses_cpu_tensors_outside_its_interpreter():
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    refusal = python(
+        """
+import torch, fastamp
+with fastamp.set_backend("triton"):
+    try:
+        fastamp.AMPLoss()(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+    except RuntimeError as error:
+        print(error)
+"""
+    )
+    assert refusal.startswith("backend 'triton' takes CUDA and ROCm tensors")
+    assert refusal.endswith("got a tensor on cpu")
