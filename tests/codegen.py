@@ -59,10 +59,10 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
     return signature | ({"weight_ptr": wide} if weighted else {})
 
 
-def row_cases(itemsize: int, sizes: list[tuple[int, int]]) -> Iterator[Case]:
-    """The register kernel at (B, C) in `sizes`."""
+def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
     for name, policy, soft, weighted in variants(itemsize):
-        for batch, classes in sizes:
+        for batch, classes in bce_sizes if policy.bce else sizes:
             config = amp_cross_entropy.forward_config(batch, classes, itemsize, policy)
             if not config.in_registers:
                 continue
@@ -187,6 +187,7 @@ def small_cases() -> Iterator[Case]:
 SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
 GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
 LONG = [(4096, 2**power) for power in range(8, 13)]
+BCE = [(50, 2), (50, 6), (4096, 6), (4096, 100), (4096, 256), (4096, 2048)]
 HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
 ASSERTING_KERNELS = (
     amp_cross_entropy._amp_cross_entropy_kernel,
@@ -194,8 +195,8 @@ ASSERTING_KERNELS = (
     linear_head._linear_head_kernel,
 )
 GROUPS_OF_CASES = {
-    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG),
-    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)]),
+    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG, BCE),
+    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)], [(50, 6), (4096, 1024)]),
     "loop": lambda: loop_cases(4),
     "loop-fp64": lambda: loop_cases(8),
     "grad": lambda: grad_cases(4),

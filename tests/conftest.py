@@ -184,7 +184,7 @@ def by_library(case: Case) -> Outcome:
 
 
 def assert_no_worse(name: str, ours: Tensor, truth: Tensor, composed: Tensor, dtype: torch.dtype) -> None:
-    """|ours - truth| <= |composition in dtype - truth| + tolerance, elementwise; infinities and NaN must be the same."""
+    """|ours - truth| <= |composition in dtype - truth| + tolerance, elementwise; infinities and NaN are the same."""
     ours, truth, composed = ours.double(), truth.double(), composed.double()
     assert ours.shape == truth.shape, name
     # A composition that broke down excuses nothing.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DTYPES, INTERPRETED, assert_contract, by_definition, by_library, random_case
-from hypothesis import given
+from hypothesis import given, settings
 from strategies import LAYOUTS, cases, laid_out
 
 import fastamp
@@ -39,8 +39,8 @@ def test_the_fixtures_take_the_kernels_that_they_name(small_tiles, loss, request
     assert forward_config(9, 5, 4, policy).block_b < 9
 
 
-@INTERPRETED
-@given(case=cases(min_classes=9, max_classes=27))
+@settings(max_examples=14)
+@given(case=cases(max_batch=6, min_classes=9, max_classes=27))
 def test_looping_kernels_are_no_worse_than_the_composition(small_tiles, case):
     assert_contract(case)
 

@@ -21,6 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
 def test_lambda_follows_the_beta_law(alpha):
+    """36: both gammas underflow at small α."""
     lam = draw(20_000, alpha=alpha, generator=seeded()).lam.double().numpy()
     law = stats.beta(alpha, alpha)
     # The Kolmogorov-Smirnov distance over points that float32 can tell apart from 0 and 1: at α = 0.02 half of
@@ -36,6 +37,7 @@ def test_lambda_follows_the_beta_law(alpha):
 
 @pytest.mark.parametrize("alpha", [0.001, 0.02, 0.1])
 def test_a_small_alpha_does_not_pile_lambda_up_at_one_half(alpha):
+    """36: what the underflow makes of λ."""
     lam = draw(20_000, alpha=alpha, generator=seeded()).lam
     assert (lam == 0.5).sum() == 0
     assert lam.isfinite().all()

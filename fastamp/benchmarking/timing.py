@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,11 @@ DIRECTIONS = ("forward", "backward", "both")
 
 
 class Sample(NamedTuple):
-    """Milliseconds a step, the mean of one slot."""
+    """Milliseconds a step, of one slot."""
 
     forward: float
     backward: float
-
-    @property
-    def both(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
+    both: float
 
 
 @dataclass
@@ -46,15 +43,15 @@ class Series:
 
 
 def round_robin(series: Sequence[Series], rounds: int) -> None:
-    """Fills the series: in every round each slot once, the first of a round a different one each time."""
+    """Fills the series: in every round each slot once, in a new order, lest a scheduler's period fall on one of them."""
+    generator = torch.Generator().manual_seed(rounds)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
-            first = number % len(series)
-            for one in (*series[first:], *series[:first]):
-                one.samples.append(one.slot())
+        for _ in range(rounds):
+            for i in torch.randperm(len(series), generator=generator).tolist():
+                series[i].samples.append(series[i].slot())
     finally:
         if collecting:
             gc.enable()
@@ -71,20 +68,33 @@ def eager_slot(runner: Runner) -> Callable[[], Sample]:
     cuda = runner.workload.device.type == "cuda"
     one = _cuda_slot if cuda else _cpu_slot
     one(runner, WARMUP_STEPS)
-    steps = max(1, round(SLOT_SECONDS * 1e3 / one(runner, 2).both))
-    return lambda: one(runner, steps)
+    # The least of a few: a disturbed one would make for slots of a single step.
+    steps = max(1, round(SLOT_SECONDS * 1e3 / min(one(runner, 1).both for _ in range(WARMUP_STEPS))))
+
+    def slot() -> Sample:
+        if steps > 1:  # the first step after another contender's finds cold caches
+            one(runner, 1)
+        return one(runner, steps)
+
+    return slot
 
 
 def _cpu_slot(runner: Runner, steps: int) -> Sample:
-    forward = backward = 0.0
+    forward, backward = [], []
     for i in range(steps):
         began = time.perf_counter()
         loss = runner.forward(i)
         between = time.perf_counter()
         runner.backward(i, loss)
-        backward += time.perf_counter() - between
-        forward += between - began
-    return Sample(forward * 1e3 / steps, backward * 1e3 / steps)
+        backward.append((time.perf_counter() - between) * 1e3)
+        forward.append((between - began) * 1e3)
+    return _medians(forward, backward)
+
+
+def _medians(forward: list[float], backward: list[float]) -> Sample:
+    # Not means: one time slice given to another process is longer than all the steps of a slot.
+    both = [first + second for first, second in zip(forward, backward, strict=True)]
+    return Sample(median(forward), median(backward), median(both))
 
 
 def _cuda_slot(runner: Runner, steps: int) -> Sample:
@@ -98,7 +108,7 @@ def _cuda_slot(runner: Runner, steps: int) -> Sample:
         marks[2 * i + 2].record()
     torch.cuda.synchronize()
     spans = [before.elapsed_time(after) for before, after in pairwise(marks)]
-    return Sample(sum(spans[::2]) / steps, sum(spans[1::2]) / steps)
+    return _medians(spans[::2], spans[1::2])
 
 
 def graph_slot(runner: Runner) -> Callable[[], Sample]:
@@ -124,7 +134,7 @@ def graph_slot(runner: Runner) -> Callable[[], Sample]:
 
     def slot() -> Sample:
         once, whole = (_replay(graph, replays) / copies for graph in graphs)
-        return Sample(once, whole - once)
+        return Sample(once, whole - once, whole)
 
     return slot
 
