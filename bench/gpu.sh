@@ -58,22 +58,22 @@ step() {
 steps=("$python" "$root/bench/gpu_steps.py" --device "$device")
 for log in setup tests check bench; do : >"$out/$log.txt"; done
 command -v nvidia-smi >/dev/null && step nvidia-smi setup 20 nvidia-smi
-step machine setup 60 "${steps[@]}" machine "$out"
+step machine setup 30 "${steps[@]}" machine "$out"
 
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 # First all that proves and compiles, side by side; nothing is being timed.
 if "$python" -c 'import pytest' 2>/dev/null; then
-    step tests tests 240 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
+    step tests tests 230 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
         -p no:cacheprovider -m gpu "${workers[@]}" &
 else
     echo "tests: not run, $python has no pytest" | tee -a "$out/summary.txt"
 fi
-step check check 240 "${steps[@]}" check "$out" &
-step warm setup 240 "${steps[@]}" warm "$out" &
+step check check 230 "${steps[@]}" check "$out" &
+step warm setup 230 "${steps[@]}" warm "$out" &
 wait
 # Then the clocks, alone.
-step bench bench 220 "${steps[@]}" bench "$out"
+step bench bench 210 "${steps[@]}" bench "$out"
 
 echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 if grep -qE "failed|ran out|not run" "$out/summary.txt"; then exit 1; fi

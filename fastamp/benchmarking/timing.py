@@ -43,7 +43,7 @@ class Series:
 
 
 def round_robin(series: Sequence[Series], rounds: int) -> None:
-    """Fills the series: in every round each slot once, in a new order, lest a scheduler's period fall on one of them."""
+    """Fills the series: in every round each slot once, in a new order, lest a scheduler's period fall on one."""
     generator = torch.Generator().manual_seed(rounds)
     collecting = gc.isenabled()
     gc.collect()
