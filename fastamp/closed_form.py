@@ -70,13 +70,13 @@ def mixed_target(
     all_kept: bool,
 ) -> Target:
     """The mixed target mass of every row; `all_kept` promises that no label equals ignore_index."""
-    lam = lam[:, None]
+    lam = lam.unsqueeze(1)
     smoothing = policy.label_smoothing
     kept = None
     if target.is_floating_point():
         on = torch.lerp(target.index_select(0, partner).to(lam.dtype), target.to(lam.dtype), lam)
     else:
-        label, label_mass, other_mass = target[:, None], lam, 1 - lam
+        label, label_mass, other_mass = target.unsqueeze(1), lam, 1 - lam
         if not all_kept:
             is_kept = label != policy.ignore_index
             label = torch.where(is_kept, label, 0)
@@ -109,7 +109,7 @@ def loss_and_grad(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     logp = x.log_softmax(1)
     p = logp.exp()
     loss = -torch.where(target.on != 0, target.on * logp, 0).sum(1)
-    return loss, (p if target.total is None else target.total[:, None] * p) - target.on
+    return loss, (p if target.total is None else target.total.unsqueeze(1) * p) - target.on
 
 
 def _softmax_bce(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,14 +181,14 @@ def amp_rows(
     if tame:
         other = z.index_select(0, partner)
         d = z - other
-        x = torch.addcmul(other, lam[:, None], d)
+        x = torch.addcmul(other, lam.unsqueeze(1), d)
     else:
         # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
         z = z - z.amax(1, keepdim=True)
         other = z.index_select(0, partner)
         excluded = (z == -torch.inf) | (other == -torch.inf)
         d = (z - other).masked_fill(excluded, 0)
-        x = (other + lam[:, None] * d).masked_fill(excluded, -torch.inf)
+        x = (other + lam.unsqueeze(1) * d).masked_fill(excluded, -torch.inf)
     mixed = mixed_target(target, lam, partner, logits.shape[1], weight, policy, all_kept=all_kept)
 
     if policy.loss == "cross_entropy":
@@ -197,7 +197,7 @@ def amp_rows(
     loss, g = loss_and_grad(x, mixed)
     grad = _scaled((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
-    loss_adv, g_adv = loss_and_grad(x + (lam_adv - lam)[:, None] * d, mixed)
+    loss_adv, g_adv = loss_and_grad(x + (lam_adv - lam).unsqueeze(1) * d, mixed)
     return _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
 
 
@@ -214,7 +214,7 @@ def _cross_entropy_rows(
     grad = _scaled((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
     eta = lam_adv - lam
-    u = eta[:, None] * d
+    u = eta.unsqueeze(1) * d
     logp = x.log_softmax(1)
     p = logp.exp()
     logp_adv = (x + u).log_softmax(1)
@@ -225,7 +225,7 @@ def _cross_entropy_rows(
     total = 1 if target.total is None else target.total
     delta = total * torch.where(near, near_change, far_change) - eta * (target.on * d).sum(1)
     p_adv = logp_adv.exp()
-    g_adv = (p_adv if target.total is None else target.total[:, None] * p_adv) - target.on
+    g_adv = (p_adv if target.total is None else target.total.unsqueeze(1) * p_adv) - target.on
     return _selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
 
 
@@ -242,7 +242,7 @@ def _tame_cross_entropy_rows(
     logp = x.log_softmax(1)
     p = logp.exp()
     loss = (target.on * logp).sum(1).neg_()
-    total = None if target.total is None else target.total[:, None]
+    total = None if target.total is None else target.total.unsqueeze(1)
     g = (p if total is None else total * p) - target.on
     grad = _scaled((g * d).sum(1), policy, grad_divisor)
     if policy.mode == "mixup":
@@ -250,7 +250,7 @@ def _tame_cross_entropy_rows(
         return Rows(loss, lam, g, lam, grad, zero, zero > 0)
     lam_adv = step_lam(lam, grad, policy)
     eta = lam_adv - lam
-    gain = torch.expm1(eta[:, None] * d).mul_(p)
+    gain = torch.expm1(eta.unsqueeze(1) * d).mul_(p)
     gain_sum = gain.sum(1)
     change = torch.log1p(gain_sum)
     if target.total is not None:
@@ -258,7 +258,7 @@ def _tame_cross_entropy_rows(
     delta = change.sub_(eta * (target.on * d).sum(1))
     g_adv = None
     if need_grad:
-        p_adv = p.add_(gain).div_((1 + gain_sum)[:, None])  # g does not share p's memory
+        p_adv = p.add_(gain).div_((1 + gain_sum).unsqueeze(1))  # g does not share p's memory
         g_adv = (p_adv if total is None else total * p_adv).sub_(target.on)
     if policy.never_rejects:
         return Rows(loss.add_(delta), lam_adv, g_adv, lam_adv, grad, delta, torch.ones_like(lam) > 0)
@@ -277,10 +277,10 @@ def tame_total(
     need_grad: bool,
     all_kept: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The summed loss and its complete gradient where MinOp never rejects and nobody asked for statistics.
+    """The negative of the summed loss, and the loss's complete gradient, in the fewest operations.
 
-    Fewest operations: then only the loss at λ' is needed, and of the pass at λ only its softmax. Tame
-    cross-entropy only.
+    Where MinOp never rejects and nobody asked for statistics, only the loss at λ' is needed, and of the pass at λ
+    only its softmax. For tame cross-entropy.
     """
     z = logits.to(lam.dtype)
     other = z.index_select(0, partner)
@@ -290,18 +290,18 @@ def tame_total(
     x = torch.addcmul(other, column, d)
     if policy.mode != "mixup":
         p = x.softmax(1)
-        p = p if total is None else p.mul_(total[:, None])
+        p = p if total is None else p.mul_(total.unsqueeze(1))
         grad = _scaled(p.sub_(on).mul_(d).sum(1), policy, grad_divisor)
         column = step_lam(lam, grad, policy).unsqueeze(1)
         x = torch.addcmul(other, column, d)
     logp = x.log_softmax(1)
-    loss = -torch.dot(on.view(-1), logp.view(-1))
+    negative_loss = (on * logp).sum()
     if not need_grad:
-        return loss, None
+        return negative_loss, None
     g = logp.exp_()
-    g = (g if total is None else g.mul_(total[:, None])).sub_(on)
+    g = (g if total is None else g.mul_(total.unsqueeze(1))).sub_(on)
     own = g * column
-    return loss, own.index_add_(0, partner, g.sub_(own))
+    return negative_loss, own.index_add_(0, partner, g.sub_(own))
 
 
 def _scaled(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> Tensor:
@@ -326,7 +326,7 @@ def _selected(
         delta = torch.zeros_like(delta)
     mask = select(loss, delta, policy)
     chosen = torch.where(mask, loss + delta, loss)
-    g = g if g_adv is None else torch.where(mask[:, None], g_adv, g)
+    g = g if g_adv is None else torch.where(mask.unsqueeze(1), g_adv, g)
     return Rows(chosen, torch.where(mask, lam_adv, lam), g, lam_adv, grad, delta, mask)
 
 
@@ -385,7 +385,7 @@ def linear_amp_rows(
     d = hidden - other
 
     def at(coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        m = torch.addcmul(other, coefficient[:, None], d)
+        m = torch.addcmul(other, coefficient.unsqueeze(1), d)
         slope = (m > 0).to(m.dtype) if relu else torch.ones_like(m)
         slope = slope if keep is None else slope * keep
         head_input = m * slope
@@ -397,5 +397,5 @@ def linear_amp_rows(
     lam_adv = step_lam(lam, grad, policy)
     loss_adv, g_adv, head_input_adv, grad_m_adv = at(lam_adv)
     rows = _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
-    took = rows.mask[:, None]
+    took = rows.mask.unsqueeze(1)
     return rows, torch.where(took, head_input_adv, head_input), torch.where(took, grad_m_adv, grad_m)

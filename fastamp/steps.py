@@ -57,7 +57,8 @@ def amp_cross_entropy_step(
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`amp_cross_entropy` for arguments that have been checked; the statistics where they are asked for, or free."""
-    lam = lam.detach().to(closed_form.compute_dtype(logits.dtype))
+    dtype = closed_form.compute_dtype(logits.dtype)
+    lam = lam.detach().to(dtype) if lam.requires_grad or lam.dtype != dtype else lam
     if uses_triton(logits) and len(logits):
         from fastamp import ops
 
@@ -107,7 +108,7 @@ class _TameTotal(torch.autograd.Function):
         all_kept: bool,
         need_grad: bool,
     ) -> Tensor:
-        loss, grad = closed_form.tame_total(
+        negative_loss, grad = closed_form.tame_total(
             logits,
             target,
             lam,
@@ -121,7 +122,7 @@ class _TameTotal(torch.autograd.Function):
         if grad is not None:
             ctx.save_for_backward(grad, *_if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
-        return loss.div_(divisor)
+        return negative_loss.div_(-divisor)
 
     @staticmethod
     @once_differentiable

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastamp.kernels import RowPolicy, amp_cross_entropy, linear_head, rows_loop
+from fastamp.kernels import RowPolicy, amp_cross_entropy, config, linear_head, rows_loop
 from fastamp.kernels.rows import ASSERTING
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -63,8 +63,8 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple
     """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
     for name, policy, soft, weighted in variants(itemsize):
         for batch, classes in bce_sizes if policy.bce else sizes:
-            config = amp_cross_entropy.forward_config(batch, classes, itemsize, policy)
-            if not config.in_registers:
+            launch = config.forward_config(batch, classes, itemsize, policy)
+            if not launch.in_registers:
                 continue
             # bfloat16 where the registers are fewest; float32 where they are most.
             width = 2 if itemsize == 4 and not weighted else itemsize
@@ -72,41 +72,41 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple
             wide = DTYPES[itemsize]
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
-            single = config.block_b >= batch
+            single = launch.block_b >= batch
             signature |= {"loss_ptr": wide, "divisor_ptr": wide} if single else {"inverse_ptr": "*i64"}
-            constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": config.block_b, "BLOCK_C": config.block_c}
+            constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c}
             long = classes >= 1024
             yield Case(
-                f"{name} B={batch} C={classes} {config}",
+                f"{name} B={batch} C={classes} {launch}",
                 amp_cross_entropy._amp_cross_entropy_kernel,
                 signature,
                 constants,
                 ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
-                config.num_warps,
-                config.block_c * width if long else 0,
+                launch.num_warps,
+                launch.block_c * width if long else 0,
             )
 
 
 def loop_cases(itemsize: int) -> Iterator[Case]:
     for name, policy, soft, weighted in variants(itemsize):
-        config = amp_cross_entropy.forward_config(64, 32000, itemsize, policy)
+        launch = config.forward_config(64, 32000, itemsize, policy)
         width = 2 if itemsize == 4 and not weighted else itemsize
         data = DTYPES[width]
         yield Case(
-            f"{name} {config}",
+            f"{name} {launch}",
             rows_loop._amp_rows_kernel,
             row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"},
-            {"stride_zn": 1, "policy": policy, "BLOCK_C": config.block_c},
+            {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
             ("logits_ptr", "stride_zm", "C"),
-            config.num_warps,
-            config.block_c * width,
+            launch.num_warps,
+            launch.block_c * width,
         )
 
 
 def grad_cases(itemsize: int) -> Iterator[Case]:
     for name, policy, soft, weighted in variants(itemsize):
         for classes in (2, 64, 32000):
-            config = amp_cross_entropy.backward_config(classes, itemsize, policy)
+            launch = config.backward_config(classes, itemsize, policy)
             width = 2 if itemsize == 4 and not weighted else itemsize
             data = DTYPES[width]
             signature = row_signature(itemsize, data, soft, weighted)
@@ -114,13 +114,13 @@ def grad_cases(itemsize: int) -> Iterator[Case]:
             signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
             long = classes >= 1024
             yield Case(
-                f"{name} C={classes} {config}",
+                f"{name} C={classes} {launch}",
                 rows_loop._amp_rows_grad_kernel,
                 signature,
-                {"stride_zn": 1, "policy": policy, "BLOCK_B": config.block_b, "BLOCK_C": config.block_c},
+                {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
                 ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
-                config.num_warps,
-                config.block_c * width if long else 0,
+                launch.num_warps,
+                launch.block_c * width if long else 0,
             )
 
 
@@ -128,8 +128,8 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Ca
     """The head kernel at (B, D, C)."""
     for name, policy, soft, weighted in variants(itemsize):
         for batch, depth, classes in shapes:
-            config = linear_head.linear_head_config(batch, classes, depth, itemsize, bce=policy.bce)
-            if config is None:
+            launch = config.linear_head_config(batch, classes, depth, itemsize, bce=policy.bce)
+            if launch is None:
                 continue
             wide = DTYPES[itemsize]
             pointers = ("hidden", "weight", "bias", "lam", "rows", "dhidden", "dweight", "dbias")
@@ -139,18 +139,18 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Ca
             signature |= {"step_size": "fp64", "divisor": "fp64"}
             signature |= {"class_weight_ptr": wide, "keep_ptr": wide, "upstream_ptr": wide} if weighted else {}
             yield Case(
-                f"{name} B={batch} D={depth} C={classes} {config}",
+                f"{name} B={batch} D={depth} C={classes} {launch}",
                 linear_head._linear_head_kernel,
                 signature,
                 {
                     "policy": policy,
                     "RELU": weighted,
-                    "ROWS": config.rows,
-                    "BLOCK_C": config.block_c,
-                    "BLOCK_D": config.block_d,
+                    "ROWS": launch.rows,
+                    "BLOCK_C": launch.block_c,
+                    "BLOCK_D": launch.block_d,
                 },
                 ("hidden_ptr", "dhidden_ptr", "stride_hm", "D"),
-                config.num_warps,
+                launch.num_warps,
                 0,
             )
 
@@ -162,7 +162,7 @@ def small_cases() -> Iterator[Case]:
             f"total {wide}",
             rows_loop._amp_total_kernel,
             {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64"},
-            {"BLOCK": amp_cross_entropy.TOTAL_BLOCK},
+            {"BLOCK": config.TOTAL_BLOCK},
             (),
             4,
             0,
@@ -177,7 +177,7 @@ def small_cases() -> Iterator[Case]:
             "numel": "i64",
             "assumed": "fp64",
         },
-        {"BLOCK": amp_cross_entropy.RESCALE_BLOCK},
+        {"BLOCK": config.RESCALE_BLOCK},
         ("dlogits_ptr", "numel"),
         8,
         0,

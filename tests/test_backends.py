@@ -29,7 +29,7 @@ def test_kernels_with_the_batch_in_one_program_are_no_worse_than_the_composition
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_fixtures_take_the_kernels_that_they_name(small_tiles, loss, request):
-    from fastamp.kernels.amp_cross_entropy import forward_config
+    from fastamp.kernels.config import forward_config
     from fastamp.ops import row_policy
 
     policy = row_policy(Policy(loss=loss), torch.float32)

@@ -42,9 +42,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def test_tsv_keeps_quotes_and_splits_lines_on_newline_only(tmp_path):
     texts = ['he said "no', "a\u2028b", "2 1\u00a0/ 2", "a\x0bb\x85c\rd"]
-    path = write(
-        tmp_path / "t.tsv", "label\ttext\n" + "".join(f"{i % 2}\t{t}\n" for i, t in enumerate(texts))
-    )
+    path = write(tmp_path / "t.tsv", "label\ttext\n" + "".join(f"{i % 2}\t{t}\n" for i, t in enumerate(texts)))
     assert read_tsv(path, 2) == (texts, [0, 1, 0, 1])
 
 
@@ -229,9 +227,7 @@ def test_vocabulary_refuses_a_repeated_word():
 GLOVE = "the 1 2 3\nNATO 4 5 6\n. . . 7 8 9\ncaf\u00e9 -1e-1 0 .5\nthe 9 9 9\n"
 
 
-@pytest.mark.parametrize(
-    "pack", [str.encode, lambda text: gzip.compress(text.encode())], ids=["plain", "gzip"]
-)
+@pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())], ids=["plain", "gzip"])
 def test_vectors_are_read_plain_and_compressed(tmp_path, pack):
     path = write(tmp_path / "v", pack(GLOVE))
     vectors = read_vectors(path, ["the", "The", "caf\u00e9", ". . .", "absent"])

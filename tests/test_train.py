@@ -98,9 +98,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert 20 <= checkpoint.load_tensors(killed / "last.pt")["step"] < 400
-    output = subprocess.run(
-        command(killed), env=environment, check=True, capture_output=True, text=True
-    ).stdout
+    output = subprocess.run(command(killed), env=environment, check=True, capture_output=True, text=True).stdout
     assert re.search(r"^resuming at step \d+ of 400$", output, re.MULTILINE)
     subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
     assert len(records(whole)) == 15
@@ -109,9 +107,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_
 
 @pytest.mark.parametrize("method", ["none", "sent-amp"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(
-    tmp_path, corpus, monkeypatch, method, when
-):
+def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path, corpus, monkeypatch, method, when):
     config = short(corpus, method=method)
     expected = train(config, tmp_path / "whole")
     operations = 0
@@ -233,9 +229,7 @@ def test_pre_trained_vectors_set_the_width_and_add_the_words_they_cover(tmp_path
     best = checkpoint.load_tensors(tmp_path / "out" / "best.pt")
     assert best["model"]["embedding.weight"].shape[1] == 3
     row = best["words"].index("w49") + 2
-    torch.testing.assert_close(
-        best["model"]["embedding.weight"][row], torch.tensor([49, -49, 0.5]), rtol=0, atol=2e-3
-    )
+    torch.testing.assert_close(best["model"]["embedding.weight"][row], torch.tensor([49, -49, 0.5]), rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match=r"embedding_dim is 8, but .*vectors\.txt has width 3"):
         train(short(corpus, vectors=str(vectors)), tmp_path / "other")
 
@@ -268,9 +262,7 @@ def test_an_epoch_holds_every_row_once_and_batches_are_trimmed():
 @pytest.mark.parametrize("position", [0, 2, 5, 7])
 def test_batches_continue_from_a_saved_position(position):
     sentences = tuple((str(i),) for i in range(23))
-    examples = Examples.encode(
-        Split(sentences, tuple(range(23))), Vocabulary(map(str, range(23))), torch.device("cpu")
-    )
+    examples = Examples.encode(Split(sentences, tuple(range(23))), Vocabulary(map(str, range(23))), torch.device("cpu"))
     batches = Batches(examples, 5, seed=0)
     drawn = iter(batches)
     for _ in range(position):
@@ -317,11 +309,7 @@ def test_a_moved_data_folder_does_not_make_another_run(tmp_path, corpus):
 
 
 def flip_a_byte(content: bytes) -> bytes:
-    return (
-        content[: len(content) // 2]
-        + bytes([content[len(content) // 2] ^ 1])
-        + content[len(content) // 2 + 1 :]
-    )
+    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
 
 
 @pytest.mark.parametrize(

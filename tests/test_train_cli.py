@@ -104,8 +104,6 @@ def test_help_lists_the_commands_without_importing_them():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    output = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
+    output = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     for command in ("train", "check", "bench", "demo"):
         assert re.search(rf"^  {command} ", output.stdout, re.MULTILINE)

@@ -2,7 +2,8 @@
 
 from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
-from .linear_head import launch_linear_head, linear_head_config
+from .config import linear_head_config
+from .linear_head import launch_linear_head
 from .rows import RowPolicy, row_fields
 
 # Rows of the buffer that a forward leaves, as plain integers for indexing tensors.

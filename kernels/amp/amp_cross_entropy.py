@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import RESCALE_BLOCK, TOTAL_BLOCK, backward_config, forward_config
 from .rows import (
     ASSERTING,
     BP_TOP,
@@ -278,63 +279,6 @@ def _amp_cross_entropy_kernel(
         dz = tl.where(scale == 0.0, 0.0, dz / tl.where(scale == 0.0, 1.0, scale))
         mask = tile_mask(ok, cols, C, BLOCK_B)
         tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
-
-
-class Config(NamedTuple):
-    """A launch: how many rows and columns a program holds, and by how many warps."""
-
-    block_b: int
-    block_c: int
-    num_warps: int
-    in_registers: bool  # whole rows in registers, or a loop over tiles
-
-
-# Sizes in 4-byte words of the compute dtype. tests/test_codegen.py compiles what these can choose, and fails on a
-# spill; which of the spill-free choices is fastest is for a GPU to say.
-REGISTER_WORDS = 4096  # longest row held in registers
-REGISTER_WORDS_BCE = 2048
-LOOP_WORDS = 2048  # tile of a longer row
-LOOP_WORDS_BCE = 1024
-SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole
-SINGLE_PROGRAM_ROWS = 64
-ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together
-ROW_GROUP_ROWS = 32
-WORDS_PER_WARP = 256
-GRAD_WORDS = 512
-GRAD_WORDS_BCE = 256
-TOTAL_BLOCK = 1024
-RESCALE_BLOCK = 4096
-
-
-def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -> Config:
-    """The launch of the forward.
-
-    Args:
-        batch: B.
-        classes: C.
-        itemsize: bytes of the compute dtype, 4 or 8.
-        policy: what the kernel is compiled for.
-    """
-    block_c = triton.next_power_of_2(classes)
-    words = block_c * itemsize // 4
-    if words > (REGISTER_WORDS_BCE if policy.bce else REGISTER_WORDS):
-        tile = LOOP_WORDS_BCE if policy.bce else LOOP_WORDS
-        return Config(1, tile * 4 // itemsize, tile // WORDS_PER_WARP, False)
-    # A batch that one program can hold is summed there: loss and gradient leave in one launch.
-    block_b = triton.next_power_of_2(batch)
-    if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
-        return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
-    group = ROW_GROUP_WORDS // 2 if policy.bce else ROW_GROUP_WORDS
-    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
-    light = policy.never_rejects or policy.mode == "mixup"
-    per_warp = WORDS_PER_WARP // 4 if policy.bce else WORDS_PER_WARP if light else WORDS_PER_WARP // 2
-    return Config(block_b, block_c, min(max(1, words // per_warp), 16), True)
-
-
-def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
-    """The launch of the gradient from stored scalars."""
-    block_c = min(triton.next_power_of_2(classes), (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize)
-    return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, 1, False)
 
 
 class Forward(NamedTuple):

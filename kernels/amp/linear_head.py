@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .amp_cross_entropy import bce_at, cross_entropy_role, inverse_permutation, on_device_of
+from .config import TOTAL_BLOCK, linear_head_config
 from .rows import (
     ASSERTING,
     DELTA,
@@ -239,41 +240,6 @@ def _linear_head_kernel(
         tl.store(dbias_ptr + program * C + cols, db, mask=cols < C)
 
 
-class HeadConfig(NamedTuple):
-    """A launch of `_linear_head_kernel`."""
-
-    rows: int
-    block_c: int
-    block_d: int
-    num_warps: int
-
-
-HEAD_CLASSES = 16
-HEAD_WORDS = 8192  # largest W in registers, in 4-byte words, under cross-entropy
-HEAD_WORDS_BCE = 4096
-HEAD_DEPTH = 1024
-
-
-def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, bce: bool) -> HeadConfig | None:
-    """The launch for a head of this size, or None where W does not fit in registers.
-
-    Args:
-        batch: B.
-        classes: C.
-        depth: D.
-        itemsize: bytes of the compute dtype, 4 or 8.
-        bce: softmax_bce instead of cross-entropy.
-    """
-    block_c = max(2, triton.next_power_of_2(classes))
-    block_d = triton.next_power_of_2(depth)
-    words = block_c * block_d * itemsize // 4
-    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > (HEAD_WORDS_BCE if bce else HEAD_WORDS):
-        return None
-    # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
-    rows = max(1, min(8, triton.cdiv(batch, 128)))
-    return HeadConfig(rows, block_c, block_d, 8)
-
-
 class HeadForward(NamedTuple):
     """What `launch_linear_head` leaves; gradients are divided by `assumed`."""
 
@@ -376,7 +342,7 @@ def launch_linear_head(
         )
         if rows is not None and divisor is not None:
             loss, loss_divisor = lam.new_empty(()), lam.new_empty(())
-            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=1024, num_warps=4)
+            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
     if dweight is not None and dbias is not None:
         dweight, dbias = dweight.sum(0), dbias.sum(0)
     return HeadForward(rows, loss, loss_divisor, dhidden, dweight, dbias, assumed)
