@@ -3,7 +3,7 @@
 Run as a program, in a process where TRITON_INTERPRET is not set: triton.jit decides when a kernel is defined
 whether it will be compiled or interpreted.
 
-    python tests/codegen.py cuda:90 rows       # or rows-fp64, loop, grad, head, small
+    python tests/codegen.py cuda:90 rows       # and, or, rows-fp64, loop, grad, head, small
 """
 
 from __future__ import annotations
@@ -250,12 +250,13 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     return found
 
 
-def main(target_name: str, group: str) -> None:
-    """Print one JSON line for every case of a group."""
+def main(target_name: str, *groups: str) -> None:
+    """Print one JSON line for every case of the groups."""
     backend, arch = target_name.split(":")
     target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-    for case in GROUPS_OF_CASES[group]():
-        print(json.dumps(compile_case(case, target)), flush=True)
+    for group in groups:
+        for case in GROUPS_OF_CASES[group]():
+            print(json.dumps(compile_case(case, target)), flush=True)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,15 @@ def test_what_is_done_to_one_gradient_does_not_reach_the_next(backend):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_double_backward_raises(backend, reduction):
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_double_backward_raises(backend, return_stats, reduction):
     logits, target, mix = batch()
-    loss = AMPLoss(reduction=reduction)(logits, target, mix=mix).sum()
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        torch.autograd.grad(grad.square().sum(), logits)
+    out = AMPLoss(reduction=reduction)(logits, target, mix=mix, return_stats=return_stats)
+    loss = out[0] if return_stats else out
+    # The square's own derivative would give a gradient, and a wrong one, without the loss's second derivative.
+    (grad,) = torch.autograd.grad(loss.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss.sum() + grad.square().sum()).backward()
 
 
 def test_logits_of_a_model_pass_the_gradient_on(backend):
