@@ -124,9 +124,10 @@ def check_mix(lam: object, partner: object, batch: int, device: torch.device) ->
 
 def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
     """Whether no label of a CPU tensor equals ignore_index; ValueError for a label out of range."""
-    if not len(target):
+    if not target.shape[0]:
         return True
-    low, high = (int(bound) for bound in torch.aminmax(target))
+    bounds = torch.aminmax(target)
+    low, high = bounds[0].item(), bounds[1].item()
     if low >= 0 and high < classes and not 0 <= ignore_index < classes:
         return True
     kept = target != ignore_index

@@ -87,7 +87,7 @@ def mixed_target(
             classes = torch.arange(num_classes, device=target.device)
             on = torch.where(label == classes, label_mass, 0) + torch.where(other_label == classes, other_mass, 0)
         else:
-            on = lam.new_zeros(len(target), num_classes).scatter_(1, label, label_mass)
+            on = lam.new_zeros(target.shape[0], num_classes).scatter_(1, label, label_mass)
             on.scatter_add_(1, other_label, other_mass)
     if smoothing > 0:
         uniform = smoothing / num_classes

@@ -190,7 +190,7 @@ class AMPLoss(nn.Module):
                 f"move it with criterion.to({str(logits.device)!r})"
             )
         facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
-        lam, partner = self.sample(len(logits), device=logits.device) if mix is None else mix
+        lam, partner = self.sample(logits.shape[0], device=logits.device) if mix is None else mix
         loss, stats = amp_cross_entropy_step(
             logits,
             target,

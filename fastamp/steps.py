@@ -28,7 +28,7 @@ class HostFacts(NamedTuple):
 def host_facts(logits: Tensor, target: Tensor, policy: Policy) -> HostFacts:
     """Look at CPU tensors (elsewhere that would synchronise); ValueError for a label out of range."""
     all_kept = labels_facts(target, logits.shape[1], policy)
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or not len(logits):
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or not logits.shape[0]:
         return HostFacts(all_kept, False)
     low, high = torch.aminmax(logits.detach())
     return HostFacts(all_kept, closed_form.is_tame(low.item(), high.item(), policy))
@@ -335,7 +335,7 @@ def divisors(
     if num_items is not None:
         mean = num_items.to(lam.dtype) if isinstance(num_items, Tensor) else float(num_items)
     elif all_kept and (weight is None or target.is_floating_point()):
-        mean = float(len(lam))
+        mean = float(lam.shape[0])
     else:
         mean = closed_form.row_mass(target, lam, partner, weight, policy.ignore_index).sum()
     of_grad = mean if policy.grad_scale == "mean" else 1.0
