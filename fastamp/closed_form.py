@@ -7,7 +7,7 @@ logits, t the mixed target mass with sum S, p = softmax(x). Then
     δ = ℓ(λ') - ℓ(λ) = S log1p(Σ_c p_c expm1(η d_c)) - η⟨t, d⟩ = S (log1p(·) - η⟨p, d⟩) + η∇λ
 
 kernels/README.md derives them. A class whose logit is -inf in either row is excluded from the pair: it stays
--inf, d is 0 there, and no gradient reaches it.
+-inf, d is 0 there, and no gradient reaches it unless it carries target mass, when the loss is +inf.
 """
 
 from __future__ import annotations
