@@ -216,16 +216,13 @@ def _cross_entropy_rows(
     eta = lam_adv - lam
     u = eta.unsqueeze(1) * d
     logp = x.log_softmax(1)
-    p = logp.exp()
-    logp_adv = (x + u).log_softmax(1)
     # Where some |ηd| is large expm1 may overflow, or p underflow, and there is no cancellation to avoid.
-    near = u.abs().amax(1) <= 1 if u.shape[1] else eta.abs() <= 1
-    near_change = torch.log1p((p * torch.expm1(u.clamp(-1, 1))).sum(1))
+    near = u.abs().amax(1) <= 1
+    near_change = torch.log1p((logp.exp() * torch.expm1(u.clamp(-1, 1))).sum(1))
     far_change = (logp + u).logsumexp(1)
     total = 1 if target.total is None else target.total
     delta = total * torch.where(near, near_change, far_change) - eta * (target.on * d).sum(1)
-    p_adv = logp_adv.exp()
-    g_adv = (p_adv if target.total is None else target.total.unsqueeze(1) * p_adv) - target.on
+    g_adv = loss_and_grad(x + u, target)[1] if need_grad else None
     return _selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
 
 
