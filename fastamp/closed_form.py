@@ -142,11 +142,14 @@ def step_lam(lam: Tensor, grad: Tensor, policy: Policy) -> Tensor:
     return lam_adv.clamp(0, 1) if policy.clamp else lam_adv
 
 
-def select(loss: Tensor, delta: Tensor, policy: Policy) -> Tensor:
-    """(B,) bool: which rows take the loss at λ' (Eq. 18-21, a difference below the tie tolerance included)."""
+def select(loss: Tensor, delta: Tensor, policy: Policy, ties: tuple[float, float] | None = None) -> Tensor:
+    """(B,) bool: which rows take the loss at λ' (Eq. 18-21, a difference below the tie tolerance included).
+
+    `ties` is the (absolute, relative) tolerance; by default the policy's in the dtype of the loss.
+    """
     if policy.mode != "amp":
         return torch.full_like(delta, policy.mode == "maxop", dtype=torch.bool)
-    absolute, relative = policy.tie_bounds(loss.dtype)
+    absolute, relative = policy.tie_bounds(loss.dtype) if ties is None else ties
     if absolute == 0 and relative == 0:
         return delta > 0
     return delta >= -(absolute + relative * loss.abs().clamp(min=1))
@@ -195,7 +198,7 @@ def amp_rows(
         rows = _cross_entropy_rows if not tame else _tame_cross_entropy_rows
         return rows(x, d, lam, mixed, policy, grad_divisor, need_grad)
     loss, g = loss_and_grad(x, mixed)
-    grad = _scaled((g * d).sum(1), policy, grad_divisor)
+    grad = scaled_grad((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
     loss_adv, g_adv = loss_and_grad(x + (lam_adv - lam).unsqueeze(1) * d, mixed)
     return _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
@@ -211,7 +214,7 @@ def _cross_entropy_rows(
     need_grad: bool,
 ) -> Rows:
     loss, g = loss_and_grad(x, target)
-    grad = _scaled((g * d).sum(1), policy, grad_divisor)
+    grad = scaled_grad((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
     eta = lam_adv - lam
     u = eta.unsqueeze(1) * d
@@ -241,7 +244,7 @@ def _tame_cross_entropy_rows(
     loss = (target.on * logp).sum(1).neg_()
     total = None if target.total is None else target.total.unsqueeze(1)
     g = (p if total is None else total * p) - target.on
-    grad = _scaled((g * d).sum(1), policy, grad_divisor)
+    grad = scaled_grad((g * d).sum(1), policy, grad_divisor)
     if policy.mode == "mixup":
         zero = torch.zeros_like(lam)
         return Rows(loss, lam, g, lam, grad, zero, zero > 0)
@@ -288,7 +291,7 @@ def tame_total(
     if policy.mode != "mixup":
         p = x.softmax(1)
         p = p if total is None else p.mul_(total.unsqueeze(1))
-        grad = _scaled(p.sub_(on).mul_(d).sum(1), policy, grad_divisor)
+        grad = scaled_grad(p.sub_(on).mul_(d).sum(1), policy, grad_divisor)
         column = step_lam(lam, grad, policy).unsqueeze(1)
         x = torch.addcmul(other, column, d)
     logp = x.log_softmax(1)
@@ -301,7 +304,8 @@ def tame_total(
     return negative_loss, own.index_add_(0, partner, g.sub_(own))
 
 
-def _scaled(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> Tensor:
+def scaled_grad(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> Tensor:
+    """∇λ of the row's loss, or, under grad_scale="mean", of the batch mean."""
     if policy.grad_scale == "row":
         return grad
     if isinstance(grad_divisor, Tensor):  # nothing kept: no gradient either
@@ -390,7 +394,7 @@ def linear_amp_rows(
         return loss, g, head_input, (g @ weight) * slope
 
     loss, g, head_input, grad_m = at(lam)
-    grad = _scaled((grad_m * d).sum(1), policy, grad_divisor)
+    grad = scaled_grad((grad_m * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
     loss_adv, g_adv, head_input_adv, grad_m_adv = at(lam_adv)
     rows = _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)

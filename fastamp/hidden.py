@@ -1,0 +1,108 @@
+"""The operations of a step at any layer, on checked arguments: mix, ∇λ and remix of hidden rows, selection by logits.
+
+What `fastamp.functional` checks arguments for and `AMPLoss.step` composes. Each picks its backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastamp import closed_form
+from fastamp.policy import Policy
+
+
+class Selected(NamedTuple):
+    """Row losses at λ and λ', the choice between them, and what backward needs; all detached."""
+
+    loss: Tensor  # (B,) the selected loss
+    delta: Tensor  # (B,) ℓ(λ') - ℓ(λ)
+    mask: Tensor  # (B,) bool: rows that take ℓ(λ')
+    grad: Tensor  # (B, C) ∂ℓ_r/∂logits_r at λ, of every row, selected or not
+    grad_adv: Tensor | None  # (B, C) the same at λ'; None without logits_adv
+
+
+def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """λ_r h_r + (1-λ_r) h_π(r) of hidden's dtype (B, ...); differentiable to hidden."""
+    # Widened once, so that the two roles of a row are added up in the compute dtype in backward, too.
+    wide = hidden.to(closed_form.compute_dtype(hidden.dtype))
+    other = wide.index_select(0, partner)
+    coefficient = lam.to(wide.dtype).view(-1, *[1] * (hidden.dim() - 1))
+    return (other + coefficient * (wide - other)).to(hidden.dtype)
+
+
+def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+    """⟨∂ℓ_r/∂m_r, h_r - h_π(r)⟩, (B,) of the compute dtype, detached."""
+    with torch.no_grad():
+        dtype = closed_form.compute_dtype(hidden.dtype)
+        wide = hidden.to(dtype)
+        return (grad_mixed.to(dtype) * (wide - wide[partner])).flatten(1).sum(1)
+
+
+def remixed(
+    hidden: Tensor, grad_mixed: Tensor, lam: Tensor, partner: Tensor, policy: Policy, grad_divisor: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∇λ (B,), λ' (B,), both detached, and the rows mixed at λ' (B, ...), differentiable to hidden.
+
+    Args:
+        hidden: (B, ...) the unmixed rows.
+        grad_mixed: (B, ...) gradient of the summed row losses to the rows mixed at λ.
+        lam: (B,) compute dtype.
+        partner: (B,) int64.
+        policy: for mode, grad_scale, step_size, grad_clip and clamp.
+        grad_divisor: divides ∇λ under grad_scale="mean"; a number or a 0-d tensor. 0 makes ∇λ zero.
+    """
+    grad = closed_form.scaled_grad(lambda_grad(grad_mixed, hidden, partner), policy, grad_divisor)
+    lam_adv = closed_form.step_lam(lam, grad, policy)
+    return grad, lam_adv, mixed(hidden, lam_adv, partner)
+
+
+def selected(
+    logits: Tensor,
+    logits_adv: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    ties: tuple[float, float],
+    *,
+    all_kept: bool,
+) -> Selected:
+    """Losses of the rows mixed at λ and, if given, at λ', with the same mixed target, and Eq. 18-21 between them.
+
+    Without `logits_adv` only the losses at λ and their gradient: δ is 0 and no row is masked.
+
+    Args:
+        logits: (B, C) of the rows mixed at λ.
+        logits_adv: (B, C) of the rows mixed at λ', or None.
+        target: (B,) int64 or (B, C) floating point, of the unmixed rows.
+        lam: (B,) compute dtype; the labels' coefficients.
+        partner: (B,) int64.
+        weight: (C,) class weights or None.
+        policy: for mode, loss, ignore_index and label_smoothing.
+        ties: (absolute, relative): a row takes λ' where δ >= -(absolute + relative·max(1, |ℓ|)); (0, 0): where δ > 0.
+        all_kept: promises that no label equals ignore_index.
+    """
+    dtype = lam.dtype
+    with torch.no_grad():
+        x = logits.to(dtype)
+        mixed_target = closed_form.mixed_target(target, lam, partner, x.shape[1], weight, policy, all_kept=all_kept)
+        loss, grad = closed_form.loss_and_grad(x, mixed_target)
+        if logits_adv is None:
+            return Selected(loss, torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool), grad, None)
+        x_adv = logits_adv.to(dtype)
+        loss_adv, grad_adv = closed_form.loss_and_grad(x_adv, mixed_target)
+        delta = loss_adv - loss
+        if policy.loss == "cross_entropy":
+            # From the change of the logits: the difference of two losses has lost digits that these still hold.
+            u = torch.where((x == -torch.inf) & (x_adv == -torch.inf), 0, x_adv - x)
+            near = u.abs().amax(1) <= 1
+            change = torch.log1p((x.softmax(1) * torch.expm1(u.clamp(-1, 1))).sum(1))
+            if mixed_target.total is not None:
+                change = change * mixed_target.total
+            delta = torch.where(near, change - (mixed_target.on * u).sum(1), delta)
+        mask = closed_form.select(loss, delta, policy, ties)
+        return Selected(torch.where(mask, loss_adv, loss), delta, mask, grad, grad_adv)
