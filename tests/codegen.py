@@ -212,6 +212,10 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     constants = {name: case.constants.get(name) for name in names if signature[name] == "constexpr"}
+    for parameter in case.kernel.params:
+        # A launch would compile another kernel than this: with its value left open.
+        if parameter.name in constants and not parameter.is_constexpr and parameter.annotation_type:
+            raise TypeError(f"{parameter.name} has a type, so a launch does not make a constant of it")
     aligned = [name for name in case.aligned if name in case.signature]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     start = time.perf_counter()

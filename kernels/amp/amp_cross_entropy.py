@@ -211,7 +211,7 @@ def _amp_cross_entropy_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn: tl.int64,
+    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
     step_size: tl.float64,
     divisor: tl.float64,  # of the gradient; 0 stands for the kept mass (one program only)
     policy: tl.constexpr,

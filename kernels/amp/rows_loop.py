@@ -223,7 +223,7 @@ def _amp_rows_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn: tl.int64,
+    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
     step_size: tl.float64,
     policy: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -337,7 +337,7 @@ def _amp_rows_grad_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn: tl.int64,
+    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
     stride_u: tl.int64,  # of upstream; 0 for a scalar
     policy: tl.constexpr,
     BLOCK_B: tl.constexpr,
