@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastamp import closed_form
+from fastamp import hidden as hidden_ops
 from fastamp.checks import (
     check_class_vector,
     check_device,
@@ -38,8 +39,8 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         partner: (B,) int64, a permutation of 0..B-1.
 
     Returns:
-        (B, ...) of hidden's dtype, differentiable to hidden; float16 and bfloat16 are mixed in float32 and rounded
-        once. An infinity in either row gives what arithmetic gives, mostly NaN.
+        (B, ...) of hidden's dtype, differentiable to hidden, with λ a constant; float16 and bfloat16 are mixed in
+        float32 and rounded once. An infinity in either row gives what arithmetic gives, mostly NaN.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.
@@ -47,11 +48,7 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     check_float_rows("hidden", hidden)
     _check_rows("lam", lam, hidden)
     check_partner(partner, len(hidden), hidden.device)
-    # Widened once, so that the two roles of a row are added up in the compute dtype in backward, too.
-    wide = hidden.to(closed_form.compute_dtype(hidden.dtype))
-    other = wide.index_select(0, partner)
-    coefficient = lam.to(wide.dtype).view(-1, *[1] * (hidden.dim() - 1))
-    return (other + coefficient * (wide - other)).to(hidden.dtype)
+    return hidden_ops.mixed(hidden, lam, partner)
 
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
@@ -69,15 +66,9 @@ def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
         TypeError, ValueError: wrong dtypes, shapes or devices.
     """
     check_float_rows("hidden", hidden)
-    check_float_rows("grad_mixed", grad_mixed)
-    if grad_mixed.shape != hidden.shape:
-        raise ValueError(f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}")
-    check_device("grad_mixed", grad_mixed, hidden.device)
+    _check_like_hidden(grad_mixed, hidden)
     check_partner(partner, len(hidden), hidden.device)
-    with torch.no_grad():
-        dtype = closed_form.compute_dtype(hidden.dtype)
-        wide = hidden.to(dtype)
-        return (grad_mixed.to(dtype) * (wide - wide[partner])).flatten(1).sum(1)
+    return hidden_ops.lambda_grad(grad_mixed, hidden, partner)
 
 
 def remix(
@@ -110,9 +101,11 @@ def remix(
     policy = checked_policy(step_size=step_size, grad_clip=grad_clip, clamp=clamp)
     check_float_rows("hidden", hidden)
     _check_rows("lam", lam, hidden)
-    grad = lambda_grad(grad_mixed, hidden, partner)
-    lam_adv = closed_form.step_lam(lam.detach().to(grad.dtype), grad, policy)
-    return lam_adv, mix(hidden, lam_adv, partner)
+    _check_like_hidden(grad_mixed, hidden)
+    check_partner(partner, len(hidden), hidden.device)
+    lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
+    _, lam_adv, mixed = hidden_ops.remixed(hidden, grad_mixed, lam, partner, policy, 1.0)
+    return lam_adv, mixed
 
 
 def select_loss(loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -295,3 +288,11 @@ def _check_rows(name: str, value: object, hidden: Tensor) -> None:
     if len(value) != len(hidden):
         raise ValueError(f"{name} must have shape ({len(hidden)},), one a row, got {tuple(value.shape)}")
     check_device(name, value, hidden.device)
+
+
+def _check_like_hidden(grad_mixed: object, hidden: Tensor) -> None:
+    check_float_rows("grad_mixed", grad_mixed)
+    assert isinstance(grad_mixed, Tensor)
+    if grad_mixed.shape != hidden.shape:
+        raise ValueError(f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}")
+    check_device("grad_mixed", grad_mixed, hidden.device)

@@ -5,12 +5,13 @@ What `fastamp.functional` checks arguments for and `AMPLoss.step` composes. Each
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastamp import closed_form
+from fastamp.backend import uses_triton
 from fastamp.policy import Policy
 
 
@@ -25,20 +26,47 @@ class Selected(NamedTuple):
 
 
 def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """λ_r h_r + (1-λ_r) h_π(r) of hidden's dtype (B, ...); differentiable to hidden."""
-    # Widened once, so that the two roles of a row are added up in the compute dtype in backward, too.
-    wide = hidden.to(closed_form.compute_dtype(hidden.dtype))
-    other = wide.index_select(0, partner)
-    coefficient = lam.to(wide.dtype).view(-1, *[1] * (hidden.dim() - 1))
-    return (other + coefficient * (wide - other)).to(hidden.dtype)
+    """λ_r h_r + (1-λ_r) h_π(r) of hidden's dtype (B, ...); differentiable to hidden, with λ a constant."""
+    lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
+    if uses_triton(hidden) and hidden.numel():
+        from fastamp import layer_ops
+
+        return layer_ops.mixed(hidden, lam, partner)
+    return _Mixed.apply(hidden, lam, partner)
+
+
+class _Mixed(torch.autograd.Function):
+    """Keeps no rows for backward, and adds up the two roles of a row in the compute dtype there, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        wide = hidden.to(lam.dtype)
+        coefficient = lam.view(-1, *[1] * (hidden.dim() - 1))
+        return torch.lerp(wide.index_select(0, partner), wide, coefficient).to(hidden.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        lam, partner = ctx.saved_tensors
+        grad = closed_form.scatter_roles(upstream.to(lam.dtype), lam, partner, lam.new_ones(()))
+        return grad.to(upstream.dtype), None, None
 
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     """⟨∂ℓ_r/∂m_r, h_r - h_π(r)⟩, (B,) of the compute dtype, detached."""
+    if uses_triton(hidden) and hidden.numel():
+        from fastamp import layer_ops
+
+        return layer_ops.lambda_grad(grad_mixed, hidden, partner)
     with torch.no_grad():
         dtype = closed_form.compute_dtype(hidden.dtype)
         wide = hidden.to(dtype)
-        return (grad_mixed.to(dtype) * (wide - wide[partner])).flatten(1).sum(1)
+        return (grad_mixed.to(dtype) * (wide - wide.index_select(0, partner))).unsqueeze(-1).flatten(1).sum(1)
 
 
 def remixed(
@@ -54,6 +82,10 @@ def remixed(
         policy: for mode, grad_scale, step_size, grad_clip and clamp.
         grad_divisor: divides ∇λ under grad_scale="mean"; a number or a 0-d tensor. 0 makes ∇λ zero.
     """
+    if uses_triton(hidden) and hidden.numel():
+        from fastamp import layer_ops
+
+        return layer_ops.remixed(hidden, grad_mixed, lam, partner, policy, grad_divisor)
     grad = closed_form.scaled_grad(lambda_grad(grad_mixed, hidden, partner), policy, grad_divisor)
     lam_adv = closed_form.step_lam(lam, grad, policy)
     return grad, lam_adv, mixed(hidden, lam_adv, partner)

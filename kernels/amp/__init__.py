@@ -4,6 +4,8 @@ from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
 from .config import linear_head_config
 from .linear_head import launch_linear_head
+from .mix import mix_backward, mix_forward
+from .remix import lambda_grad, remix_forward
 from .rows import RowPolicy, row_fields
 
 # Rows of the buffer that a forward leaves, as plain integers for indexing tensors.
@@ -21,8 +23,12 @@ __all__ = [
     "RowPolicy",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
+    "lambda_grad",
     "launch_linear_head",
     "linear_head_config",
+    "mix_backward",
+    "mix_forward",
+    "remix_forward",
     "rescale_",
     "row_fields",
 ]

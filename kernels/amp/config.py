@@ -27,6 +27,11 @@ HEAD_CLASSES = 16
 HEAD_WORDS = 8192  # largest W in registers, in 4-byte words, under cross-entropy
 HEAD_WORDS_BCE = 4096
 HEAD_DEPTH = 1024
+MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread
+REMIX_WORDS = 8192  # longest row of which ∇λ is taken in registers
+REMIX_WORDS_PER_WARP = 512
+PART_TILES = 2  # tiles of a long row whose products one program sums, at least
+MAX_PARTS = 256  # parts of a row; each program of the second stage reads all of them
 
 
 class Config(NamedTuple):
@@ -96,3 +101,52 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, b
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, triton.cdiv(batch, 128)))
     return HeadConfig(rows, block_c, block_d, 8)
+
+
+def mix_config(width: int, itemsize: int) -> Config:
+    """The launch of an elementwise kernel over rows.
+
+    Args:
+        width: N, elements of a row.
+        itemsize: bytes of an element in memory.
+    """
+    tile = MIX_BYTES // itemsize
+    block_n = min(triton.next_power_of_2(width), tile)
+    return Config(tile // block_n, block_n, 4, False)
+
+
+def remix_config(width: int, itemsize: int) -> Config | None:
+    """The launch that takes ∇λ and mixes again at once, or None where a row does not fit in registers.
+
+    Args:
+        width: N, elements of a row.
+        itemsize: bytes of the compute dtype, 4 or 8.
+    """
+    block_n = triton.next_power_of_2(width)
+    words = block_n * itemsize // 4
+    if words > REMIX_WORDS:
+        return None
+    return Config(max(1, REMIX_WORDS_PER_WARP // words), block_n, max(1, words // REMIX_WORDS_PER_WARP), True)
+
+
+class PartsConfig(NamedTuple):
+    """A launch of `_inner_product_kernel`."""
+
+    block_b: int
+    block_n: int
+    part: int  # columns of one part, a multiple of block_n
+    num_warps: int
+
+
+def inner_product_config(width: int, itemsize: int) -> PartsConfig:
+    """The launch of the first stage of an inner product.
+
+    Args:
+        width: N, elements of a row.
+        itemsize: bytes of an element in memory.
+    """
+    tile = mix_config(width, itemsize)
+    part = tile.block_c
+    if width > part:
+        part *= max(PART_TILES, triton.cdiv(triton.cdiv(width, MAX_PARTS), part))
+    return PartsConfig(tile.block_b, tile.block_c, part, tile.num_warps)

@@ -1,0 +1,163 @@
+"""Triton operations of a step at any layer as PyTorch sees them: autograd functions in eager mode, registered
+operators under torch.compile, as in `fastamp.ops`. Arguments are checked, and not empty.
+
+Mixing is linear in the rows, so its gradient is an operation of the same kind, whose gradient is mixing again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastamp.kernels as kernels
+from fastamp import closed_form
+from fastamp.kernels import RowPolicy
+from fastamp.policy import Policy
+
+
+def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """`fastamp.hidden.mixed` on Triton, for lam of the compute dtype."""
+    return (_mix_operator if torch.compiler.is_compiling() else _Mix.apply)(hidden, lam, partner)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        return kernels.mix_forward(hidden, lam, partner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _MixGrad.apply(upstream, *ctx.saved_tensors), None, None
+
+
+class _MixGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        return kernels.mix_backward(upstream, lam, partner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _Mix.apply(upstream, *ctx.saved_tensors), None, None
+
+
+@torch.library.custom_op("fastamp::mix", mutates_args=())
+def _mix_operator(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    return kernels.mix_forward(hidden, lam, partner)
+
+
+@torch.library.custom_op("fastamp::mix_backward", mutates_args=())
+def _mix_grad_operator(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    return kernels.mix_backward(upstream, lam, partner)
+
+
+@_mix_operator.register_fake
+@_mix_grad_operator.register_fake
+def _(rows: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+def _keep_mix(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+_mix_operator.register_autograd(
+    lambda ctx, upstream: (_mix_grad_operator(upstream, *ctx.saved_tensors), None, None), setup_context=_keep_mix
+)
+_mix_grad_operator.register_autograd(
+    lambda ctx, upstream: (_mix_operator(upstream, *ctx.saved_tensors), None, None), setup_context=_keep_mix
+)
+
+
+def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+    """`fastamp.hidden.lambda_grad` on Triton."""
+    if torch.compiler.is_compiling():
+        return _lambda_grad_operator(grad_mixed.detach(), hidden.detach(), partner)
+    return kernels.lambda_grad(grad_mixed.detach(), hidden.detach(), partner, closed_form.compute_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("fastamp::lambda_grad", mutates_args=())
+def _lambda_grad_operator(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+    return kernels.lambda_grad(grad_mixed, hidden, partner, closed_form.compute_dtype(hidden.dtype))
+
+
+@_lambda_grad_operator.register_fake
+def _(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+    return torch.empty(hidden.shape[0], dtype=closed_form.compute_dtype(hidden.dtype), device=hidden.device)
+
+
+def remixed(
+    hidden: Tensor, grad_mixed: Tensor, lam: Tensor, partner: Tensor, policy: Policy, grad_divisor: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastamp.hidden.remixed` on Triton, for lam of the compute dtype."""
+    divisor = None
+    if policy.grad_scale == "mean":
+        # A number is filled in on the device, for a copy from the host would wait for it.
+        divisor = grad_divisor.to(lam) if isinstance(grad_divisor, Tensor) else lam.new_full((), grad_divisor)
+    step = (policy.mode, policy.grad_clip, policy.clamp, policy.step_size)
+    arguments = (hidden, grad_mixed.detach(), lam, partner, divisor, *step)
+    if torch.compiler.is_compiling():
+        grad, lam_adv, rows = _remix_operator(*arguments)
+        return grad.detach(), lam_adv.detach(), rows
+    return _Remix.apply(*arguments)
+
+
+def _remix(
+    hidden: Tensor,
+    grad_mixed: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    grad_divisor: Tensor | None,
+    mode: str,
+    grad_clip: float | None,
+    clamp: bool,
+    step_size: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Fields that a remix has no use for are always the same: a kernel is compiled for every combination.
+    policy = RowPolicy(mode, False, grad_clip, clamp, -100, 0.0, 0.0, 0.0)
+    return kernels.remix_forward(hidden, grad_mixed, lam, partner, grad_divisor, policy=policy, step_size=step_size)
+
+
+class _Remix(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _remix(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        grad, lam_adv, _ = output
+        ctx.mark_non_differentiable(grad, lam_adv)
+        ctx.save_for_backward(lam_adv, inputs[3])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, __: Tensor, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (_MixGrad.apply(upstream, *ctx.saved_tensors), *[None] * 8)
+
+
+_remix_operator = torch.library.custom_op("fastamp::remix", _remix, mutates_args=())
+
+
+@_remix_operator.register_fake
+def _(hidden: Tensor, grad_mixed: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    return lam.new_empty(lam.shape), lam.new_empty(lam.shape), rows
+
+
+def _keep_remix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], inputs[3])
+
+
+def _remix_gradient(ctx: Any, _: Tensor, __: Tensor, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return (_mix_grad_operator(upstream, *ctx.saved_tensors), *[None] * 8)
+
+
+_remix_operator.register_autograd(_remix_gradient, setup_context=_keep_remix)

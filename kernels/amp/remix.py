@@ -1,0 +1,195 @@
+"""∇λ of rows of any hidden state, the step of λ, and the rows mixed there (22, 24, 5-7).
+
+Rows that fit in registers take one launch. Of longer ones each program sums a part of the inner product, always the
+same part in the same order, and the parts of a row are summed in a fixed order by whoever needs the sum: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .amp_cross_entropy import on_device_of
+from .config import inner_product_config, mix_config, remix_config
+from .mix import as_matrix, load_rows, mixed_tile, tile_of
+from .rows import RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
+
+
+@triton.jit
+def _inner_product_kernel(
+    grad_mixed_ptr,  # (B, N)
+    hidden_ptr,  # (B, N)
+    partner_ptr,  # (B,) int64
+    parts_ptr,  # (B, parts) compute dtype
+    B,
+    N,
+    part,  # columns of one part, a multiple of BLOCK_N
+    parts,
+    stride_gm: tl.int64,
+    stride_gn,  # without a type, as stride_hn: 1 is then compiled in
+    stride_hm: tl.int64,
+    stride_hn,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One part of ⟨g_r, h_r - h_π(r)⟩ (24) for BLOCK_B rows."""
+    dtype: tl.constexpr = parts_ptr.dtype.element_ty
+    row_blocks = tl.cdiv(B, BLOCK_B)
+    program = tl.program_id(0)
+    at = program // row_blocks
+    row, first, ok = tile_index(program % row_blocks, tl.full((), 0, tl.int64), B, BLOCK_B, BLOCK_N)
+    other = tl.load(partner_ptr + row)
+    products = tl.zeros((BLOCK_N,) if BLOCK_B == 1 else (BLOCK_B, BLOCK_N), dtype)
+    start = at.to(tl.int64) * part
+    for offset in range(0, part, BLOCK_N):
+        cols = first + (start + offset)
+        mask = tile_mask(ok, cols, N, BLOCK_B)
+        g = load_rows(grad_mixed_ptr, row, cols, mask, stride_gm, stride_gn, dtype)
+        a = load_rows(hidden_ptr, row, cols, mask, stride_hm, stride_hn, dtype)
+        b = load_rows(hidden_ptr, other, cols, mask, stride_hm, stride_hn, dtype)
+        products += g * (a - b)
+    tl.store(parts_ptr + row * parts + at, row_sum(products), mask=ok)
+
+
+@triton.jit
+def _remix_kernel(
+    grad_mixed_ptr,  # (B, N); None where parts_ptr holds the inner product
+    parts_ptr,  # (B, parts) compute dtype, of `_inner_product_kernel`; None: whole rows fit in one tile
+    hidden_ptr,  # (B, N)
+    lam_ptr,  # (B,) compute dtype
+    partner_ptr,  # (B,) int64
+    grad_divisor_ptr,  # () divisor of ∇λ or None
+    grad_ptr,  # (B,) out, compute dtype
+    lam_adv_ptr,  # (B,) out, compute dtype
+    mixed_ptr,  # (B, N) out, contiguous
+    B,
+    N,
+    parts,
+    stride_gm: tl.int64,
+    stride_gn,  # without a type, as stride_hn: 1 is then compiled in
+    stride_hm: tl.int64,
+    stride_hn,
+    step_size: tl.float64,
+    policy: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # at least `parts`
+):
+    """∇λ, λ' and m(λ') of BLOCK_B rows (24, 5-7, 22)."""
+    row, cols, ok = tile_of(N, B, BLOCK_B, BLOCK_N)
+    mask = tile_mask(ok, cols, N, BLOCK_B)
+    lam = tl.load(lam_ptr + row)
+    a = load_rows(hidden_ptr, row, cols, mask, stride_hm, stride_hn, lam.dtype)
+    b = load_rows(hidden_ptr, tl.load(partner_ptr + row), cols, mask, stride_hm, stride_hn, lam.dtype)
+    if parts_ptr is None:
+        g = load_rows(grad_mixed_ptr, row, cols, mask, stride_gm, stride_gn, lam.dtype)
+        grad = row_sum(g * (a - b))
+    else:
+        # Every program of a row adds up the same numbers in the same order.
+        part = tl.arange(0, BLOCK_P)
+        grad = row_sum(tl.load(parts_ptr + row * parts + part, mask=part < parts, other=0.0))
+    grad = scaled_grad(grad, grad_divisor_ptr)
+    lam_adv = step_lam(lam, grad, step_size, policy)
+    if tl.program_id(0) < tl.cdiv(B, BLOCK_B):  # the programs of the first columns
+        tl.store(grad_ptr + row, grad, mask=ok)
+        tl.store(lam_adv_ptr + row, lam_adv, mask=ok)
+    tl.store(mixed_ptr + row * N + cols, mixed_tile(a, b, lam_adv).to(mixed_ptr.dtype.element_ty), mask=mask)
+
+
+def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: torch.dtype) -> Tensor:
+    """⟨g_r, h_r - h_π(r)⟩ of every row in parts that are still to be summed: (B, parts) of `dtype`.
+
+    Args:
+        grad_mixed: (B, ...), not empty, any strides.
+        hidden: of the same shape, any strides.
+        partner: (B,) int64 permutation.
+        dtype: the compute dtype.
+    """
+    g, h = as_matrix(grad_mixed), as_matrix(hidden)
+    batch, width = h.shape
+    config = inner_product_config(width, h.element_size())
+    parts = triton.cdiv(width, config.part)
+    products = torch.empty(batch, parts, dtype=dtype, device=h.device)
+    with on_device_of(h):
+        _inner_product_kernel[(triton.cdiv(batch, config.block_b) * parts,)](
+            g,
+            h,
+            partner.contiguous(),
+            products,
+            batch,
+            width,
+            config.part,
+            parts,
+            *g.stride(),
+            *h.stride(),
+            BLOCK_B=config.block_b,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+    return products
+
+
+def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: torch.dtype) -> Tensor:
+    """∇λ (B,) of `dtype`; arguments as `inner_products` takes them."""
+    products = inner_products(grad_mixed, hidden, partner, dtype)
+    return products.view(-1) if products.shape[1] == 1 else products.sum(1)
+
+
+def remix_forward(
+    hidden: Tensor,
+    grad_mixed: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    grad_divisor: Tensor | None,
+    *,
+    policy: RowPolicy,
+    step_size: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∇λ (B,), λ' (B,) and the rows mixed at λ', contiguous, of hidden's shape and dtype.
+
+    Args:
+        hidden: (B, ...), not empty, any strides.
+        grad_mixed: of the same shape, any strides.
+        lam: (B,) compute dtype.
+        partner: (B,) int64 permutation.
+        grad_divisor: () or None; 0 makes ∇λ zero.
+        policy: for mode, grad_clip and clamp.
+        step_size: ε.
+    """
+    g, h, lam = as_matrix(grad_mixed), as_matrix(hidden), lam.contiguous()
+    batch, width = h.shape
+    grad, lam_adv = torch.empty_like(lam), torch.empty_like(lam)
+    mixed = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
+    config = remix_config(width, lam.element_size())
+    products = None
+    if config is None:
+        products = inner_products(g, h, partner, lam.dtype)
+        config = mix_config(width, h.element_size())
+    parts = 0 if products is None else products.shape[1]
+    grid = (triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)
+    with on_device_of(h):
+        _remix_kernel[grid](
+            g if products is None else None,
+            products,
+            h,
+            lam,
+            partner.contiguous(),
+            grad_divisor,
+            grad,
+            lam_adv,
+            mixed,
+            batch,
+            width,
+            parts,
+            *g.stride(),
+            *h.stride(),
+            step_size,
+            policy=policy,
+            BLOCK_B=config.block_b,
+            BLOCK_N=config.block_c,
+            BLOCK_P=triton.next_power_of_2(max(1, parts)),
+            num_warps=config.num_warps,
+        )
+    return grad, lam_adv, mixed
