@@ -7,6 +7,7 @@ synchronise; there the kernels assert on the device (labels) or the documentatio
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ def check_float_rows(name: str, value: object, *, dims: int | None = None) -> No
     """`value` is a plain floating-point tensor (B, ...), of `dims` dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(value, distributed.DTensor):
+    if is_dtensor(value):
         raise TypeError(
             f"{name} is a DTensor, which fastamp does not take; pass the local shard of whole rows "
             f"({name}.to_local()) or the replicated tensor ({name}.full_tensor())"
@@ -35,6 +35,93 @@ def check_float_rows(name: str, value: object, *, dims: int | None = None) -> No
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
     if value.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, got a scalar")
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether `value` is a distributed tensor; does not import torch.distributed.tensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def check_hidden(hidden: object) -> list[Tensor]:
+    """`hidden` is a floating-point tensor (B, ...) or a dict, tuple or list of them on one device; its tensors."""
+    if isinstance(hidden, Mapping):
+        named = [(f"hidden[{name!r}]", part) for name, part in hidden.items()]
+    elif isinstance(hidden, (tuple, list)):
+        named = [(f"hidden[{index}]", part) for index, part in enumerate(hidden)]
+    elif isinstance(hidden, Tensor):
+        named = [("hidden", hidden)]
+    else:
+        raise TypeError(f"hidden must be a tensor or a dict or tuple of tensors, got {type(hidden).__name__}")
+    if not named:
+        raise ValueError("hidden must have at least one tensor, got none")
+    first_name, first = named[0]
+    for name, part in named:
+        check_float_rows(name, part)
+        if part.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"the parts of hidden must have one batch size, got {first.shape[0]} rows in {first_name} "
+                f"and {part.shape[0]} in {name}"
+            )
+        check_device(name, part, first.device)
+    return [part for _, part in named]
+
+
+def check_context(context: object, batch: int) -> None:
+    """`context` is None or a dict of tensors (B, ...), or None in their place, by the names that f takes."""
+    if context is None:
+        return
+    if not isinstance(context, Mapping):
+        raise TypeError(f"context must be a dict of tensors or None, got {type(context).__name__}")
+    for name, value in context.items():
+        if not isinstance(name, str):
+            raise TypeError(f"context must have the names of f's arguments as keys, got {name!r}")
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"context[{name!r}] must be a tensor or None, got {type(value).__name__}")
+        if value.dim() == 0 or value.shape[0] != batch:
+            raise ValueError(
+                f"context[{name!r}] must have {batch} rows, one a row of hidden, got shape {tuple(value.shape)}; "
+                "what all rows share belongs into f itself"
+            )
+
+
+def check_row_target(target: object, batch: int, device: torch.device) -> None:
+    """As far as it can be told before the number of classes is known: `check_target`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    classes = target.shape[1] if target.dtype.is_floating_point and target.dim() == 2 else 1
+    check_target(target, torch.empty((), device=device).expand(batch, classes))
+
+
+def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub_batch: bool = False) -> Tensor:
+    """What f returned is (B, C) floating point, on the CPU also without NaN."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"f must return logits, a tensor (B, C), got {type(logits).__name__}"
+            + ("; take its .logits" if hasattr(logits, "logits") else "")
+        )
+    check_logits("f's output", logits)
+    if logits.shape[0] != batch:
+        why = (
+            f"f was given {batch} of the rows and returned {logits.shape[0]}: giving context, even empty, promises "
+            "that f treats rows independently at any batch size, with all that belongs to a row in hidden and context; "
+            "leave context out (None) where f uses anything else of the whole batch"
+            if sub_batch
+            else f"f must return a row of logits for each of hidden's {batch} rows, got shape {tuple(logits.shape)}"
+        )
+        raise ValueError(why)
+    if classes is not None and logits.shape[1] != classes:
+        raise ValueError(
+            f"f must return the same number of classes in every pass, got {classes}, then {logits.shape[1]}"
+        )
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = logits.detach().isnan().any(1)
+        if bool(wrong.any()):
+            first = int(wrong.int().argmax())
+            raise ValueError(f"f returned NaN in {int(wrong.sum())} of {batch} rows, first in row {first}")
+    return logits
 
 
 def check_logits(name: str, logits: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,14 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import reference
-from fastamp.checks import check_class_vector, check_logits, check_mix, check_num_items, check_target
+from fastamp.checks import (
+    check_class_vector,
+    check_context,
+    check_hidden,
+    check_logits,
+    check_mix,
+    check_num_items,
+    check_outputs,
+    check_row_target,
+    check_target,
+)
+from fastamp.layer_step import Hidden, layer_step
 from fastamp.mixing import Mix, MixStats, draw
 from fastamp.policy import check_choice, check_number, checked_policy
+from fastamp.randomness import random_states_kept_on_error
 from fastamp.steps import amp_cross_entropy_step, divisors, host_facts
 
 WINDOW = 5  # steps that the moving re-weighting looks back, as the published code does
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": reference.PAPER, "official": reference.OFFICIAL}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": reference.PAPER,
+    "official": {**reference.OFFICIAL, "dropout": "redrawn"},
+}
 
 
 class AMPLoss(nn.Module):
@@ -44,6 +60,8 @@ class AMPLoss(nn.Module):
         clamp: keep λ' inside [0, 1].
         reweight: None, or "moving": rows whose δ = ℓ' - ℓ exceeds the mean μ of the positive δ of the last five
             steps weigh 1 + (δ-μ)/σ.
+        dropout: "shared": both passes of `step` drop out the same; "redrawn": each draws anew, as the published
+            code does.
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
             it was computed in. 0.0 is Eq. 21 to the letter.
         pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching.
@@ -74,6 +92,7 @@ class AMPLoss(nn.Module):
         grad_scale: str = "row",
         clamp: bool = False,
         reweight: str | None = None,
+        dropout: str = "shared",
         tie_tol: float | str = "auto",
         pairing: str = "permutation",
         weight: Tensor | None = None,
@@ -98,6 +117,7 @@ class AMPLoss(nn.Module):
         check_choice("pairing", pairing)
         check_choice("reduction", reduction)
         check_choice("reweight", reweight)
+        check_choice("dropout", dropout)
         if weight is not None:
             if not isinstance(weight, Tensor) or weight.dim() != 1:
                 raise TypeError(f"weight must be a (C,) tensor or None, got {weight!r}")
@@ -105,6 +125,7 @@ class AMPLoss(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.alpha, self.pairing, self.reduction, self.reweight = float(alpha), pairing, reduction, reweight
+        self.dropout = dropout
         self.generator = generator
         self.register_buffer("weight", weight)
         if reweight is not None:
@@ -177,18 +198,9 @@ class AMPLoss(nn.Module):
         check_class_vector("weight", self.weight, logits.shape[1], logits.device)
         check_num_items(num_items)
         if not self.training:
-            if mix is not None or return_stats:
-                raise ValueError("mix and return_stats need train mode: in eval mode nothing is mixed")
+            self._check_eval(mix, return_stats)
             return self._plain(logits, target, num_items)
-        if mix is not None:
-            if not isinstance(mix, tuple) or len(mix) != 2:
-                raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
-            check_mix(*mix, len(logits), logits.device)
-        if self.reweight is not None and self.window.device != logits.device:
-            raise ValueError(
-                f"the criterion's window is on {self.window.device}, logits are on {logits.device}: "
-                f"move it with criterion.to({str(logits.device)!r})"
-            )
+        self._check_train(mix, logits.shape[0], logits.device)
         facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
         lam, partner = self.sample(logits.shape[0], device=logits.device) if mix is None else mix
         loss, stats = amp_cross_entropy_step(
@@ -204,20 +216,127 @@ class AMPLoss(nn.Module):
             return_stats=return_stats or self.reweight is not None,
         )
         if self.reweight is not None and stats is not None:
-            loss = self._moving_weights(stats.delta) * loss
+            divisor: Tensor | float = 1.0
             if self.reduction != "none":
                 divisor, _ = divisors(
-                    target,
-                    stats.lam,
-                    partner,
-                    self.weight,
-                    self.policy,
-                    self.reduction,
-                    num_items,
-                    facts.all_kept,
+                    target, stats.lam, partner, self.weight, self.policy, self.reduction, num_items, facts.all_kept
                 )
-                loss = loss.sum() / divisor
+            loss = self._reduced(loss, stats, divisor)
         return (loss, stats) if return_stats and stats is not None else loss
+
+    def step(
+        self,
+        f: Callable[..., Tensor],
+        hidden: Hidden,
+        target: Tensor,
+        *,
+        context: Mapping[str, Tensor | None] | None = None,
+        mix: Mix | None = None,
+        num_items: float | Tensor | None = None,
+        plan: str = "auto",
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, MixStats]:
+        """The loss of a batch that is mixed at any layer; eval mode is the plain cross-entropy of f(hidden).
+
+            m_r(λ) = λ h_r + (1-λ) h_π(r),   ∂ℓ_r/∂λ = ⟨∂ℓ_r/∂m_r, h_r - h_π(r)⟩,   ℓ_r by f(m), then Eq. 14-21.
+
+        The loss's backward reaches f's parameters and whatever made `hidden`. No `.grad` is touched before it, and
+        hooks on parameters fire once; module hooks and f itself run once a pass. A pass differs from the others in
+        its λ alone: it starts from the same state of torch's default generators (unless dropout="redrawn"; generators
+        of f's own are not set back), and running statistics of normalisation layers are updated by the first pass only.
+
+        Args:
+            f: the rest of the network, a module or any callable: f(mixed, **context) gives logits (B, C). `mixed` has
+                the form of `hidden`. Of a module compiled by torch.compile, pass the module: the first pass then
+                leaves its parameters' gradients out.
+            hidden: (B, ...) float16/bfloat16/float32/float64, or a dict, tuple or list of such, each of them mixed
+                with the same λ.
+            target: (B,) int64 class indices, or (B, C) floating-point probabilities.
+            context: tensors (B, ...) that f takes by keyword and that are not mixed (None is passed on). Giving it,
+                even empty, promises that f treats rows independently at any batch size, so that rows that keep λ can
+                be run again on their own.
+            mix: λ and partners; drawn if not given.
+            num_items: replaces the divisor of the mean: a number or a 0-d tensor.
+            plan: which passes are run; the losses and gradients are the same. In units of a forward pass, where
+                plain Mixup costs 3: "auto" costs 5 where every row takes λ', 5 + 3n/B where n rows that keep λ can be
+                run again on their own, else 6; it looks at the device once to decide. "merged" costs 6 and looks at
+                nothing. "both" costs 7 and keeps two graphs, and is taken, whatever is asked for, where rows depend
+                on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA graph is captured, and
+                inside torch.compile, "auto" is "merged". Batch normalisation by F.batch_norm is not noticed: ask
+                for "both".
+            return_stats: also return a `MixStats`, whose `plan` is "adversarial", "sub-batch", "merged" or "both".
+
+        Returns:
+            The loss, () or (B,), float32 (float64 for float64 logits or hidden); with return_stats a tuple
+            (loss, MixStats). Differentiable once.
+
+        Raises:
+            TypeError, ValueError: wrong shapes, dtypes or devices; an f that returns something else than (B, C)
+                logits, or NaN (on the CPU), or whose logits do not depend on hidden. Random states are then as before.
+            NotImplementedError: inside torch.compile or a CUDA graph, an f whose random numbers cannot be repeated.
+        """
+        if not callable(f):
+            raise TypeError(f"f must be callable, a module or a function from hidden to logits, got {type(f).__name__}")
+        parts = check_hidden(hidden)
+        batch, device = parts[0].shape[0], parts[0].device
+        check_context(context, batch)
+        check_row_target(target, batch, device)
+        check_num_items(num_items)
+        check_choice("plan", plan)
+        if not self.training:
+            self._check_eval(mix, return_stats)
+            logits = check_outputs(f(hidden, **(context or {})), batch)
+            check_target(target, logits)
+            return self._plain(logits, target, num_items)
+        self._check_train(mix, batch, device)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
+        with random_states_kept_on_error(device, self.generator):
+            lam, partner = self.sample(batch, device=device) if mix is None else mix
+            rows = layer_step(
+                f,
+                hidden,
+                target,
+                lam,
+                partner,
+                context=context,
+                weight=self.weight,
+                policy=self.policy,
+                redrawn=self.dropout == "redrawn",
+                plan=plan,
+                num_items=num_items,
+            )
+        loss = self._reduced(rows.loss, rows.stats, rows.divisor)
+        return (loss, rows.stats) if return_stats else loss
+
+    def _reduced(self, loss: Tensor, stats: MixStats, divisor: Tensor | float) -> Tensor:
+        if self.reweight is not None:
+            loss = self._moving_weights(stats.delta) * loss
+        if self.reduction == "none":
+            return loss
+        total = loss.sum()
+        if self.reduction == "sum":
+            return total
+        if not isinstance(divisor, Tensor):
+            return total / divisor
+        # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
+        nothing = divisor == 0
+        return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, divisor))
+
+    def _check_eval(self, mix: Mix | None, return_stats: bool) -> None:
+        if mix is not None or return_stats:
+            raise ValueError("mix and return_stats need train mode: in eval mode nothing is mixed")
+
+    def _check_train(self, mix: Mix | None, batch: int, device: torch.device) -> None:
+        if mix is not None:
+            if not isinstance(mix, tuple) or len(mix) != 2:
+                raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
+            check_mix(*mix, batch, device)
+        if self.reweight is not None and self.window.device != device:
+            raise ValueError(
+                f"the criterion's window is on {self.window.device}, the rows are on {device}: "
+                f"move it with criterion.to({str(device)!r})"
+            )
 
     def _plain(self, logits: Tensor, target: Tensor, num_items: float | Tensor | None) -> Tensor:
         by_items = self.reduction == "mean" and num_items is not None
@@ -276,6 +395,8 @@ class AMPLoss(nn.Module):
         ]
         if self.reweight is not None:
             shown.append(f"reweight={self.reweight!r}")
+        if self.dropout != "shared":
+            shown.append(f"dropout={self.dropout!r}")
         if self.pairing != "permutation":
             shown.append(f"pairing={self.pairing!r}")
         if self.reduction != "mean":

@@ -27,13 +27,14 @@ class Mix(NamedTuple):
 
 
 class MixStats(NamedTuple):
-    """Per-row facts of one step, on the device, detached; reading them is what synchronises."""
+    """Facts of one step. Tensors are per row, on the device, detached; reading them is what synchronises."""
 
     lam: Tensor  # (B,) λ
     lam_adv: Tensor  # (B,) λ' (λ itself for mode="mixup")
     grad: Tensor  # (B,) ∇λ, after grad_scale and before the clip
     delta: Tensor  # (B,) ℓ(λ') - ℓ(λ)
     mask: Tensor  # (B,) bool: rows that took ℓ(λ')
+    plan: str = "closed form"  # how: the passes that `AMPLoss.step` ran, see there
 
 
 def draw(

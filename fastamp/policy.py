@@ -15,6 +15,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "reduction": ("mean", "sum", "none"),
     "reweight": (None, "moving"),
     "pairing": ("permutation", "matching"),
+    "dropout": ("shared", "redrawn"),
+    "plan": ("auto", "merged", "both"),
 }
 TIE_ULPS = 4.0
 

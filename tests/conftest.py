@@ -169,7 +169,7 @@ def by_library(case: Case) -> Outcome:
     assert grad.dtype == logits.dtype
     assert grad.shape == logits.shape
     assert torch.equal(case.logits.detach(), before) or before.isnan().any()
-    assert not any(field.requires_grad for field in stats)
+    assert not any(field.requires_grad for field in stats[:5])
     if not uses_triton(logits):
         # Without statistics the closed forms may take a shorter way.
         short = functional.amp_cross_entropy(logits, case.target, case.lam, case.partner, **case.options)

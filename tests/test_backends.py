@@ -97,7 +97,7 @@ def test_an_empty_batch_gives_what_cross_entropy_gives(backend, reduction):
     torch.testing.assert_close(loss, expected, equal_nan=True)
     loss.sum().backward()
     assert logits.grad.shape == (0, 3)
-    assert all(field.shape == (0,) for field in stats)
+    assert all(field.shape == (0,) for field in stats[:5])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

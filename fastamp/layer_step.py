@@ -1,0 +1,362 @@
+"""One AMP step at any layer of any network, on checked arguments: which passes are run, and what they share.
+
+In units of a forward pass of f (a backward pass to activations costs 1, to parameters 1 more) plain Mixup costs 3. The
+plans, all exact:
+
+    adversarial  5        forward at λ, backward to hidden, forward at λ', backward: every row took λ'
+    sub-batch    5+3n/B   the same, and the n rows that keep λ go through f once more, alone
+    merged       6        forward at λ, backward to hidden, forward at λ' without a graph, then one pass at λ*
+    both         7        forward at λ, backward to hidden, forward at λ', backward through both graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fastamp import closed_form
+from fastamp import hidden as hidden_ops
+from fastamp.batch_statistics import BatchStatistics
+from fastamp.checks import check_outputs, check_target, is_dtensor
+from fastamp.hidden import Selected
+from fastamp.mixing import MixStats
+from fastamp.policy import Policy
+from fastamp.randomness import RandomStates, RecordedMasks
+from fastamp.steps import divisors, labels_facts
+
+Hidden = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+
+# A float16 network's gradients underflow without a loss scale; a power of two leaves no trace in ∇λ. Times a row's
+# gradient it is about what torch.amp.GradScaler starts with on a batch of 64.
+FLOAT16_SCALE = 1024.0
+
+
+class RowLosses(NamedTuple):
+    """What a step came to, before reduction."""
+
+    loss: Tensor  # (B,) the selected losses, with their graph
+    stats: MixStats
+    divisor: Tensor | float  # of the mean
+
+
+def hidden_parts(hidden: Hidden) -> list[Tensor]:
+    """The tensors of a hidden state, in order."""
+    if isinstance(hidden, Tensor):
+        return [hidden]
+    return list(hidden.values() if isinstance(hidden, Mapping) else hidden)
+
+
+def with_parts(hidden: Hidden, parts: list[Tensor]) -> Any:
+    """`hidden` with other tensors in it."""
+    if isinstance(hidden, Tensor):
+        return parts[0]
+    if isinstance(hidden, Mapping):
+        return dict(zip(hidden, parts, strict=True))
+    return type(hidden)(*parts) if hasattr(hidden, "_fields") else tuple(parts)
+
+
+def layer_step(
+    f: Callable[..., Tensor],
+    hidden: Hidden,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    *,
+    context: Mapping[str, Tensor | None] | None,
+    weight: Tensor | None,
+    policy: Policy,
+    redrawn: bool,
+    plan: str,
+    num_items: float | Tensor | None,
+) -> RowLosses:
+    """`AMPLoss.step` for arguments that have been checked, up to the reduction."""
+    step = _Step(f, hidden, target, lam, partner, context, weight, policy, num_items)
+    if torch.compiler.is_compiling():
+        loss, stats = step.traced(redrawn=redrawn, plan=plan)
+    else:
+        loss, stats = step.run(redrawn=redrawn, plan=plan)
+    return RowLosses(loss, stats, step.divisor)
+
+
+class _Step:
+    """A step's inputs, and the passes over them."""
+
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        hidden: Hidden,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        context: Mapping[str, Tensor | None] | None,
+        weight: Tensor | None,
+        policy: Policy,
+        num_items: float | Tensor | None,
+    ) -> None:
+        self.f, self.hidden, self.target, self.partner = f, hidden, target, partner
+        self.context, self.weight, self.policy, self.num_items = context, weight, policy, num_items
+        self.parts = hidden_parts(hidden)
+        wide = any(part.dtype == torch.float64 for part in self.parts)
+        self.lam = lam.detach().to(torch.float64 if wide else torch.float32)
+        self.divisor: Tensor | float = 1.0
+        self._grad_divisor: Tensor | float = 1.0
+        self._all_kept = False
+        self._ties = (0.0, 0.0)
+
+    # Passes
+
+    def logits(self, mixed: list[Tensor]) -> Tensor:
+        """Run f on the whole batch."""
+        return self.f(with_parts(self.hidden, mixed), **(self.context or {}))
+
+    def mixed(self, lam: Tensor) -> list[Tensor]:
+        """The hidden state mixed at λ."""
+        return [hidden_ops.mixed(part, lam, self.partner) for part in self.parts]
+
+    def select(self, logits: Tensor, logits_adv: Tensor | None) -> Selected:
+        """Losses, and the choice between them."""
+        lam = self.lam.to(torch.promote_types(self.lam.dtype, closed_form.compute_dtype(logits.dtype)))
+        return hidden_ops.selected(
+            logits.detach(),
+            None if logits_adv is None else logits_adv.detach(),
+            self.target,
+            lam,
+            self.partner,
+            self.weight,
+            self.policy,
+            self._ties,
+            all_kept=self._all_kept,
+        )
+
+    def learn(self, logits: object) -> Tensor:
+        """Check f's first answer, and keep what follows from the number of classes and the dtype."""
+        checked = check_outputs(logits, self.lam.shape[0])
+        check_target(self.target, checked)
+        self._all_kept = labels_facts(self.target, checked.shape[1], self.policy)
+        self.divisor, self._grad_divisor = divisors(
+            self.target, self.lam, self.partner, self.weight, self.policy, "mean", self.num_items, self._all_kept
+        )
+        ran_in = [checked.dtype, *(part.dtype for part in self.parts)]
+        device = checked.device.type
+        if torch.is_autocast_enabled(device):
+            ran_in.append(torch.get_autocast_dtype(device))
+        self._ties = self.policy.tie_bounds(max(ran_in, key=lambda dtype: torch.finfo(dtype).eps))
+        return checked
+
+    def remix(self, grads: list[Tensor | None], scale: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """∇λ, λ' and the hidden state mixed at λ', from the gradients that reached the mixed parts."""
+        policy, lam = self.policy, self.lam
+        if len(grads) == 1 and grads[0] is not None and scale == 1.0:
+            slope, lam_adv, mixed = hidden_ops.remixed(
+                self.parts[0], grads[0], lam, self.partner, policy, self._grad_divisor
+            )
+            return slope, lam_adv, [mixed]
+        slope = torch.zeros_like(lam)
+        for part, grad in zip(self.parts, grads, strict=True):
+            if grad is not None:
+                slope = slope + hidden_ops.lambda_grad(grad, part, self.partner).to(lam.dtype)
+        slope = closed_form.scaled_grad(slope / scale, policy, self._grad_divisor)
+        lam_adv = closed_form.step_lam(lam, slope, policy)
+        return slope, lam_adv, self.mixed(lam_adv)
+
+    # Eager
+
+    def run(self, *, redrawn: bool, plan: str) -> tuple[Tensor, MixStats]:
+        """The step in eager mode."""
+        if self.policy.mode == "mixup":
+            return self._mixup()
+        device, amp = self.lam.device, self.policy.mode == "amp"
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        plan = "merged" if capturing and plan == "auto" else plan
+        random: RandomStates | RecordedMasks = RecordedMasks() if capturing else RandomStates(device)
+        statistics = BatchStatistics(self.f)
+        both = amp and (plan == "both" or statistics.couple_rows or (redrawn and capturing))
+
+        with (
+            torch.enable_grad(),
+            statistics.watch(),
+            _parameters_left_out(self.f, both or redrawn),
+            nullcontext() if redrawn and capturing else random,
+        ):
+            mixed, edges = self._mixed_with_edges()
+            logits = self.learn(self.logits(mixed))
+        del mixed
+        both = both or (amp and (statistics.couple_rows or (redrawn and random.drew)))
+        at_lam = self.select(logits, None)
+        grads, scale = self._pull(logits, edges, at_lam, retain=both)
+        if not both:
+            logits = logits.detach()
+        slope, lam_adv, mixed_adv = self.remix(grads, scale)
+        del grads, edges
+
+        def again(parts: list[Tensor]) -> Tensor:
+            with statistics.frozen(), nullcontext() if redrawn else random.again():
+                return check_outputs(self.logits(parts), self.lam.shape[0], classes=logits.shape[1])
+
+        merge = amp and plan == "merged" and not both
+        with torch.no_grad() if merge else nullcontext():
+            logits_adv = again(mixed_adv)
+        del mixed_adv
+        chosen = self.select(logits, logits_adv)
+        if both:
+            loss = torch.where(
+                chosen.mask,
+                _with_graph(logits_adv, chosen.loss, chosen.grad_adv),
+                _with_graph(logits, chosen.loss, chosen.grad),
+            )
+            return loss, self._stats(chosen, slope, lam_adv, "both")
+        rejected = ~chosen.mask & (lam_adv != self.lam)  # a row whose λ did not move is right in either pass
+        rows = rejected[:0] if not amp or merge else rejected.nonzero().squeeze(1)  # the one look at the device
+        if merge or 3 * len(rows) > len(rejected) or (len(rows) and (self.context is None or random.drew)):
+            if torch.is_autocast_enabled(device.type):
+                # Weights that were cast without a graph must not be found in the cache.
+                torch.clear_autocast_cache()
+            del logits_adv
+            logits_sel = again(self.mixed(torch.where(chosen.mask, lam_adv, self.lam)))
+            return _with_graph(logits_sel, chosen.loss, _at_choice(chosen)), self._stats(
+                chosen, slope, lam_adv, "merged"
+            )
+        if not len(rows):
+            loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
+            return loss, self._stats(chosen, slope, lam_adv, "adversarial")
+        with statistics.frozen():
+            logits_sub = self._logits_of(rows)
+        kept = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
+        redone = _with_graph(logits_sub, chosen.loss[rows], chosen.grad[rows])
+        return kept.index_put((rows,), redone), self._stats(chosen, slope, lam_adv, "sub-batch")
+
+    def _mixup(self) -> tuple[Tensor, MixStats]:
+        logits = self.learn(self.logits(self.mixed(self.lam)))
+        at_lam = self.select(logits, None)
+        zero = torch.zeros_like(self.lam)
+        return _with_graph(logits, at_lam.loss, at_lam.grad), self._stats(at_lam, zero, self.lam, "mixup")
+
+    def _mixed_with_edges(self) -> tuple[list[Tensor], list[GradientEdge]]:
+        """The hidden state mixed at λ, and where its gradient will arrive, even if f writes to its input."""
+        leaves = [part if part.requires_grad else part.detach().requires_grad_() for part in self.parts]
+        mixed = [hidden_ops.mixed(leaf, self.lam, self.partner) for leaf in leaves]
+        return mixed, [get_gradient_edge(part) for part in mixed]
+
+    def _pull(
+        self, logits: Tensor, edges: list[GradientEdge], at_lam: Selected, *, retain: bool
+    ) -> tuple[list[Tensor | None], float]:
+        """The gradient of the summed row losses to the mixed parts, times a scale; nobody's `.grad` is touched."""
+        unreached = "f's logits do not depend on hidden, so no gradient reaches λ"
+        if not logits.requires_grad:
+            raise ValueError(f"{unreached}: does f detach it, or run under torch.no_grad()?")
+        scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+        upstream = (at_lam.grad * scale).to(logits.dtype)
+        grads = torch.autograd.grad([logits], edges, [upstream], retain_graph=retain, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError(unreached)
+        return list(grads), scale
+
+    def _logits_of(self, rows: Tensor) -> Tensor:
+        """Run f on some rows alone, mixed at λ."""
+        other, lam = self.partner[rows], self.lam[rows]
+        mixed = []
+        for part in self.parts:
+            wide = closed_form.compute_dtype(part.dtype)
+            coefficient = lam.to(wide).view(-1, *[1] * (part.dim() - 1))
+            mixed.append(torch.lerp(part[other].to(wide), part[rows].to(wide), coefficient).to(part.dtype))
+        context = {name: value if value is None else value[rows] for name, value in (self.context or {}).items()}
+        logits = self.f(with_parts(self.hidden, mixed), **context)
+        return check_outputs(logits, len(rows), sub_batch=True)
+
+    def _stats(self, chosen: Selected, slope: Tensor, lam_adv: Tensor, plan: str) -> MixStats:
+        return MixStats(self.lam, lam_adv, slope, chosen.delta, chosen.mask, plan)
+
+    # Under torch.compile
+
+    def traced(self, *, redrawn: bool, plan: str) -> tuple[Tensor, MixStats]:
+        """The step inside a compiled region, where nothing can be decided by values."""
+        if self.policy.mode == "mixup":
+            return self._mixup()
+        amp = self.policy.mode == "amp"
+        if plan == "both" or (isinstance(self.f, nn.Module) and BatchStatistics(self.f).couple_rows):
+            raise NotImplementedError(
+                "inside torch.compile step runs the plan 'merged' only, which BatchNorm in train mode does not allow: "
+                "compile f alone and call step outside"
+            )
+        masks = RecordedMasks()
+
+        def forward(*mixed: Tensor) -> tuple[Tensor, list[Tensor]]:
+            with masks:
+                logits = self.logits([part.clone() for part in mixed])
+            return logits, list(masks.masks)
+
+        # Without gradients outside the transformation, f's parameters are constants to it.
+        with torch.no_grad():
+            logits, pull, masks.masks = torch.func.vjp(forward, *self.mixed(self.lam), has_aux=True)  # type: ignore[misc]
+            self.learn(logits)
+            if redrawn and amp and masks.drew:
+                raise NotImplementedError(
+                    "dropout='redrawn' cannot be traced, since a row that keeps λ keeps its mask: use "
+                    "dropout='shared', or compile f alone and call step outside"
+                )
+            at_lam = self.select(logits, None)
+            scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+            grads = pull((at_lam.grad * scale).to(logits.dtype))
+        slope, lam_adv, mixed_adv = self.remix(list(grads), scale)
+        again = RecordedMasks() if redrawn else masks.again()
+        with torch.no_grad() if amp else nullcontext(), again:
+            logits_adv = self.logits(mixed_adv)
+        chosen = self.select(logits, logits_adv)
+        if not amp:
+            loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
+            return loss, self._stats(chosen, slope, lam_adv, "adversarial")
+        with masks.again():
+            logits_sel = self.logits(self.mixed(torch.where(chosen.mask, lam_adv, self.lam)))
+        return _with_graph(logits_sel, chosen.loss, _at_choice(chosen)), self._stats(chosen, slope, lam_adv, "merged")
+
+
+class _WithGraph(torch.autograd.Function):
+    """Row losses that are known, with their known gradients, as a function of the logits that they are of."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * upstream.unsqueeze(1)).to(ctx.dtype), None, None
+
+
+def _with_graph(logits: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
+    return _WithGraph.apply(logits, loss, grad)
+
+
+def _at_choice(chosen: Selected) -> Tensor:
+    """The gradient of every row at its λ*."""
+    assert chosen.grad_adv is not None
+    return torch.where(chosen.mask[:, None], chosen.grad_adv, chosen.grad)
+
+
+@contextmanager
+def _parameters_left_out(f: Callable[..., Tensor], needed: bool) -> Iterator[None]:
+    """Within a compiled module, whose backward would compute their gradients too; eager autograd never does."""
+    compiled = not needed and isinstance(f, nn.Module) and any(map(_is_compiled, f.modules()))
+    # FSDP decides once, from the sharded parameters, what the gathered ones require: they are left alone.
+    every = list(f.parameters()) if compiled and isinstance(f, nn.Module) else []
+    parameters = [p for p in every if p.requires_grad and not is_dtensor(p)]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
