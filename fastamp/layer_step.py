@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastamp import closed_form
 from fastamp import hidden as hidden_ops
+from fastamp.autograd import once_differentiable
 from fastamp.batch_statistics import BatchStatistics
 from fastamp.checks import check_outputs, check_target, is_dtensor
 from fastamp.hidden import Selected
@@ -171,6 +171,8 @@ class _Step:
         """The step in eager mode."""
         if self.policy.mode == "mixup":
             return self._mixup()
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
         device, amp = self.lam.device, self.policy.mode == "amp"
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         plan = "merged" if capturing and plan == "auto" else plan
@@ -234,8 +236,8 @@ class _Step:
     def _mixup(self) -> tuple[Tensor, MixStats]:
         logits = self.learn(self.logits(self.mixed(self.lam)))
         at_lam = self.select(logits, None)
-        zero = torch.zeros_like(self.lam)
-        return _with_graph(logits, at_lam.loss, at_lam.grad), self._stats(at_lam, zero, self.lam, "mixup")
+        unknown = torch.full_like(self.lam, torch.nan)
+        return _with_graph(logits, at_lam.loss, at_lam.grad), self._stats(at_lam, unknown, self.lam, "mixup")
 
     def _mixed_with_edges(self) -> tuple[list[Tensor], list[GradientEdge]]:
         """The hidden state mixed at λ, and where its gradient will arrive, even if f writes to its input."""

@@ -69,7 +69,9 @@ class AMPLoss(nn.Module):
         ignore_index: a class index whose side of the mixture contributes nothing.
         label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.
         reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))), "sum", "none".
-        generator: source of λ and partners; its state is part of state_dict. Default: torch's global one.
+        generator: source of λ and partners; its state is part of state_dict. Default: torch's global one, from which
+            the ranks of torch.distributed draw independently even if seeded alike. Your own is taken as it is: seed
+            it differently on every rank that has other data, and alike on ranks that share a batch.
             torch.compile(fullgraph=True) cannot trace a draw from a generator of your own: use the default there, or
             pass `mix`.
 
@@ -289,8 +291,6 @@ class AMPLoss(nn.Module):
             check_target(target, logits)
             return self._plain(logits, target, num_items)
         self._check_train(mix, batch, device)
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
         with random_states_kept_on_error(device, self.generator):
             lam, partner = self.sample(batch, device=device) if mix is None else mix
             rows = layer_step(

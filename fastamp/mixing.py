@@ -31,7 +31,7 @@ class MixStats(NamedTuple):
 
     lam: Tensor  # (B,) λ
     lam_adv: Tensor  # (B,) λ' (λ itself for mode="mixup")
-    grad: Tensor  # (B,) ∇λ, after grad_scale and before the clip
+    grad: Tensor  # (B,) ∇λ, after grad_scale and before the clip; NaN from `AMPLoss.step` with mode="mixup"
     delta: Tensor  # (B,) ℓ(λ') - ℓ(λ)
     mask: Tensor  # (B,) bool: rows that took ℓ(λ')
     plan: str = "closed form"  # how: the passes that `AMPLoss.step` ran, see there
@@ -50,10 +50,20 @@ def draw(
     "permutation" makes partner a uniform random permutation. "matching" makes it a uniform random perfect matching,
     partner[partner[r]] = r; with odd B one random row is its own partner. Random numbers are drawn on the generator's
     device, and the result is moved to `device`.
+
+    Processes of torch.distributed are mostly seeded alike. Drawing from the default generator, each of them therefore
+    draws for all, and takes the part of its rank: independent draws, from one seed, without communication.
     """
     source = device if generator is None else generator.device
-    lam = _beta(batch_size, alpha, source, generator)
-    partner = torch.randperm(batch_size, device=source, generator=generator)
+    rank, processes = (0, 1) if generator is not None else _rank()
+    lam = _beta(processes * batch_size, alpha, source, generator)
+    if processes == 1:
+        partner = torch.randperm(batch_size, device=source, generator=generator)
+    else:
+        lam = lam.view(processes, batch_size)[rank]
+        # Sorting random keys is a random permutation; double precision makes ties a matter of 1e-16·B².
+        keys = torch.rand(processes, batch_size, dtype=torch.float64, device=source)
+        partner = keys[rank].argsort()
     if pairing == "matching":
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
         order = partner
@@ -63,6 +73,13 @@ def draw(
     if generator is not None and device is not None and generator.device != torch.device(device):
         lam, partner = lam.to(device, non_blocking=True), partner.to(device, non_blocking=True)
     return Mix(lam, partner)
+
+
+def _rank() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def _beta(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import fastamp.kernels as kernels
 from fastamp import closed_form
+from fastamp.autograd import once_differentiable
 from fastamp.kernels import RowPolicy
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy

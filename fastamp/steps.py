@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastamp import closed_form
+from fastamp.autograd import once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.checks import labels_all_kept
 from fastamp.mixing import MixStats

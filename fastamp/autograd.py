@@ -1,0 +1,30 @@
+"""What the autograd functions of this library share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward whose gradients have no derivative of their own: it refuses create_graph=True.
+
+    torch's decorator of this name raises only where the upstream gradient has a graph, which that of a mean has not. A
+    second derivative by way of the layers below would then exist, and silently lack a part.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+        # Grad mode is on in a backward only for create_graph=True; torch.compile refuses that itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastamp's losses can be differentiated once, not twice: backward was called with create_graph=True"
+            )
+        with torch.no_grad():
+            return backward(ctx, *upstream)
+
+    return wrapper
