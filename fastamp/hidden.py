@@ -118,14 +118,18 @@ def selected(
         ties: (absolute, relative): a row takes λ' where δ >= -(absolute + relative·max(1, |ℓ|)); (0, 0): where δ > 0.
         all_kept: promises that no label equals ignore_index.
     """
+    if uses_triton(logits) and logits.numel():
+        from fastamp import layer_ops
+
+        return Selected(*layer_ops.selected(logits, logits_adv, target, lam, partner, weight, policy, ties))
     dtype = lam.dtype
     with torch.no_grad():
-        x = logits.to(dtype)
+        x = _wide_logits(logits, dtype, policy)
         mixed_target = closed_form.mixed_target(target, lam, partner, x.shape[1], weight, policy, all_kept=all_kept)
         loss, grad = closed_form.loss_and_grad(x, mixed_target)
         if logits_adv is None:
             return Selected(loss, torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool), grad, None)
-        x_adv = logits_adv.to(dtype)
+        x_adv = _wide_logits(logits_adv, dtype, policy)
         loss_adv, grad_adv = closed_form.loss_and_grad(x_adv, mixed_target)
         delta = loss_adv - loss
         if policy.loss == "cross_entropy":
@@ -138,3 +142,9 @@ def selected(
             delta = torch.where(near, change - (mixed_target.on * u).sum(1), delta)
         mask = closed_form.select(loss, delta, policy, ties)
         return Selected(torch.where(mask, loss_adv, loss), delta, mask, grad, grad_adv)
+
+
+def _wide_logits(logits: Tensor, dtype: torch.dtype, policy: Policy) -> Tensor:
+    # softmax_bce takes several sums of exponentials: an offset common to a row would cost digits in each.
+    x = logits.to(dtype)
+    return x if policy.loss == "cross_entropy" else x - x.amax(1, keepdim=True)

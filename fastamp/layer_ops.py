@@ -14,6 +14,7 @@ from torch import Tensor
 import fastamp.kernels as kernels
 from fastamp import closed_form
 from fastamp.kernels import RowPolicy
+from fastamp.ops import row_policy
 from fastamp.policy import Policy
 
 
@@ -161,3 +162,61 @@ def _remix_gradient(ctx: Any, _: Tensor, __: Tensor, upstream: Tensor) -> tuple[
 
 
 _remix_operator.register_autograd(_remix_gradient, setup_context=_keep_remix)
+
+
+def selected(
+    logits: Tensor,
+    logits_adv: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    ties: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`fastamp.hidden.selected` on Triton: the fields of its `Selected`, detached."""
+    compiled_for = row_policy(policy, lam.dtype)._replace(
+        # Fields that a selection has no use for are always the same: a kernel is compiled for every combination.
+        grad_clip=None,
+        clamp=False,
+        tie_abs=ties[0] if policy.mode == "amp" else 0.0,
+        tie_rel=ties[1] if policy.mode == "amp" else 0.0,
+    )
+    logits, logits_adv = logits.detach(), None if logits_adv is None else logits_adv.detach()
+    tensors = (logits, logits_adv, target.detach(), lam, partner, weight if weight is None else weight.detach())
+    if not torch.compiler.is_compiling():
+        return tuple(kernels.select_cross_entropy_forward(*tensors, policy=compiled_for))
+    *fields, grad_adv = _select_operator(*tensors, *compiled_for)
+    return (*fields, None if logits_adv is None else grad_adv)
+
+
+@torch.library.custom_op("fastamp::select_cross_entropy", mutates_args=())
+def _select_operator(
+    logits: Tensor,
+    logits_adv: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    mode: str,
+    bce: bool,
+    grad_clip: float | None,
+    clamp: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    tie_abs: float,
+    tie_rel: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    policy = RowPolicy(mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel)
+    *fields, grad_adv = kernels.select_cross_entropy_forward(
+        logits, logits_adv, target, lam, partner, weight, policy=policy
+    )
+    # An operator returns tensors: an empty one stands for none.
+    return (*fields, lam.new_empty(0) if grad_adv is None else grad_adv)
+
+
+@_select_operator.register_fake
+def _(logits: Tensor, logits_adv: Tensor | None, target: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    rows, grad = (lam.new_empty(lam.shape) for _ in range(2)), lam.new_empty(logits.shape)
+    grad_adv = lam.new_empty(0) if logits_adv is None else lam.new_empty(logits.shape)
+    return (*rows, lam.new_empty(lam.shape, dtype=torch.bool), grad, grad_adv)

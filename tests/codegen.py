@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastamp.kernels import RowPolicy, amp_cross_entropy, config, linear_head, rows_loop
+from fastamp.kernels import RowPolicy, amp_cross_entropy, config, linear_head, mix, remix, rows_loop
+from fastamp.kernels import select_cross_entropy as select
 from fastamp.kernels.rows import ASSERTING
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -184,6 +185,106 @@ def small_cases() -> Iterator[Case]:
     )
 
 
+def mix_cases() -> Iterator[Case]:
+    """Both directions of mixing, and the inner product, of rows of every dtype."""
+    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
+        wide = "*fp64" if itemsize == 8 else "*fp32"
+        for width in (6, 768, 30720):
+            launch = config.mix_config(width, itemsize)
+            block = {"BLOCK_B": launch.block_b, "BLOCK_N": launch.block_c}
+            rest = {"lam_ptr": wide, "B": "i32", "N": "i32"}
+            row_bytes = launch.block_c * itemsize if width >= 768 else 0
+            for kernel, read, index, written in (
+                (mix._mix_kernel, "hidden", "partner", "mixed"),
+                (mix._mix_grad_kernel, "upstream", "inverse", "dhidden"),
+            ):
+                pointers = {f"{read}_ptr": data, f"{written}_ptr": data, f"{index}_ptr": "*i64"}
+                stride = f"stride_{read[0]}"
+                aligned = (f"{read}_ptr", f"{written}_ptr", *((f"{stride}m", "N") if width >= 768 else ()))
+                yield Case(
+                    f"{data} N={width} {launch}",
+                    kernel,
+                    pointers | rest | {f"{stride}m": "i64"},
+                    {f"{stride}n": 1} | block,
+                    aligned,
+                    launch.num_warps,
+                    row_bytes,
+                )
+            parts = config.inner_product_config(width, itemsize)
+            yield Case(
+                f"{data} N={width} {parts}",
+                remix._inner_product_kernel,
+                {"grad_mixed_ptr": data, "hidden_ptr": data, "partner_ptr": "*i64", "parts_ptr": wide}
+                | {"B": "i32", "N": "i32", "part": "i32", "parts": "i32", "stride_gm": "i64", "stride_hm": "i64"},
+                {"stride_gn": 1, "stride_hn": 1, "BLOCK_B": parts.block_b, "BLOCK_N": parts.block_n},
+                ("grad_mixed_ptr", "hidden_ptr", "stride_gm", "stride_hm", "part", "N") if width >= 768 else (),
+                parts.num_warps,
+                row_bytes,
+            )
+
+
+def remix_cases() -> Iterator[Case]:
+    """A remix of rows in registers, and of long ones from parts of their inner products."""
+    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
+        compute = max(4, itemsize)
+        for width in (6, 768, 4096, 8192, 30720, 2**24):
+            launch = config.remix_config(width, compute)
+            parts = 0
+            if launch is None:
+                launch = config.mix_config(width, itemsize)
+                parts = triton.cdiv(width, config.inner_product_config(width, itemsize).part)
+            wide = DTYPES[compute]
+            signature = {name: wide for name in ("lam_ptr", "grad_divisor_ptr", "grad_ptr", "lam_adv_ptr")}
+            signature |= {"hidden_ptr": data, "mixed_ptr": data, "partner_ptr": "*i64", "B": "i32", "N": "i32"}
+            signature |= {"parts": "i32", "stride_gm": "i64", "stride_hm": "i64", "step_size": "fp64"}
+            signature |= {"parts_ptr": wide} if parts else {"grad_mixed_ptr": data}
+            yield Case(
+                f"{data} N={width} parts={parts} {launch}",
+                remix._remix_kernel,
+                signature,
+                {
+                    "stride_gn": 1,
+                    "stride_hn": 1,
+                    "policy": MASKED if parts else PLAIN,
+                    "BLOCK_B": launch.block_b,
+                    "BLOCK_N": launch.block_c,
+                    "BLOCK_P": triton.next_power_of_2(max(1, parts)),
+                },
+                ("grad_mixed_ptr", "hidden_ptr", "mixed_ptr", *(("stride_gm", "stride_hm", "N") * (width >= 768))),
+                launch.num_warps,
+                launch.block_c * itemsize if width >= 768 else 0,
+            )
+
+
+def select_cases(itemsize: int, sizes: list[int], bce_sizes: list[int]) -> Iterator[Case]:
+    """Two sets of logits in registers or by loops, by the number of classes."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for classes in bce_sizes if policy.bce else sizes:
+            launch = config.select_config(classes, itemsize, bce=policy.bce)
+            width = 2 if itemsize == 4 and not weighted else itemsize
+            data, wide = DTYPES[width], DTYPES[itemsize]
+            signature = {name: data for name in ("logits_ptr", "logits_adv_ptr")}
+            signature |= {"target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
+            signature |= {name: wide for name in ("loss_ptr", "delta_ptr", "grad_ptr", "grad_adv_ptr")}
+            signature |= {"mask_ptr": "*i8", "C": "i32", "stride_zm": "i64", "stride_am": "i64"}
+            signature |= {"weight_ptr": wide} if weighted else {}
+            constants = {"stride_zn": 1, "stride_an": 1, "policy": policy, "BLOCK_C": launch.block_c}
+            if launch.in_registers:
+                signature |= {"B": "i32"}
+                constants |= {"BLOCK_B": launch.block_b}
+            aligned = ("logits_ptr", "logits_adv_ptr", "grad_ptr", "grad_adv_ptr")
+            long = classes >= 1024
+            yield Case(
+                f"{name} C={classes} {launch}",
+                select._select_kernel if launch.in_registers else select._select_rows_kernel,
+                signature,
+                constants,
+                (*aligned, "stride_zm", "stride_am", "C") if long else aligned,
+                launch.num_warps,
+                launch.block_c * width if long else 0,
+            )
+
+
 SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
 GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
 LONG = [(4096, 2**power) for power in range(8, 13)]
@@ -193,6 +294,8 @@ ASSERTING_KERNELS = (
     amp_cross_entropy._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
     linear_head._linear_head_kernel,
+    select._select_kernel,
+    select._select_rows_kernel,
 )
 GROUPS_OF_CASES = {
     "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG, BCE),
@@ -204,6 +307,10 @@ GROUPS_OF_CASES = {
     "head": lambda: head_cases(4, HEADS),
     "head-fp64": lambda: head_cases(8, HEADS[:2]),
     "small": small_cases,
+    "mix": mix_cases,
+    "remix": remix_cases,
+    "select": lambda: select_cases(4, [2, 6, 100, 1024, 4096, 128_000], [2, 6, 100, 2048, 128_000]),
+    "select-fp64": lambda: select_cases(8, [6, 2048, 128_000], [6, 1024, 128_000]),
 }
 
 

@@ -7,6 +7,7 @@ from .linear_head import launch_linear_head
 from .mix import mix_backward, mix_forward
 from .remix import lambda_grad, remix_forward
 from .rows import RowPolicy, row_fields
+from .select_cross_entropy import Selection, select_cross_entropy_forward
 
 # Rows of the buffer that a forward leaves, as plain integers for indexing tensors.
 LOSS, LAM, LAM_ADV, GRAD, DELTA, MASK = (
@@ -21,6 +22,7 @@ __all__ = [
     "LOSS",
     "MASK",
     "RowPolicy",
+    "Selection",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
     "lambda_grad",
@@ -31,4 +33,5 @@ __all__ = [
     "remix_forward",
     "rescale_",
     "row_fields",
+    "select_cross_entropy_forward",
 ]

@@ -95,6 +95,15 @@ def cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.co
 
 
 @triton.jit
+def cross_entropy_at(x, on):
+    """Cross-entropy of rows in registers, and their softmax (2, 3)."""
+    x = x - row_max(x)  # before anything is rounded at the size of a common offset
+    p = tl.exp(x)
+    sum_exp = row_sum(p)
+    return -row_sum(tl.where(on != 0, on * (x - tl.log(sum_exp)), 0.0)), p / sum_exp
+
+
+@triton.jit
 def bce_at(x, on, off, cols):
     """softmax_bce of rows in registers: loss, the six scalars that g is made of, and g (12-15)."""
     top = row_argmax(x)

@@ -28,6 +28,7 @@ HEAD_WORDS = 8192  # largest W in registers, in 4-byte words, under cross-entrop
 HEAD_WORDS_BCE = 4096
 HEAD_DEPTH = 1024
 MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread
+MIX_ROWS = 64  # most rows of such a tile
 REMIX_WORDS = 8192  # longest row of which ∇λ is taken in registers
 REMIX_WORDS_PER_WARP = 512
 PART_TILES = 2  # tiles of a long row whose products one program sums, at least
@@ -74,6 +75,24 @@ def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
     return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, 1, False)
 
 
+def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
+    """The launch that compares the losses of two sets of logits.
+
+    Args:
+        classes: C.
+        itemsize: bytes of the compute dtype, 4 or 8.
+        bce: softmax_bce instead of cross-entropy.
+    """
+    block_c = triton.next_power_of_2(classes)
+    words = block_c * itemsize // 4
+    group, per_warp = (ROW_GROUP_WORDS // 2, WORDS_PER_WARP // 2) if bce else (ROW_GROUP_WORDS, WORDS_PER_WARP)
+    if words > (REGISTER_WORDS_BCE if bce else REGISTER_WORDS):
+        block_c = (LOOP_WORDS_BCE if bce else LOOP_WORDS) * 4 // itemsize
+        return Config(1, block_c, block_c // per_warp, False)
+    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
+    return Config(block_b, block_c, min(max(1, words // per_warp), 8), True)
+
+
 class HeadConfig(NamedTuple):
     """A launch of `_linear_head_kernel`."""
 
@@ -112,7 +131,8 @@ def mix_config(width: int, itemsize: int) -> Config:
     """
     tile = MIX_BYTES // itemsize
     block_n = min(triton.next_power_of_2(width), tile)
-    return Config(tile // block_n, block_n, 4, False)
+    block_b = min(tile // block_n, MIX_ROWS)
+    return Config(block_b, block_n, max(1, 4 * block_b * block_n // tile), False)
 
 
 def remix_config(width: int, itemsize: int) -> Config | None:

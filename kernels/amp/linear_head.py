@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import bce_at, cross_entropy_role, inverse_permutation, on_device_of
+from .amp_cross_entropy import bce_at, cross_entropy_at, cross_entropy_role, inverse_permutation, on_device_of
 from .config import TOTAL_BLOCK, linear_head_config
 from .rows import (
     ASSERTING,
@@ -44,12 +44,8 @@ def _loss_and_grad(x, on, off, cols, policy: tl.constexpr):
     if policy.bce:
         loss, _, _, _, _, _, _, g = bce_at(x, on, off, cols)
     else:
-        top = tl.max(x, 0)
-        p = tl.exp(x - top)
-        sum_exp = tl.sum(p, 0)
-        lse = top + tl.log(sum_exp)
-        loss = -tl.sum(tl.where(on != 0, on * (x - lse), 0.0), 0)
-        g = tl.sum(on, 0) * (p / sum_exp) - on
+        loss, p = cross_entropy_at(x, on)
+        g = tl.sum(on, 0) * p - on
     return loss, g
 
 

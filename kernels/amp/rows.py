@@ -146,6 +146,14 @@ def expm1_near(u):
 
 
 @triton.jit
+def expm1_unit(u):
+    """expm1 for |u| <= 1: that of a quarter, squared up twice; expm1(2a) = e (e + 2) with e = expm1(a)."""
+    e = expm1_near(0.25 * u)
+    e = e * (e + 2.0)
+    return e * (e + 2.0)
+
+
+@triton.jit
 def log1p_any(v):
     """log(1 + v) for v > -1, exact near 0: 2 atanh(v / (2 + v)) by its series where |v| < 0.3."""
     y = v / (2.0 + v)
@@ -279,7 +287,15 @@ def takes_adversarial(loss, delta, policy: tl.constexpr):
         takes = tl.full(delta.shape, False, tl.int1)
     elif policy.never_rejects:
         takes = tl.full(delta.shape, True, tl.int1)
-    elif policy.tie_abs == 0 and policy.tie_rel == 0:
+    else:
+        takes = gains(loss, delta, policy)
+    return takes
+
+
+@triton.jit
+def gains(loss, delta, policy: tl.constexpr):
+    """Where δ > 0, or no further below than the tie tolerance (9); False for NaN."""
+    if policy.tie_abs == 0 and policy.tie_rel == 0:
         takes = delta > 0
     else:
         size = tl.where(tl.abs(loss) > 1.0, tl.abs(loss), 1.0)

@@ -41,10 +41,15 @@ from .rows import (
 
 @triton.jit
 def _mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn):
-    """X at `lam_at` and d of one tile of one row."""
+    """X at `lam_at` and d of one tile of one row; the row's own logits, and 0, where `shift_b` is None."""
     a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam_at.dtype)
-    b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam_at.dtype)
-    return mixed_logits(a, b, shift_a, shift_b, lam_at)
+    if shift_b is None:
+        x = a - shift_a
+        d = tl.zeros_like(x)
+    else:
+        b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam_at.dtype)
+        x, d = mixed_logits(a, b, shift_a, shift_b, lam_at)
+    return x, d
 
 
 @triton.jit
@@ -149,7 +154,7 @@ def _cross_entropy_loop(
 
 
 @triton.jit
-def _bce_scan(
+def bce_scan(
     logits_ptr,
     target_ptr,
     weight_ptr,
@@ -236,7 +241,7 @@ def _amp_rows_kernel(
     shift_a = row_shift(load_logits(logits_ptr, row, first, C, stride_zm, stride_zn, lam.dtype))
     shift_b = row_shift(load_logits(logits_ptr, other, first, C, stride_zm, stride_zn, lam.dtype))
     if policy.bce:
-        loss, top, lse, lse_others, total, sum_bo, bp_top, g_d, share = _bce_scan(
+        loss, top, lse, lse_others, total, sum_bo, bp_top, g_d, share = bce_scan(
             logits_ptr, target_ptr, weight_ptr, row, other, shift_a, shift_b, lam, lam,
             C, stride_zm, stride_zn, policy, BLOCK_C,
         )  # fmt: skip
@@ -245,7 +250,7 @@ def _amp_rows_kernel(
         delta = tl.full((), 0.0, lam.dtype)
         takes = takes_adversarial(loss, delta, policy)
         if policy.mode != "mixup":
-            loss_adv, top_adv, lse_adv, lse_others_adv, total_adv, sum_bo_adv, bp_top_adv, _, _ = _bce_scan(
+            loss_adv, top_adv, lse_adv, lse_others_adv, total_adv, sum_bo_adv, bp_top_adv, _, _ = bce_scan(
                 logits_ptr, target_ptr, weight_ptr, row, other, shift_a, shift_b, lam, lam_adv,
                 C, stride_zm, stride_zn, policy, BLOCK_C,
             )  # fmt: skip
