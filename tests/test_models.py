@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastamp import AMPLoss, Mix, reference
 from fastamp.models import TextCNN
 
 # Sums of at most 1500 float32 products, in another order.
@@ -75,6 +76,95 @@ def test_convolve_is_affine_so_mixing_commutes_with_it():
     lam = torch.tensor([0.2, 0.5, 1.1])[:, None, None]
     mixed = lam * model.convolve(a) + (1 - lam) * model.convolve(b)
     torch.testing.assert_close(model.convolve(lam * a + (1 - lam) * b), mixed, **CLOSE)
+
+
+# split
+
+IDS_LENGTHS = (7, 2, 1, 9, 4, 4)
+LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
+
+
+def mixed_batch(dtype: torch.dtype) -> Mix:
+    generator = torch.Generator().manual_seed(4)
+    return Mix(torch.rand(6, generator=generator).to(dtype), torch.tensor([3, 0, 1, 2, 4, 5]))
+
+
+@pytest.mark.parametrize("plan", ["auto", "merged", "both"])
+def test_mixing_behind_the_convolution_is_mixing_the_word_vectors(plan):
+    model, ids = small(dropout=0.0).double().train(), sentences(*IDS_LENGTHS)
+    mix = mixed_batch(torch.float64)
+    union = mix.union(ids != 0)
+    options = {"step_size": 0.05, "tie_tol": 0.0}
+
+    def on_words(embedded):
+        return model.classifier(model.pool(model.convolve(embedded), union))
+
+    truth = reference.amp(on_words, model.embed(ids), LABELS, *mix, **options)
+    g, f = model.split("word")
+    loss, stats = AMPLoss(**options).step(
+        f, g(ids), LABELS, mix=mix, context=f.context(ids, mix), plan=plan, return_stats=True
+    )
+    ours = [loss, stats.grad, stats.lam_adv, stats.delta]
+    theirs = [truth.loss, truth.grad, truth.lam_adv, truth.delta]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours += torch.autograd.grad(loss, parameters)
+    theirs += torch.autograd.grad(truth.loss, parameters)
+    assert "embedding.weight" in names
+    assert (stats.lam_adv != stats.lam).sum() > 0
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_both_places_give_the_models_own_logits():
+    model, ids = small(), sentences(*IDS_LENGTHS)
+    for at in ("word", "sentence"):
+        g, f = model.split(at)
+        torch.testing.assert_close(f(g(ids), **f.context(ids)), model(ids), rtol=0, atol=0)
+
+
+def test_sentences_are_mixed_before_dropout():
+    model, ids, mix = small(dropout=0.5).train(), sentences(*IDS_LENGTHS), mixed_batch(torch.float32)
+    g, f = model.split("sentence")
+    torch.manual_seed(5)
+    loss = AMPLoss(mode="mixup").step(f, g(ids), LABELS, mix=mix, context=f.context(ids, mix))
+    torch.manual_seed(5)
+    truth = reference.amp(
+        lambda features: model.classifier(model.dropout(features)), model.encode(ids), LABELS, *mix, mode="mixup"
+    )
+    torch.testing.assert_close(loss, truth.loss)
+
+
+@pytest.mark.parametrize("at", ["word", "sentence"])
+def test_the_parts_share_parameters_and_mode_with_the_model(at):
+    model = small()
+    names = list(model.state_dict())
+    _, f = model.split(at)
+    assert list(model.state_dict()) == names
+    assert {name: value.data_ptr() for name, value in f.named_parameters()} == {
+        f"classifier.{name}": value.data_ptr() for name, value in model.classifier.named_parameters()
+    }
+    for mode in (True, False):
+        model.train(mode)
+        assert all(module.training == mode for module in f.modules())
+    f.train()
+    assert model.dropout.training
+
+
+def test_a_part_compiles():
+    model, ids, mix = small(dropout=0.0).train(), sentences(*IDS_LENGTHS), mixed_batch(torch.float32)
+    g, f = model.split("word")
+    given = {"mix": mix, "context": f.context(ids, mix)}
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    losses = [AMPLoss().step(one, g(ids), LABELS, **given) for one in (f, compiled)]
+    torch.testing.assert_close(*losses)
+
+
+def test_an_unknown_place_is_refused():
+    with pytest.raises(ValueError, match=r"at must be one of 'word', 'sentence'; got 'words'"):
+        small().split("words")
+
+
+# Bad and extreme input
 
 
 def test_a_row_of_padding_and_an_empty_batch_give_finite_results():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastamp.mixing import Mix
 
 PAD = 0
 
@@ -19,8 +21,7 @@ class TextCNN(nn.Module):
     A window counts where its first word is one of the sentence, which is followed by as many zeros as the
     widest filter needs. So the logits of a sentence do not depend on how far its batch is padded.
 
-    `encode` gives the features that the classifier takes (after dropout), for mixing at sentence level.
-    `embed` gives the word vectors, for mixing at word level, before `convolve`, the affine part, and `pool`.
+    `split` cuts it in two where it is to be mixed: at its words or at its sentences.
 
     Args:
         vocab_size: number of ids V, the padding's 0 included.
@@ -95,13 +96,43 @@ class TextCNN(nn.Module):
             TypeError: ids that are not int64.
             ValueError: ids of another shape.
         """
+        return self.pool(self.windows(ids), ids != PAD)
+
+    def split(self, at: str) -> Split:
+        """The model in two parts, with what is to be mixed between them.
+
+            g, f = model.split("word")
+            mix = criterion.sample(len(y), device=y.device)
+            loss = criterion.step(f, g(ids), y, mix=mix, context=f.context(ids, mix))
+
+        Both parts share the model's parameters and its mode. Split again after replacing one of its modules.
+
+        Args:
+            at: "word" mixes the word vectors, under the union of both sentences' masks. Since the convolution is
+                affine, that is mixing its responses: g includes it, and it runs once, on rows that are not mixed.
+                "sentence" mixes the features, before dropout.
+
+        Returns:
+            Split(g, f): g(ids) is the hidden state, f(mixed, **context) the logits (B, C), f.context(ids, mix) the
+            context.
+
+        Raises:
+            ValueError: another name.
+        """
+        if at == "word":
+            return Split(self.windows, WordRest(self))
+        if at == "sentence":
+            return Split(self.encode, SentenceRest(self))
+        raise ValueError(f"at must be one of 'word', 'sentence'; got {at!r}")
+
+    def windows(self, ids: Tensor) -> Tensor:
+        """`convolve(embed(ids))`, (B, T, maps * len(widths)), of ids as `encode` takes them."""
         if ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must have shape (B, T) with T at least 1, got {tuple(ids.shape)}")
         # The number of distinct words depends on the data: asking for it would stall an accelerator.
-        windows = self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
-        return self.pool(windows, ids != PAD)
+        return self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Word vectors (B, T, D), float32, of token ids (B, T), int64; the padding's is zero."""
@@ -120,7 +151,8 @@ class TextCNN(nn.Module):
         padded = F.pad(embedded, (0, 0, 0, max(self.widths) - 1)).transpose(1, 2)
         return torch.cat([conv(padded)[:, :, :length] for conv in self._convolutions()], 1).transpose(1, 2)
 
-    def pool(self, windows: Tensor, mask: Tensor) -> Tensor:
+    @staticmethod
+    def pool(windows: Tensor, mask: Tensor) -> Tensor:
         """Maximum over time of the rectified filter responses.
 
         Args:
@@ -154,3 +186,60 @@ class TextCNN(nn.Module):
 
     def _convolutions(self) -> list[nn.Conv1d]:
         return [cast("nn.Conv1d", conv) for conv in self.convolutions]
+
+
+class _Rest(nn.Module):
+    """A model from its dropout on; its modules are the model's own, and so its mode is the model's."""
+
+    def __init__(self, model: TextCNN) -> None:
+        super().__init__()
+        self.dropout, self.classifier = model.dropout, model.classifier
+
+    @property
+    def training(self) -> bool:
+        """The model's mode; `train` and `eval` set it through dropout."""
+        return self.dropout.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass
+
+
+class WordRest(_Rest):
+    """f of `TextCNN.split("word")`."""
+
+    def context(self, ids: Tensor, mix: Mix | None = None) -> dict[str, Tensor]:
+        """What f takes beside the mixed hidden state.
+
+        Args:
+            ids: (B, T), int64, of the unmixed rows.
+            mix: the mix of the batch. None: the context of the unmixed rows.
+
+        Returns:
+            mask (B, T), bool: which positions hold a word in either row.
+        """
+        mask = ids != PAD
+        return {"mask": mask if mix is None else mix.union(mask)}
+
+    def forward(self, windows: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, C) of filter responses (B, T, F) under a mask (B, T), bool."""
+        return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
+
+
+class SentenceRest(_Rest):
+    """f of `TextCNN.split("sentence")`."""
+
+    def context(self, ids: Tensor, mix: Mix | None = None) -> dict[str, Tensor]:
+        """Nothing; arguments as `WordRest.context`."""
+        return {}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of features (B, F)."""
+        return self.classifier(self.dropout(features))
+
+
+class Split(NamedTuple):
+    """Both parts of a model: f(g(ids), **f.context(ids)) are its logits."""
+
+    g: Callable[[Tensor], Tensor]
+    f: WordRest | SentenceRest
