@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[1]
     [
         ({"dataset": "imdb"}, ValueError, "unknown dataset 'imdb'; takes one of questions, trec"),
         ({"model": "lstm"}, ValueError, "unknown model 'lstm'; takes one of textcnn"),
-        ({"method": "amp"}, ValueError, "unknown method 'amp'; takes one of none, sent-mixup, sent-amp"),
+        (
+            {"method": "amp"},
+            ValueError,
+            "unknown method 'amp'; takes one of none, sent-mixup, sent-amp, word-mixup, word-amp",
+        ),
         ({"steps": -1}, ValueError, "steps must be at least 1, got -1"),
         ({"steps": 10.0}, TypeError, "steps must be an int, got 10.0"),
         ({"steps": True}, TypeError, "steps must be an int, got True"),

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fastamp.cli.train import TrainDisplay
 from fastamp.conformance import check, print_report
-from fastamp.training import METHODS, DivergedError, TrainConfig, TrainResult, train
+from fastamp.training import DivergedError, TrainConfig, TrainResult, train
 from fastamp.training.checkpoint import load_tensors
 from fastamp.training.task import Task
 
+METHODS = ("none", "sent-mixup", "sent-amp")
 GRID = 41  # values of λ
 PAIRINGS = 20  # random pairings of the test sentences
 # The paper's 2e-4 needs thousands of steps; this is for a demonstration of minutes.

@@ -97,7 +97,7 @@ def _option(flag: str, text: str, **settings: Any) -> Any:
 @_option("--dataset", "Corpus; questions is generated and needs no files.", type=click.Choice(DATASETS))
 @_option("--data-dir", "Folder that holds trec/, sst1/, sst2/, subj/, mr/.", type=click.Path())
 @_option("--model", "Classifier.", type=click.Choice(MODELS))
-@_option("--method", "Cross-entropy, Mixup or AMP of sentence features.", type=click.Choice(METHODS))
+@_option("--method", "Cross-entropy; Mixup or AMP of sentences, or of words.", type=click.Choice(METHODS))
 @_option("--seed", "Of splits, weights, shuffling, dropout and mixing.", type=int)
 @_option("--steps", "Number of updates.", type=int)
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run; resumes a run found there.")

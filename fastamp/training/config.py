@@ -10,7 +10,7 @@ from typing import Any
 from fastamp.data import DATASETS
 
 MODELS = ("textcnn",)
-METHODS = ("none", "sent-mixup", "sent-amp")
+METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
 DEFAULT_EMBEDDING_DIM = 300
 
 
@@ -22,7 +22,8 @@ class TrainConfig:
         dataset: one of fastamp.data.DATASETS.
         data_dir: folder with the data sets' folders; `questions` needs none.
         model: "textcnn".
-        method: "none" (cross-entropy), "sent-mixup" or "sent-amp".
+        method: "none" (cross-entropy); Mixup or AMP of the features after dropout, "sent-mixup" and "sent-amp"; or of
+            the word vectors, "word-mixup" and "word-amp".
         seed: of the splits, the initial weights, shuffling, dropout, and mixing.
         steps: number of updates.
         batch_size: sentences in a batch; the last one of an epoch may be smaller.

@@ -165,7 +165,7 @@ def _criterion(config: TrainConfig, device: torch.device) -> nn.Module:
     return fastamp.AMPLoss(
         alpha=config.alpha,
         step_size=config.step_size,
-        mode="mixup" if config.method == "sent-mixup" else "amp",
+        mode=config.method.partition("-")[2],
         generator=torch.Generator(device).manual_seed(config.seed + _MIXING),
     )
 
@@ -275,21 +275,30 @@ class _Run:
 
     def _update(self, ids: Tensor, labels: Tensor, *, with_stats: bool) -> tuple[Tensor, dict[str, Tensor]]:
         self.optimizer.zero_grad()
-        logits = self.model(ids)
+        loss, stats = self._loss(ids, labels, with_stats=with_stats)
         mixing: dict[str, Tensor] = {}
-        if with_stats and isinstance(self.criterion, fastamp.AMPLoss):
-            loss, stats = self.criterion(logits, labels, return_stats=True)
+        if stats is not None:
             mixing = {
                 "mix/lam": stats.lam.mean(),
                 "mix/lam_shift": (stats.lam_adv - stats.lam).abs().mean(),
                 "mix/mask": stats.mask.float().mean(),
             }
-        else:
-            loss = self.criterion(logits, labels)
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
         return loss.detach(), mixing
+
+    def _loss(self, ids: Tensor, labels: Tensor, *, with_stats: bool) -> tuple[Tensor, fastamp.MixStats | None]:
+        criterion = self.criterion
+        if not isinstance(criterion, fastamp.AMPLoss):
+            return criterion(self.model(ids), labels), None
+        if self.config.method.startswith("word-"):
+            g, f = self.model.split("word")
+            mix = criterion.sample(len(labels), device=labels.device)
+            result = criterion.step(f, g(ids), labels, mix=mix, context=f.context(ids, mix), return_stats=with_stats)
+        else:
+            result = criterion(self.model(ids), labels, return_stats=with_stats)
+        return result if isinstance(result, tuple) else (result, None)
 
     def _check_finite(self) -> None:
         loss = self.loss_sum.item()
