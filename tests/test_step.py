@@ -36,7 +36,8 @@ class Problem(NamedTuple):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.encoder.parameters(), *self.network.parameters()]
+        every = (*self.encoder.parameters(), *self.network.parameters())
+        return [parameter for parameter in every if parameter.requires_grad]
 
     def rejected(self, result: reference.Result | MixStats) -> int:
         """How many rows kept a λ that λ' differs from."""
