@@ -102,6 +102,8 @@ def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub
             f"f must return logits, a tensor (B, C), got {type(logits).__name__}"
             + ("; take its .logits" if hasattr(logits, "logits") else "")
         )
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"f's output must be logits, floating point, got {logits.dtype}; does it take the argmax?")
     check_logits("f's output", logits)
     if logits.shape[0] != batch:
         why = (

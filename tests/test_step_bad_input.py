@@ -1,0 +1,139 @@
+"""What AMPLoss.step refuses, and what its errors say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_step import BATCH, CLASSES, WAVY_STEP, WIDTH, problem
+from torch import nn
+
+from fastamp import AMPLoss, Mix
+
+HIDDEN = torch.randn(BATCH, WIDTH)
+TARGET = torch.randint(CLASSES, (BATCH,))
+NETWORK = nn.Linear(WIDTH, CLASSES)
+
+
+class Output:
+    logits = torch.zeros(BATCH, CLASSES)
+
+
+BAD = {
+    "f is no function": ({"f": "network"}, TypeError, "f must be callable, a module or a function.* got str"),
+    "an int hidden": (
+        {"hidden": torch.ones(BATCH, 4, dtype=torch.int64)},
+        TypeError,
+        "hidden must be float16, bfloat16, float32 or float64, got torch.int64; embed integer ids first",
+    ),
+    "a scalar hidden": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must have a batch dimension, got a scalar"),
+    "a hidden of another kind": ({"hidden": 3.0}, TypeError, "hidden must be a tensor or a dict or tuple.* got float"),
+    "no hidden": ({"hidden": {}}, ValueError, "hidden must have at least one tensor"),
+    "a part that is no tensor": ({"hidden": {"a": None}}, TypeError, r"hidden\['a'\] must be a tensor, got NoneType"),
+    "parts of two sizes": (
+        {"hidden": {"a": HIDDEN, "b": HIDDEN[1:]}},
+        ValueError,
+        rf"one batch size, got {BATCH} rows in hidden\['a'\] and {BATCH - 1} in hidden\['b'\]",
+    ),
+    "an integer part": ({"hidden": (HIDDEN, TARGET)}, TypeError, r"hidden\[1\] must be float16"),
+    "a part elsewhere": ({"hidden": (HIDDEN, HIDDEN.to("meta"))}, ValueError, r"hidden\[1\] is on meta"),
+    "a target of another size": ({"target": TARGET[1:]}, ValueError, rf"target .* shape \({BATCH},\)"),
+    "a float label": ({"target": TARGET.float()}, ValueError, "target of probabilities"),
+    "an int32 target": ({"target": TARGET.int()}, TypeError, "target must be int64"),
+    "a label too large": (
+        {"target": torch.full((BATCH,), CLASSES)},
+        ValueError,
+        f"target must lie in 0..{CLASSES - 1}",
+    ),
+    "probabilities of other classes": ({"target": torch.rand(BATCH, CLASSES + 1)}, ValueError, "shape of the logits"),
+    "no target": ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
+    "a context that is no dict": (
+        {"context": [TARGET]},
+        TypeError,
+        "context must be a dict of tensors or None, got list",
+    ),
+    "a context without names": ({"context": {1: TARGET}}, TypeError, "the names of f's arguments as keys, got 1"),
+    "a context of numbers": ({"context": {"n": 2}}, TypeError, r"context\['n'\] must be a tensor or None, got int"),
+    "a context of another size": (
+        {"context": {"mask": TARGET[:4]}},
+        ValueError,
+        rf"context\['mask'\] must have {BATCH} rows.* got shape \(4,\); what all rows share belongs into f",
+    ),
+    "an unknown plan": ({"plan": "fast"}, ValueError, "plan must be one of 'auto', 'merged', 'both'; got 'fast'"),
+    "a mix of another size": (
+        {"mix": Mix(torch.rand(3), torch.arange(3))},
+        ValueError,
+        rf"lam must have shape \({BATCH},\)",
+    ),
+    "f returns too few rows": (
+        {"f": lambda m: NETWORK(m[1:])},
+        ValueError,
+        f"each of hidden's {BATCH} rows, got shape",
+    ),
+    "f returns integers": (
+        {"f": lambda m: NETWORK(m).argmax(1, True)},
+        TypeError,
+        "f's output must be logits, .* got torch.int64",
+    ),
+    "f returns a vector": ({"f": lambda m: NETWORK(m)[:, 0]}, ValueError, "f's output must have 2 dimensions"),
+    "f returns a model's output": ({"f": lambda m: Output()}, TypeError, "got Output; take its .logits"),
+    "f returns NaN": (
+        {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([2, 5]), torch.nan)},
+        ValueError,
+        f"f returned NaN in 2 of {BATCH} rows, first in row 2",
+    ),
+    "f detaches": ({"f": lambda m: NETWORK(m.detach())}, ValueError, "f's logits do not depend on hidden"),
+    "f ignores hidden": ({"f": lambda m: NETWORK(HIDDEN)}, ValueError, "f's logits do not depend on hidden"),
+    "f without gradients": ({"f": torch.no_grad()(NETWORK.forward)}, ValueError, r"torch.no_grad\(\)\?"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named(wrong, kind, message):
+    given = {"f": NETWORK, "hidden": HIDDEN, "target": TARGET, **wrong}
+    state = torch.get_rng_state()
+    with pytest.raises(kind, match=message):
+        AMPLoss().step(given.pop("f"), given.pop("hidden"), given.pop("target"), **given)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_f_that_breaks_the_promise_of_context_is_told_what_it_promises():
+    p = problem()
+
+    def whole(m):
+        return p.network(torch.cat([m, m.new_zeros(BATCH - len(m), WIDTH)]))
+
+    with pytest.raises(ValueError, match=r"given \d of the rows and returned 9: giving context, even empty, promises"):
+        p.step(whole, context={}, **WAVY_STEP)
+    assert p.step(whole, **WAVY_STEP)[1].plan == "merged"
+
+
+def test_an_f_of_changing_classes_is_refused():
+    p = problem()
+    calls = []
+
+    def f(m):
+        calls.append(1)
+        return p.network(m)[:, : CLASSES + 1 - len(calls)]
+
+    with pytest.raises(ValueError, match="same number of classes in every pass, got 4, then 3"):
+        p.step(f)
+
+
+def test_eval_mode_checks_as_well():
+    criterion = AMPLoss().eval()
+    with pytest.raises(ValueError, match="f must return a row of logits"):
+        criterion.step(lambda m: NETWORK(m[1:]), HIDDEN, TARGET)
+    with pytest.raises(ValueError, match="need train mode"):
+        criterion.step(NETWORK, HIDDEN, TARGET, return_stats=True)
+
+
+def test_inference_mode_is_refused_with_a_way_out():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+        AMPLoss().step(NETWORK, HIDDEN, TARGET)
+
+
+def test_dropout_is_shared_or_redrawn():
+    with pytest.raises(ValueError, match="dropout must be one of 'shared', 'redrawn'; got 'none'"):
+        AMPLoss(dropout="none")
+    assert AMPLoss.preset("official").dropout == "redrawn"
+    assert "dropout='redrawn'" in repr(AMPLoss(dropout="redrawn"))
