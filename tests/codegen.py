@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastamp.kernels import RowPolicy, amp_cross_entropy, config, linear_head, mix, remix, rows_loop
+from fastamp.kernels import RowPolicy, amp_cross_entropy, config, embedding_mix, linear_head, mix, remix, rows_loop
 from fastamp.kernels import select_cross_entropy as select
 from fastamp.kernels.rows import ASSERTING
 
@@ -285,6 +285,49 @@ def select_cases(itemsize: int, sizes: list[int], bce_sizes: list[int]) -> Itera
             )
 
 
+def embedding_cases() -> Iterator[Case]:
+    """Mixed embeddings, and both stages of the table's gradient, of every dtype."""
+    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
+        wide = "*fp64" if itemsize == 8 else "*fp32"
+        for depth in (10, 768, 4096):
+            aligned = ("D", "stride_ev", "stride_ub", "stride_ut") if depth >= 768 else ()
+            launch = config.mix_config(depth, itemsize)
+            yield Case(
+                f"{data} D={depth} {launch}",
+                embedding_mix._embedding_mix_kernel,
+                {"ids_ptr": "*i64", "table_ptr": data, "lam_ptr": wide, "partner_ptr": "*i64", "mixed_ptr": data}
+                | {"tokens": "i32", "T": "i32", "V": "i32", "D": "i32", "stride_ev": "i64"},
+                {"stride_ed": 1, "BLOCK_B": launch.block_b, "BLOCK_D": launch.block_c},
+                ("table_ptr", "mixed_ptr", *aligned),
+                launch.num_warps,
+                launch.block_c * itemsize if depth >= 768 else 0,
+            )
+            launch = config.embedding_grad_config(depth, max(4, itemsize))
+            block = {"PIECE": config.EMBEDDING_PIECE, "ROWS": config.EMBEDDING_ROWS, "BLOCK_D": launch.block_c}
+            signature = {"sorted_ptr": "*i64", "dtable_ptr": data, "pieces_ptr": wide, "tokens": "i32", "D": "i32"}
+            signature |= {"padding_idx": "i32"}
+            yield Case(
+                f"{data} D={depth} {launch}",
+                embedding_mix._run_pieces_kernel,
+                signature
+                | {"order_ptr": "*i64", "upstream_ptr": data, "lam_ptr": wide, "inverse_ptr": "*i64", "T": "i32"}
+                | {"stride_ub": "i64", "stride_ut": "i64"},
+                {"stride_ud": 1} | block,
+                ("upstream_ptr", "dtable_ptr", "pieces_ptr", *aligned),
+                launch.num_warps,
+                launch.block_c * itemsize if depth >= 768 else 0,
+            )
+            yield Case(
+                f"{data} D={depth} {launch}",
+                embedding_mix._long_runs_kernel,
+                signature | {"chunks": "i32"},
+                block,
+                ("dtable_ptr", "pieces_ptr", *aligned),
+                launch.num_warps,
+                launch.block_c * max(4, itemsize) if depth >= 768 else 0,
+            )
+
+
 SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
 GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
 LONG = [(4096, 2**power) for power in range(8, 13)]
@@ -294,6 +337,7 @@ ASSERTING_KERNELS = (
     amp_cross_entropy._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
     linear_head._linear_head_kernel,
+    embedding_mix._embedding_mix_kernel,
     select._select_kernel,
     select._select_rows_kernel,
 )
@@ -309,6 +353,7 @@ GROUPS_OF_CASES = {
     "small": small_cases,
     "mix": mix_cases,
     "remix": remix_cases,
+    "embedding": embedding_cases,
     "select": lambda: select_cases(4, [2, 6, 100, 1024, 4096, 128_000], [2, 6, 100, 2048, 128_000]),
     "select-fp64": lambda: select_cases(8, [6, 2048, 128_000], [6, 1024, 128_000]),
 }

@@ -3,6 +3,7 @@
 from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
 from .config import linear_head_config
+from .embedding_mix import embedding_mix_backward, embedding_mix_forward
 from .linear_head import launch_linear_head
 from .mix import mix_backward, mix_forward
 from .remix import lambda_grad, remix_forward
@@ -25,6 +26,8 @@ __all__ = [
     "Selection",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
+    "embedding_mix_backward",
+    "embedding_mix_forward",
     "lambda_grad",
     "launch_linear_head",
     "linear_head_config",

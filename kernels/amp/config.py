@@ -33,6 +33,9 @@ REMIX_WORDS = 8192  # longest row of which ∇λ is taken in registers
 REMIX_WORDS_PER_WARP = 512
 PART_TILES = 2  # tiles of a long row whose products one program sums, at least
 MAX_PARTS = 256  # parts of a row; each program of the second stage reads all of them
+EMBEDDING_PIECE = 32  # tokens that one program sums, at most
+EMBEDDING_ROWS = 4  # tokens whose gradients are in registers at a time
+EMBEDDING_WORDS = 512  # columns of them
 
 
 class Config(NamedTuple):
@@ -170,3 +173,14 @@ def inner_product_config(width: int, itemsize: int) -> PartsConfig:
     if width > part:
         part *= max(PART_TILES, triton.cdiv(triton.cdiv(width, MAX_PARTS), part))
     return PartsConfig(tile.block_b, tile.block_c, part, tile.num_warps)
+
+
+def embedding_grad_config(depth: int, itemsize: int) -> Config:
+    """The launch of the table's gradient.
+
+    Args:
+        depth: D.
+        itemsize: bytes of the compute dtype, 4 or 8.
+    """
+    block_d = min(triton.next_power_of_2(depth), EMBEDDING_WORDS * 4 // itemsize)
+    return Config(EMBEDDING_ROWS, block_d, max(1, EMBEDDING_ROWS * block_d * itemsize // 4 // 512), False)

@@ -35,9 +35,9 @@ from .rows_loop import bce_scan
 
 @triton.jit
 def _logit_change(x, x_adv):
-    """u = x' - x, and the same within [-1, 1]; 0 where a class is -inf in both. Comparisons keep NaN (25)."""
+    """The change u = x' - x, and the same within [-1, 1]; 0 where a class is -inf in both (25)."""
     u = tl.where((x == float("-inf")) & (x_adv == float("-inf")), 0.0, x_adv - x)
-    return u, tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))
+    return u, tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
 
 
 @triton.jit
