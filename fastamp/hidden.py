@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import closed_form
+from fastamp.autograd import once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.policy import Policy
 
@@ -42,9 +44,7 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-        wide = hidden.to(lam.dtype)
-        coefficient = lam.view(-1, *[1] * (hidden.dim() - 1))
-        return torch.lerp(wide.index_select(0, partner), wide, coefficient).to(hidden.dtype)
+        return _mix(hidden, lam, partner)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -52,9 +52,59 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        lam, partner = ctx.saved_tensors
-        grad = closed_form.scatter_roles(upstream.to(lam.dtype), lam, partner, lam.new_ones(()))
-        return grad.to(upstream.dtype), None, None
+        return _mix_grad(upstream, *ctx.saved_tensors).to(upstream.dtype), None, None
+
+
+def _mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    wide = hidden.to(lam.dtype)
+    coefficient = lam.view(-1, *[1] * (hidden.dim() - 1))
+    return torch.lerp(wide.index_select(0, partner), wide, coefficient).to(hidden.dtype)
+
+
+def _mix_grad(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """Gradient of the unmixed rows, of lam's dtype."""
+    return closed_form.scatter_roles(upstream.to(lam.dtype), lam, partner, lam.new_ones(()))
+
+
+def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+    """λ_r E[ids_r] + (1-λ_r) E[ids_π(r)] of the table's dtype (B, T, D); differentiable to the table.
+
+    Args:
+        ids: (B, T) int64.
+        table: (V, D) E.
+        lam: (B,).
+        partner: (B,) int64.
+        padding_idx: an id in 0..V-1 whose row gets no gradient, or None.
+    """
+    lam = lam.detach().to(closed_form.compute_dtype(table.dtype))
+    if uses_triton(table) and ids.numel() and table.numel():
+        from fastamp import layer_ops
+
+        return layer_ops.embedding_mixed(ids, table, lam, partner, padding_idx)
+    return _EmbeddingMixed.apply(table, ids, lam, partner, padding_idx)
+
+
+class _EmbeddingMixed(torch.autograd.Function):
+    """Keeps no embedding for backward, and adds up everything that reaches a row of the table in the compute dtype."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+        return _mix(F.embedding(ids, table), lam, partner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, *tensors, padding_idx = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.size, ctx.padding = table.shape[0], -1 if padding_idx is None else padding_idx
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        ids, lam, partner = ctx.saved_tensors
+        rows = _mix_grad(upstream, lam, partner)
+        grad = torch.ops.aten.embedding_dense_backward(rows, ids, ctx.size, ctx.padding, False)
+        return grad.to(upstream.dtype), *[None] * 4
 
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
@@ -142,6 +192,60 @@ def selected(
             delta = torch.where(near, change - (mixed_target.on * u).sum(1), delta)
         mask = closed_form.select(loss, delta, policy, ties)
         return Selected(torch.where(mask, loss_adv, loss), delta, mask, grad, grad_adv)
+
+
+def selected_loss(
+    logits: Tensor,
+    logits_adv: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    ties: tuple[float, float],
+    *,
+    all_kept: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, δ and mask of `selected`, the loss differentiable to both sets of logits; same arguments."""
+    return _SelectedLoss.apply(logits, logits_adv, target, lam, partner, weight, policy, ties, all_kept)
+
+
+class _SelectedLoss(torch.autograd.Function):
+    """Keeps one gradient a row, that of the loss which was taken."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        logits_adv: Tensor | None,
+        target: Tensor,
+        lam: Tensor,
+        partner: Tensor,
+        weight: Tensor | None,
+        policy: Policy,
+        ties: tuple[float, float],
+        all_kept: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = selected(logits, logits_adv, target, lam, partner, weight, policy, ties, all_kept=all_kept)
+        taken = rows.mask.unsqueeze(1)
+        ctx.save_for_backward(
+            rows.grad if rows.grad_adv is None else torch.where(taken, rows.grad_adv, rows.grad), taken
+        )
+        ctx.dtypes = logits.dtype, None if logits_adv is None else logits_adv.dtype
+        ctx.mark_non_differentiable(rows.delta, rows.mask)
+        return rows.loss, rows.delta, rows.mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad, taken = ctx.saved_tensors
+        grad = grad * upstream.unsqueeze(1)
+        own, theirs = ctx.needs_input_grad[:2]
+        return (
+            torch.where(taken, 0, grad).to(ctx.dtypes[0]) if own else None,
+            torch.where(taken, grad, 0).to(ctx.dtypes[1]) if theirs else None,
+            *[None] * 7,
+        )
 
 
 def _wide_logits(logits: Tensor, dtype: torch.dtype, policy: Policy) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastamp.kernels as kernels
 from fastamp import closed_form
+from fastamp.autograd import once_differentiable
 from fastamp.kernels import RowPolicy
 from fastamp.ops import row_policy
 from fastamp.policy import Policy
@@ -220,3 +221,59 @@ def _(logits: Tensor, logits_adv: Tensor | None, target: Tensor, lam: Tensor, *_
     rows, grad = (lam.new_empty(lam.shape) for _ in range(2)), lam.new_empty(logits.shape)
     grad_adv = lam.new_empty(0) if logits_adv is None else lam.new_empty(logits.shape)
     return (*rows, lam.new_empty(lam.shape, dtype=torch.bool), grad, grad_adv)
+
+
+def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+    """`fastamp.hidden.embedding_mixed` on Triton, for lam of the compute dtype."""
+    compiling = torch.compiler.is_compiling()
+    return (_embedding_operator if compiling else _EmbeddingMix.apply)(table, ids, lam, partner, padding_idx)
+
+
+class _EmbeddingMix(torch.autograd.Function):
+    @staticmethod
+    def forward(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+        return kernels.embedding_mix_forward(ids, table, lam, partner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep_embedding(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return kernels.embedding_mix_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 4
+
+
+@torch.library.custom_op("fastamp::embedding_mix", mutates_args=())
+def _embedding_operator(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+    return kernels.embedding_mix_forward(ids, table, lam, partner)
+
+
+@_embedding_operator.register_fake
+def _(table: Tensor, ids: Tensor, *_: Any) -> Tensor:
+    return torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=table.device)
+
+
+@torch.library.custom_op("fastamp::embedding_mix_backward", mutates_args=())
+def _embedding_grad_operator(
+    upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None
+) -> Tensor:
+    return kernels.embedding_mix_backward(upstream, ids, lam, partner, size, padding_idx)
+
+
+@_embedding_grad_operator.register_fake
+def _(upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None) -> Tensor:
+    return torch.empty(size, upstream.shape[2], dtype=upstream.dtype, device=upstream.device)
+
+
+def _keep_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    table, *tensors, padding_idx = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = table.shape[0], padding_idx
+
+
+def _embedding_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return _embedding_grad_operator(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 4
+
+
+_embedding_operator.register_autograd(_embedding_gradient, setup_context=_keep_embedding)

@@ -1,8 +1,4 @@
-"""AMP as functions of tensors: no state, no random numbers.
-
-`amp_cross_entropy` and `linear_amp_cross_entropy` are whole steps; `mix`, `lambda_grad`, `remix` and `select_loss`
-are the paper's operations one by one, for a step of your own at any layer.
-"""
+"""Whole steps on logits, and on the hidden rows before a linear head."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastamp import closed_form
-from fastamp import hidden as hidden_ops
 from fastamp.checks import (
     check_class_vector,
     check_device,
@@ -20,117 +14,11 @@ from fastamp.checks import (
     check_logits,
     check_mix,
     check_num_items,
-    check_partner,
     check_target,
 )
 from fastamp.mixing import MixStats
 from fastamp.policy import check_choice, checked_policy
 from fastamp.steps import amp_cross_entropy_step, host_facts, linear_step
-
-__all__ = ["amp_cross_entropy", "lambda_grad", "linear_amp_cross_entropy", "mix", "remix", "select_loss"]
-
-
-def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """Mix every row with its partner: m_r = λ_r h_r + (1-λ_r) h_π(r) (RandOp, Eq. 10).
-
-    Args:
-        hidden: (B, ...) float16/bfloat16/float32/float64.
-        lam: (B,) floating point in [0, 1], or outside it for a λ' that left the interval.
-        partner: (B,) int64, a permutation of 0..B-1.
-
-    Returns:
-        (B, ...) of hidden's dtype, differentiable to hidden, with λ a constant; float16 and bfloat16 are mixed in
-        float32 and rounded once. An infinity in either row gives what arithmetic gives, mostly NaN.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.
-    """
-    check_float_rows("hidden", hidden)
-    _check_rows("lam", lam, hidden)
-    check_partner(partner, len(hidden), hidden.device)
-    return hidden_ops.mixed(hidden, lam, partner)
-
-
-def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
-    """∂ℓ_r/∂λ_r = ⟨∂ℓ_r/∂m_r, h_r - h_π(r)⟩, from the gradient that reached the mixed rows (Eq. 14).
-
-    Args:
-        grad_mixed: (B, ...) gradient of the summed row losses to the mixed rows.
-        hidden: (B, ...) the unmixed rows, of the same shape.
-        partner: (B,) int64, a permutation of 0..B-1.
-
-    Returns:
-        (B,) float32 (float64 for float64 `hidden`), detached.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices.
-    """
-    check_float_rows("hidden", hidden)
-    _check_like_hidden(grad_mixed, hidden)
-    check_partner(partner, len(hidden), hidden.device)
-    return hidden_ops.lambda_grad(grad_mixed, hidden, partner)
-
-
-def remix(
-    hidden: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    grad_mixed: Tensor,
-    *,
-    step_size: float = 2e-3,
-    grad_clip: float | None = 1.0,
-    clamp: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Push λ towards higher loss and mix again (MaxOp, Eq. 14-16): λ' = λ + step_size·clip(∇λ).
-
-    Args:
-        hidden: (B, ...) the unmixed rows.
-        lam: (B,) λ.
-        partner: (B,) int64, a permutation of 0..B-1.
-        grad_mixed: (B, ...) gradient of the summed row losses to the rows mixed at λ.
-        step_size: ε >= 0.
-        grad_clip: two-sided bound on ∇λ, or None.
-        clamp: keep λ' inside [0, 1].
-
-    Returns:
-        λ' (B,), detached, and the rows mixed at λ' (B, ...), differentiable to `hidden`.
-
-    Raises:
-        TypeError, ValueError: wrong options, dtypes, shapes or devices.
-    """
-    policy = checked_policy(step_size=step_size, grad_clip=grad_clip, clamp=clamp)
-    check_float_rows("hidden", hidden)
-    _check_rows("lam", lam, hidden)
-    _check_like_hidden(grad_mixed, hidden)
-    check_partner(partner, len(hidden), hidden.device)
-    lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
-    _, lam_adv, mixed = hidden_ops.remixed(hidden, grad_mixed, lam, partner, policy, 1.0)
-    return lam_adv, mixed
-
-
-def select_loss(loss: Tensor, loss_adv: Tensor, *, tie_tol: float | str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """Keep ℓ' where ℓ' - ℓ > 0, else ℓ (MinOp, Eq. 18-21); a difference below the tie tolerance takes ℓ'.
-
-    Args:
-        loss: (B,) ℓ, the losses at λ.
-        loss_adv: (B,) ℓ', the losses at λ'.
-        tie_tol: "auto" (4 ulp of the loss in its dtype), or an absolute tolerance; 0.0 is Eq. 21 to the letter.
-
-    Returns:
-        The selected losses (B,), differentiable; δ = ℓ' - ℓ (B,) and the mask (B,) of rows that took ℓ', detached.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices.
-    """
-    policy = checked_policy(tie_tol=tie_tol)
-    check_float_rows("loss", loss, dims=1)
-    check_float_rows("loss_adv", loss_adv, dims=1)
-    if loss_adv.shape != loss.shape:
-        raise ValueError(f"loss_adv must have loss's shape {tuple(loss.shape)}, got {tuple(loss_adv.shape)}")
-    check_device("loss_adv", loss_adv, loss.device)
-    delta = (loss_adv - loss).detach()
-    mask = closed_form.select(loss.detach(), delta, policy)
-    return torch.where(mask, loss_adv, loss), delta, mask
 
 
 def amp_cross_entropy(
@@ -280,19 +168,3 @@ def linear_amp_cross_entropy(
         return_stats=return_stats,
     )
     return (loss, stats) if return_stats and stats is not None else loss
-
-
-def _check_rows(name: str, value: object, hidden: Tensor) -> None:
-    check_float_rows(name, value, dims=1)
-    assert isinstance(value, Tensor)
-    if len(value) != len(hidden):
-        raise ValueError(f"{name} must have shape ({len(hidden)},), one a row, got {tuple(value.shape)}")
-    check_device(name, value, hidden.device)
-
-
-def _check_like_hidden(grad_mixed: object, hidden: Tensor) -> None:
-    check_float_rows("grad_mixed", grad_mixed)
-    assert isinstance(grad_mixed, Tensor)
-    if grad_mixed.shape != hidden.shape:
-        raise ValueError(f"grad_mixed must have hidden's shape {tuple(hidden.shape)}, got {tuple(grad_mixed.shape)}")
-    check_device("grad_mixed", grad_mixed, hidden.device)
