@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import fastamp
+
 TEXT: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -111,3 +113,55 @@ def batch(model: nn.Module, *, padding_side: str = "right") -> dict[str, Tensor]
     if config.model_type in ("bert", "electra", "deberta-v2") and config.type_vocab_size > 1:
         inputs["token_type_ids"] = (torch.arange(9) >= 3).long() * mask
     return {**inputs, "labels": labels}
+
+
+class Questions(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Rows of token ids with a label that the first token gives away, the same for every process."""
+
+    def __init__(self, count: int) -> None:
+        self.ids = torch.randint(5, 40, (count, 9), generator=torch.Generator().manual_seed(0))
+        self.labels = self.ids[:, 0] % 3
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row as the Trainer's collator takes it."""
+        mask = torch.ones(9, dtype=torch.long)
+        return {"input_ids": self.ids[index], "attention_mask": mask, "labels": self.labels[index]}
+
+
+def arguments(folder: Any, **options: Any) -> Any:
+    """TrainingArguments for a few steps of plain SGD on a CPU, without shuffling."""
+    defaults = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+    }
+    return transformers.TrainingArguments(str(folder), **{**defaults, **options})
+
+
+def fixed_mixes(criterion: Any, lam: float = 0.3) -> Any:
+    """Make the criterion mix row 2i with row 2i+1: the same mixes however rows are spread over batches."""
+
+    def sample(batch_size: int, *, device: Any) -> fastamp.Mix:
+        partner = torch.arange(batch_size, device=device).view(-1, 2).flip(1).reshape(-1)
+        return fastamp.Mix(torch.full((batch_size,), lam, device=device), partner)
+
+    criterion.sample = sample
+    return criterion
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

@@ -60,7 +60,8 @@ class Front(_Part):
         base = model.get_submodule(entry.base)
         self.pooler: nn.Module | None = None
         if cut.kind == "word":
-            self.body: nn.Module = base.get_submodule(entry.word)
+            # For images not the projection itself: FSDP2 gathers the parameters of the module around it.
+            self.body: nn.Module = base.get_submodule(entry.word.removesuffix(".projection"))
             return
         layers = layers_of(base, entry)
         without: dict[str, nn.Module | None] = {"pooler": None} if "pooler" in base._modules else {}
@@ -93,12 +94,18 @@ class Front(_Part):
         if self.cut.kind == "word":
             if "inputs_embeds" in inputs:
                 return inputs["inputs_embeds"]
-            return self.body(inputs["pixel_values" if self.entry.images else "input_ids"])
+            return self._patches(inputs["pixel_values"]) if self.entry.images else self.body(inputs["input_ids"])
         hidden = self.body(**inputs, **_PLAIN).last_hidden_state
         if self.cut.kind == "pooler":
             assert self.pooler is not None
             return self.pooler(hidden)
         return _read_by_head(hidden, self.origin, inputs.get("attention_mask")) if self.cut.kind == "last" else hidden
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """(B, D, H, W) embedded patches of images."""
+        patches: Any = self.body
+        grid = [pixels // patch for pixels, patch in zip(pixel_values.shape[2:], patches.patch_size, strict=True)]
+        return patches(pixel_values).transpose(1, 2).unflatten(2, grid)
 
 
 class Rest(_Part):
@@ -185,6 +192,10 @@ class Rest(_Part):
             (B, C) logits.
         """
         follow_mode(self.pairs)
+        if hasattr(self.origin, "unshard"):
+            # FSDP2 takes the end of any backward pass, that of the λ-gradient too, for the end of the step, and gives
+            # up the parameters that the model holds during its forward pass.
+            self.origin.unshard()
         name = "pixel_values" if self.entry.images else "inputs_embeds"
         # The view's forward, not its call: hooks of the whole model (FSDP's are such) belong to the whole pass.
         return self.body.forward(**{name: mixed}, **context, **_PLAIN).logits

@@ -1,0 +1,254 @@
+"""AMP on a model's logits inside transformers' Trainer, and what the Trainer must know of a criterion."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastamp.loss import AMPLoss
+from fastamp.mixing import MixStats
+
+LOG_KEYS = ("mix/lam_shift", "mix/mask_rate", "mix/grad_abs", "mix/delta")
+
+
+def row_sums(stats: MixStats) -> Tensor:
+    """Sums over the rows of a step of |λ'-λ|, mask, |∇λ| and δ, and the number of rows: (5,) float32, on the device."""
+    rows = [(stats.lam_adv - stats.lam).abs(), stats.mask, stats.grad.abs(), stats.delta, torch.ones_like(stats.lam)]
+    return torch.stack([row.float() for row in rows]).sum(1)
+
+
+class SentLoss(TrainerCallback):
+    """What `sent_loss` returns: a loss function for the Trainer, and a callback for logs and checkpoints."""
+
+    def __init__(self, criterion: AMPLoss) -> None:
+        if not isinstance(criterion, AMPLoss):
+            raise TypeError(f"criterion must be a fastamp.AMPLoss, got {type(criterion).__name__}")
+        if criterion.reduction != "mean":
+            raise ValueError(
+                "the Trainer needs a criterion with reduction='mean': it accumulates gradients by dividing by its own "
+                f"count of rows; got reduction={criterion.reduction!r}"
+            )
+        if criterion.policy.ignore_index != -100:
+            raise ValueError(
+                "the Trainer counts the labels that are not -100, so the criterion must ignore -100, too; got "
+                f"ignore_index={criterion.policy.ignore_index}"
+            )
+        self.criterion = criterion
+        self.resume_from: str | None = None
+        self._sums: Tensor | None = None
+
+    # As compute_loss_func
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of a batch: AMP where gradients are recorded, plain cross-entropy under torch.no_grad().
+
+        Args:
+            outputs: the model's outputs; their logits are (B, C).
+            labels: (B,) integer class indices.
+            num_items_in_batch: rows of all batches whose gradients are added up; divides the summed losses.
+
+        Returns:
+            (), float32.
+
+        Raises:
+            TypeError, ValueError: labels or logits that are not those of single-label classification.
+        """
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        labels, num_items = checked_labels(labels), checked_items(num_items_in_batch)
+        if logits.dim() != 2 or logits.shape[1] == 1:
+            raise ValueError(
+                f"AMP needs logits (B, C) of a classification with C > 1 labels, got {tuple(logits.shape)}"
+                + ("; num_labels=1 is a regression head" if logits.shape[-1] == 1 else "")
+            )
+        self.criterion.to(logits.device)
+        if not torch.is_grad_enabled():
+            with mode_of(self.criterion, False):
+                return self.criterion(logits, labels, num_items=num_items)
+        with mode_of(self.criterion, True):
+            loss, stats = self.criterion(logits, labels, num_items=num_items, return_stats=True)
+        self.record(row_sums(stats))
+        return loss
+
+    # Logs
+
+    def record(self, sums: Tensor) -> None:
+        """Add a step's `row_sums`; nothing is read back."""
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def pop_logs(self) -> dict[str, float]:
+        """Means over the rows of all processes since the last call; empty if there were none. Collective."""
+        if self._sums is None:
+            return {}
+        sums, self._sums = self._sums, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        *totals, count = sums.tolist()
+        return {key: total / count for key, total in zip(LOG_KEYS, totals, strict=True)} if count else {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the means to the log of a training step, for the history and for callbacks that come later."""
+        if logs is not None and "loss" in logs and LOG_KEYS[0] not in logs:
+            means = self.pop_logs()
+            logs.update(means)
+            if state.log_history:
+                state.log_history[-1].update(means)
+
+    # Checks and checkpoints
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the arguments and the model; when training resumes, restore the criterion."""
+        check_arguments(args, self.criterion)
+        check_head(model)
+        self.criterion.to(args.device)
+        self._sums = None
+        if state.global_step > 0 and self._has_state():
+            self._restore(args, state.global_step)
+        check_generators(self.criterion)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the criterion's generator and window beside the Trainer's checkpoint, on every process its own."""
+        folder = _checkpoint(args, state.global_step)
+        if self._has_state() and os.path.isdir(folder):
+            torch.save(self.criterion.state_dict(), os.path.join(folder, _file_name(args)))
+
+    def _has_state(self) -> bool:
+        return self.criterion.generator is not None or self.criterion.reweight is not None
+
+    def _restore(self, args: TrainingArguments, step: int) -> None:
+        folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint(args, step)]
+        paths = [os.path.join(folder, _file_name(args)) for folder in folders if isinstance(folder, str)]
+        for path in paths:
+            if os.path.isfile(path):
+                self.criterion.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+                return
+        warnings.warn(
+            f"no state of the criterion in {', '.join(paths)}: its generator starts anew. It is saved where "
+            "callbacks=[loss] was given; pass TrainingArguments(resume_from_checkpoint=...) if it lies elsewhere",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def sent_loss(criterion: AMPLoss) -> SentLoss:
+    """AMP on the logits (SentAMP) for transformers' Trainer, with no subclass.
+
+        loss = fastamp.hf.sent_loss(fastamp.AMPLoss())
+        trainer = Trainer(model, args, compute_loss_func=loss, callbacks=[loss], ...)
+
+    In training it is AMP on the model's logits, which for a model that ends in a linear layer is mixing that layer's
+    input, after its dropout. In evaluation and prediction it is plain cross-entropy, whatever mode the criterion is
+    in. The summed losses are divided by the Trainer's count of rows, so that accumulated gradients are right.
+
+    As a callback it checks the arguments, adds mix/lam_shift (mean |λ'-λ|), mix/mask_rate, mix/grad_abs and
+    mix/delta to the training logs, and saves and restores a criterion with a generator or a window of its own.
+    Reporters such as TensorBoard come before it and do not see these logs; `AMPTrainer(mix_at="logits")`, which does
+    the same, has them everywhere.
+
+    Args:
+        criterion: with reduction="mean". Label smoothing is the criterion's: TrainingArguments.label_smoothing_factor
+            has no effect on a loss function of one's own, so the callback refuses one that differs. With class
+            weights the divisor is still the number of rows.
+
+    Returns:
+        A callable (outputs, labels, num_items_in_batch) that is a TrainerCallback, too.
+
+    Raises:
+        TypeError, ValueError: no AMPLoss, or one whose reduction or ignore_index the Trainer does not count by.
+    """
+    return SentLoss(criterion)
+
+
+def checked_labels(labels: Any) -> Tensor:
+    """(B,) int64 of the Trainer's labels; errors say why others would be wrong."""
+    if not isinstance(labels, Tensor):
+        raise ValueError("AMP needs labels in every training batch, under the key 'labels'")
+    if labels.is_floating_point():
+        raise TypeError(
+            f"labels are {labels.dtype}: the Trainer would count {labels.numel()} items for {labels.shape[0]} rows, "
+            "and transformers' models take float labels for multi-label classification and change to a sigmoid loss. "
+            "Give integer class indices; for soft labels call fastamp.AMPLoss in a loop of your own"
+        )
+    if labels.dim() != 1 and labels.shape[1:].numel() != 1:
+        raise ValueError(f"labels must be (B,) class indices, got shape {tuple(labels.shape)}")
+    return labels.reshape(-1).long()
+
+
+def checked_items(num_items: Any) -> Any:
+    """The Trainer's count of rows; a ValueError for that of nn.DataParallel."""
+    if isinstance(num_items, Tensor) and num_items.dim() > 0:
+        raise ValueError(
+            f"num_items_in_batch has shape {tuple(num_items.shape)}, as under nn.DataParallel, which is not supported: "
+            "launch one process per device with torchrun"
+        )
+    return num_items
+
+
+def check_arguments(args: TrainingArguments, criterion: AMPLoss) -> None:
+    """ValueError for arguments that would be ignored or are not supported."""
+    smoothing = criterion.policy.label_smoothing
+    if args.label_smoothing_factor not in (0, smoothing):
+        raise ValueError(
+            f"TrainingArguments.label_smoothing_factor={args.label_smoothing_factor} would not be applied, since the "
+            f"criterion smooths labels (by {smoothing}): set AMPLoss(label_smoothing=...) instead"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(f"nn.DataParallel over {args.n_gpu} devices is not supported: launch with torchrun")
+
+
+def check_generators(criterion: AMPLoss) -> None:
+    """ValueError if two processes would draw the same λ from generators of their own. Collective."""
+    distributed = torch.distributed
+    if criterion.generator is None or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    states: list[bytes] = [b""] * distributed.get_world_size()
+    distributed.all_gather_object(states, bytes(criterion.generator.get_state().tolist()))
+    if len(set(states)) < len(states):
+        raise ValueError(
+            "the criterion's generator has the same state in two processes, which would mix with the same λ: seed it "
+            "with the process's number, too, or leave it out: from the default generator every process draws its own"
+        )
+
+
+def check_head(model: Any) -> None:
+    """ValueError for a model that is configured for something else than single-label classification."""
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(f"AMP mixes single-label classifications; the model is configured for {problem!r}")
+    if getattr(config, "num_labels", 2) == 1:
+        raise ValueError("AMP mixes classifications; a model with num_labels=1 is a regression")
+
+
+@contextlib.contextmanager
+def mode_of(criterion: AMPLoss, training: bool) -> Iterator[None]:
+    """Put the criterion into train or eval mode, and back."""
+    before = criterion.training
+    criterion.train(training)
+    try:
+        yield
+    finally:
+        criterion.train(before)
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> str:
+    return os.path.join(str(args.output_dir), f"checkpoint-{step}")
+
+
+def _file_name(args: TrainingArguments) -> str:
+    return "mixing_state.pt" if args.world_size <= 1 else f"mixing_state_{args.process_index}.pt"

@@ -1,0 +1,304 @@
+"""AMP inside transformers' Trainer: counts, precision, modes, logs, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastamp
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import hf_models
+from transformers import Trainer, TrainerCallback
+
+from fastamp.hf import AMPTrainer, AMPTrainerMixin, sent_loss
+
+KEYS = {"mix/lam_shift", "mix/mask_rate", "mix/grad_abs", "mix/delta"}
+PLACES = ["embeddings", 1, "last", "logits", "sent_loss"]
+
+
+def trainer_for(mix_at: str | int, criterion: Any, folder: Path, model: Any = None, **options: Any) -> Any:
+    """A Trainer that mixes at a place, or one with `sent_loss`."""
+    model = hf_models.build("bert") if model is None else model
+    common = {
+        "model": model,
+        "args": hf_models.arguments(folder, **options),
+        "train_dataset": hf_models.Questions(64),
+        "eval_dataset": hf_models.Questions(20),
+    }
+    if mix_at == "sent_loss":
+        loss = sent_loss(criterion)
+        return Trainer(**common, compute_loss_func=loss, callbacks=[loss])
+    return AMPTrainer(**common, criterion=criterion, mix_at=mix_at)
+
+
+@pytest.mark.parametrize("mix_at", PLACES)
+def test_four_accumulated_batches_are_one_batch(mix_at: str | int, tmp_path: Path) -> None:
+    weights = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        trainer = trainer_for(
+            mix_at,
+            hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)),
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer.train()
+        weights.append(hf_models.weights(trainer.model))
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+    trainer = trainer_for(1, hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)), tmp_path, max_steps=1)
+    trainer.train()
+    model = hf_models.build("bert")
+    criterion = hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05))
+    batch = torch.utils.data.default_collate([hf_models.Questions(64)[row] for row in range(8)])
+    g, f = fastamp.hf.split(model, 1)
+    mix = criterion.sample(8, device="cpu")
+    loss = criterion.step(f, g(**batch), batch["labels"], mix=mix, context=f.context(batch, mix))
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    torch.testing.assert_close(hf_models.weights(trainer.model), hf_models.weights(model), rtol=1e-10, atol=1e-12)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_is_plain_cross_entropy_and_leaves_the_mode(
+    mix_at: str | int, training: bool, tmp_path: Path
+) -> None:
+    criterion = fastamp.AMPLoss().train(training)
+    trainer = trainer_for(mix_at, criterion, tmp_path)
+    plain = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path), eval_dataset=hf_models.Questions(20))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    ours, theirs = trainer.predict(hf_models.Questions(20)), plain.predict(hf_models.Questions(20))
+    assert (ours.predictions == theirs.predictions).all()
+    assert (ours.label_ids == theirs.label_ids).all()
+    assert ours.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], rel=1e-6)
+    trainer.train()  # mixes, whatever mode the criterion was left in
+    assert trainer.state.log_history[0]["mix/lam_shift"] > 0
+    assert criterion.training == training
+
+
+def test_sent_loss_is_the_criterion_by_the_count_of_rows() -> None:
+    criterion = hf_models.fixed_mixes(fastamp.AMPLoss())
+    loss = sent_loss(criterion)
+    logits, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = criterion(logits, labels, mix=criterion.sample(6, device="cpu"), num_items=24)
+    for count in (24, torch.tensor(24), torch.tensor(24.0)):
+        assert torch.equal(loss({"logits": logits}, labels, num_items_in_batch=count), expected)
+    assert torch.equal(loss((logits,), labels[:, None].int(), 24), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss({"logits": logits}, labels, 24), F.cross_entropy(logits, labels) / 4)
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_bfloat16_autocast(mix_at: str | int, tmp_path: Path) -> None:
+    logs = []
+    for bf16 in (False, True):
+        model = hf_models.build("bert").float()
+        trainer = trainer_for(mix_at, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, model, bf16=bf16)
+        inside: list[bool] = []
+        model.classifier.register_forward_hook(lambda *_, into=inside: into.append(torch.is_autocast_enabled("cpu")))
+        trainer.train()
+        assert set(inside) == {bf16}
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["loss"] != logs[1]["loss"]
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02)
+    assert logs[0]["mix/grad_abs"] == pytest.approx(logs[1]["mix/grad_abs"], rel=0.1)
+
+
+@pytest.mark.parametrize("mix_at", [1, "sent_loss"])
+def test_torch_compile_gives_the_same_steps(mix_at: str | int, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    weights = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = trainer_for(mix_at, hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)), tmp_path, **options)
+        trainer.train()
+        trainer.evaluate()
+        weights.append(hf_models.weights(trainer.model))
+    assert "OptimizedModule" in type(trainer.model_wrapped).__name__
+    torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_checkpointing_gives_the_same_steps(tmp_path: Path) -> None:
+    weights = []
+    for options in ({}, {"gradient_checkpointing": True}):
+        trainer = trainer_for(1, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, **options)
+        trainer.train()
+        weights.append(hf_models.weights(trainer.model))
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "logits", "sent_loss"])
+def test_logs_are_means_over_the_rows_since_the_last_log(mix_at: str | int, tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer = trainer_for(mix_at, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, max_steps=4, logging_steps=2)
+    trainer.add_callback(Reporter())
+    trainer.train()
+    trainer.evaluate()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2
+    for entry in steps:
+        assert set(entry) >= KEYS
+        assert entry["mix/mask_rate"] == 1.0
+        assert entry["mix/lam_shift"] == pytest.approx(2e-3 * entry["mix/grad_abs"], rel=0.2)
+        assert entry["mix/delta"] > 0
+    assert not any(KEYS & set(entry) for entry in trainer.state.log_history if "loss" not in entry)
+    assert [set(entry) >= KEYS for entry in seen if "loss" in entry] == [True, True]
+
+
+def test_nothing_is_read_back_between_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
+    reads: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
+    for _ in range(3):
+        trainer._loss.record(torch.ones(5))
+    assert not reads
+    assert trainer._loss.pop_logs() == dict.fromkeys(KEYS, 1.0)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+@pytest.mark.parametrize("options", [{"reweight": "moving"}, {}])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    mix_at: str | int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(**training: Any) -> Any:
+        model = hf_models.build("bert", hidden_dropout_prob=0.2)
+        criterion = fastamp.AMPLoss(**options, generator=torch.Generator().manual_seed(7))
+        return trainer_for(mix_at, criterion, tmp_path / "run", model, max_steps=4, **training)
+
+    whole = run(save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.equal(hf_models.weights(resumed.model), hf_models.weights(whole.model))
+
+
+def test_resuming_without_the_state_of_the_criterion_warns(tmp_path: Path) -> None:
+    def run(**training: Any) -> Any:
+        criterion = fastamp.AMPLoss(generator=torch.Generator().manual_seed(7))
+        return trainer_for("logits", criterion, tmp_path, max_steps=2, **training)
+
+    run(save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "mixing_state.pt").unlink()
+    with pytest.warns(UserWarning, match=r"no state of the criterion in .*mixing_state.pt: its generator starts anew"):
+        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_save_pretrained_is_that_of_the_plain_trainer(tmp_path: Path) -> None:
+    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "ours"))
+    assert "forward" not in trainer.model.__dict__
+    plain = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path))
+    plain.model.load_state_dict(trainer.model.state_dict())
+    plain.save_model(str(tmp_path / "theirs"))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_the_mixin_goes_before_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    class Mine(AMPTrainerMixin, Trainer):
+        pass
+
+    trainer = Mine(
+        hf_models.build("distilbert"),
+        hf_models.arguments(tmp_path, max_steps=1),
+        criterion=fastamp.AMPLoss(),
+        mix_at="distilbert.transformer.layer.0",
+        train_dataset=hf_models.Questions(16),
+    )
+    trainer.train()
+    assert set(trainer.state.log_history[0]) >= KEYS
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_float_labels_are_refused_with_the_reason(mix_at: str | int, tmp_path: Path) -> None:
+    trainer = trainer_for(mix_at, fastamp.AMPLoss(), tmp_path)
+    trainer.train_dataset.labels = F.one_hot(trainer.train_dataset.labels, 3).float()
+    with pytest.raises(TypeError, match=r"would count 24 items for 8 rows, .* sigmoid loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_other_heads_are_refused(mix_at: str | int, tmp_path: Path) -> None:
+    for overrides, message in (
+        ({"num_labels": 1}, "num_labels=1 is a regression"),
+        ({"problem_type": "multi_label_classification"}, "configured for 'multi_label_classification'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_for(mix_at, fastamp.AMPLoss(), tmp_path, hf_models.build("bert", **overrides)).train()
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_label_smoothing_is_the_criterions_and_applied_once(mix_at: str | int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 would not be applied, .*\(by 0.0\)"):
+        trainer_for(mix_at, fastamp.AMPLoss(), tmp_path, label_smoothing_factor=0.1).train()
+    weights = []
+    for options in ({}, {"label_smoothing_factor": 0.1}):
+        criterion = hf_models.fixed_mixes(fastamp.AMPLoss(label_smoothing=0.1))
+        trainer = trainer_for(mix_at, criterion, tmp_path, **options)
+        trainer.train()
+        weights.append(hf_models.weights(trainer.model))
+    assert torch.equal(*weights)
+
+
+def test_criteria_that_the_trainer_does_not_count_by_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"reduction='mean'.*got reduction='sum'"):
+        sent_loss(fastamp.AMPLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="ignore_index=0"):
+        sent_loss(fastamp.AMPLoss(ignore_index=0))
+    with pytest.raises(TypeError, match=r"fastamp\.AMPLoss, got CrossEntropyLoss"):
+        sent_loss(torch.nn.CrossEntropyLoss())  # type: ignore[arg-type]
+
+
+def test_calls_that_are_no_classification_are_refused() -> None:
+    loss = sent_loss(fastamp.AMPLoss())
+    logits = torch.randn(4, 3)
+    for outputs, labels, count, message in (
+        (logits, None, 4, "labels in every training batch"),
+        (logits, torch.zeros(4, 3, dtype=torch.long), 4, r"class indices, got shape \(4, 3\)"),
+        (logits[:, :1], torch.zeros(4, dtype=torch.long), 4, "num_labels=1 is a regression head"),
+        (logits[None], torch.zeros(1, dtype=torch.long), 4, r"logits \(B, C\)"),
+        (logits, torch.zeros(4, dtype=torch.long), torch.ones(2, 1), "nn.DataParallel, which is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss({"logits": outputs}, labels, count)
+
+
+def test_two_losses_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func and criterion"):
+        AMPTrainer(hf_models.build("bert"), criterion=fastamp.AMPLoss(), compute_loss_func=F.cross_entropy)
+    with pytest.raises(ValueError, match="0 to 2 for a model of 2 layers, got 7"):
+        trainer_for(7, fastamp.AMPLoss(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "message"),
+    [
+        ("transformers", "import fastamp.hf", "fastamp.hf needs transformers 5 or newer: pip install"),
+        ("accelerate", "from fastamp.hf import AMPTrainer", "fastamp.hf.AMPTrainer needs accelerate: pip install"),
+    ],
+)
+def test_a_missing_package_is_named(missing: str, statement: str, message: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; import fastamp; {statement}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ImportError" in run.stderr
+    assert message in run.stderr
