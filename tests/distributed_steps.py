@@ -1,0 +1,185 @@
+"""Steps in several processes, beside the same steps in one; run by test_distributed.py through torchrun.
+
+torchrun --standalone --nproc-per-node 2 tests/distributed_steps.py ddp|ddp-unused|ddp-static|fsdp|draws
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastamp import AMPLoss, Mix
+
+BATCH, WIDTH, CLASSES = 12, 6, 4
+STEP = {"step_size": 0.4, "grad_clip": None, "tie_tol": 0.0}
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(3 * self.inner(x))
+
+
+class Network(nn.Module):
+    """An encoder, blocks and a head, whose forward can also start at or stop before the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(5, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor | None = None, hidden: Tensor | None = None, *, stop: bool = False) -> Tensor:
+        hidden = self.encoder(x) if hidden is None else hidden
+        return hidden if stop else self.head(self.blocks(hidden))
+
+
+class StepInForward(nn.Module):
+    """The whole step as one forward pass, which is what DistributedDataParallel and FSDP expect of a step."""
+
+    def __init__(self, network: Network, criterion: AMPLoss) -> None:
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, x: Tensor, target: Tensor, mix: Mix, plan: str) -> Tensor:
+        hidden = self.network(x, stop=True)
+        f = lambda m: self.network(hidden=m)  # noqa: E731
+        return self.criterion.step(f, hidden, target, mix=mix, plan=plan, context={})
+
+
+def batch(rank: int) -> tuple[Tensor, Tensor, Mix]:
+    """The part of a rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    made: dict[str, Any] = {"generator": generator}
+    x = torch.randn(BATCH, 5, dtype=torch.float64, **made)
+    target = torch.randint(CLASSES, (BATCH,), **made)
+    return x, target, Mix(torch.rand(BATCH, dtype=torch.float64, **made), torch.randperm(BATCH, **made))
+
+
+def joined(ranks: int) -> tuple[Tensor, Tensor, Mix]:
+    """All parts as one batch: rows mix within their part."""
+    x, target, mixes = zip(*(batch(rank) for rank in range(ranks)), strict=True)
+    partner = torch.cat([mix.partner + rank * BATCH for rank, mix in enumerate(mixes)])
+    return torch.cat(x), torch.cat(target), Mix(torch.cat([mix.lam for mix in mixes]), partner)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by name, without a wrapper's prefix."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            found[name.removeprefix("module.")] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return found
+
+
+def compare(kind: str, rank: int, ranks: int) -> None:
+    """Gradients on `ranks` processes against those of one, on the joined batch, for every plan."""
+    for plan in ("auto", "merged", "both"):
+        torch.manual_seed(0)
+        alone = StepInForward(Network(), AMPLoss(**STEP)).double()
+        alone(*joined(ranks), plan).backward()
+        expected = gradients(alone)
+
+        torch.manual_seed(0)
+        model: nn.Module = StepInForward(Network(), AMPLoss(**STEP)).double()
+        if kind == "fsdp":
+            # Not the wrapper: every pass has to go through a sharded module's own forward, since the backward of the
+            # first one leaves all parameters sharded.
+            for block in model.network.blocks:
+                fully_shard(block)
+            fully_shard(model.network)
+        else:
+            options = {"ddp": {}, "ddp-unused": {"find_unused_parameters": True}, "ddp-static": {"static_graph": True}}
+            if kind == "ddp":  # which needs a gradient for every parameter
+                model.network.unused.requires_grad_(False)
+            model = DistributedDataParallel(model, **options[kind])
+        for _ in range(2):  # the second time round a reducer that was left in a wrong state says so
+            model.zero_grad()
+            model(*batch(rank), plan).backward()
+        found = gradients(model)
+        for name, grad in expected.items():
+            assert (found[name] - grad).abs().max() < 1e-6, (kind, plan, name)
+    print(f"{kind}: as one process", flush=True)
+
+
+def user_loop(rank: int, ranks: int) -> None:
+    """Plain use of DDP: hidden from the wrapped model, f through the wrapped model."""
+    torch.manual_seed(0)
+    alone = Network().double()
+    alone.unused.requires_grad_(False)
+    x, target, mix = joined(ranks)
+    AMPLoss(**STEP).step(lambda m: alone(hidden=m), alone(x, stop=True), target, mix=mix).backward()
+    torch.manual_seed(0)
+    model = Network().double()
+    model.unused.requires_grad_(False)
+    wrapped = DistributedDataParallel(model)
+    x, target, mix = batch(rank)
+    for _ in range(2):
+        wrapped.zero_grad()
+        AMPLoss(**STEP).step(lambda m: wrapped(hidden=m), wrapped(x, stop=True), target, mix=mix).backward()
+    for name, grad in gradients(alone).items():
+        torch.testing.assert_close(gradients(wrapped)[name], grad, rtol=0, atol=1e-6)
+    print("ddp-loop: as one process", flush=True)
+
+
+def draws(rank: int, ranks: int) -> None:
+    """From one seed every rank draws λ and partners of its own; its own generator is taken as it is."""
+    for options in ({}, {"alpha": 0.3}, {"pairing": "matching"}):
+        torch.manual_seed(0)
+        criterion = AMPLoss(**options)
+        mixes = [criterion.sample(64, device="cpu") for _ in range(2)]
+        for mix in mixes:
+            assert mix.partner.sort().values.equal(torch.arange(64))
+            if "pairing" in options:
+                assert mix.partner[mix.partner].equal(torch.arange(64))
+            every = [None] * ranks
+            dist.all_gather_object(every, (mix.lam.tolist(), mix.partner.tolist()))
+            assert len({tuple(lam) for lam, _ in every}) == ranks
+            assert len({tuple(partner) for _, partner in every}) == ranks
+            assert not set(every[0][0]) & set(every[1][0])
+        states: list[Any] = [None] * ranks
+        dist.all_gather_object(states, torch.get_rng_state().tolist())
+        assert states[0] == states[1]  # in step, whatever the number of ranks
+    own = AMPLoss(generator=torch.Generator().manual_seed(5)).sample(8, device="cpu")
+    every = [None] * ranks
+    dist.all_gather_object(every, own.lam.tolist())
+    assert every[0] == every[1]
+    print("draws: different on every rank", flush=True)
+
+
+def main(kinds: list[str]) -> None:
+    """Run some checks in this process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for kind in kinds:
+        if kind == "draws":
+            draws(rank, ranks)
+        elif kind == "ddp-loop":
+            user_loop(rank, ranks)
+        else:
+            compare(kind, rank, ranks)
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # After FSDP on gloo, torch 2.13 now and then aborts while the interpreter shuts down, with all work done.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
