@@ -13,7 +13,6 @@ from torch import Tensor
 
 import fastamp.kernels as kernels
 from fastamp import closed_form
-from fastamp.autograd import once_differentiable
 from fastamp.kernels import RowPolicy
 from fastamp.ops import row_policy
 from fastamp.policy import Policy
@@ -239,9 +238,25 @@ class _EmbeddingMix(torch.autograd.Function):
         _keep_embedding(ctx, inputs, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return kernels.embedding_mix_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 4
+        return _EmbeddingMixGrad.apply(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 4
+
+
+class _EmbeddingMixGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None
+    ) -> Tensor:
+        return kernels.embedding_mix_backward(upstream, ids, lam, partner, size, padding_idx)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep_embedding_grad(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        table = _without_row(upstream, ctx.padding_idx)
+        return _EmbeddingMix.apply(table, *ctx.saved_tensors, None), *[None] * 5
 
 
 @torch.library.custom_op("fastamp::embedding_mix", mutates_args=())
@@ -272,8 +287,26 @@ def _keep_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = table.shape[0], padding_idx
 
 
+def _keep_embedding_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, _, ctx.padding_idx = inputs
+    ctx.save_for_backward(*tensors)
+
+
 def _embedding_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return _embedding_grad_operator(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
+def _embedding_second(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    table = _without_row(upstream, ctx.padding_idx)
+    return _embedding_operator(table, *ctx.saved_tensors, None), *[None] * 5
+
+
+def _without_row(table: Tensor, padding_idx: int | None) -> Tensor:
+    if padding_idx is None:
+        return table
+    row = torch.arange(table.shape[0], device=table.device) == padding_idx
+    return table.masked_fill(row.unsqueeze(1), 0)
+
+
 _embedding_operator.register_autograd(_embedding_gradient, setup_context=_keep_embedding)
+_embedding_grad_operator.register_autograd(_embedding_second, setup_context=_keep_embedding_grad)
