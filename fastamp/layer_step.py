@@ -27,7 +27,7 @@ from fastamp.checks import check_outputs, check_target, is_dtensor
 from fastamp.hidden import Selected
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
-from fastamp.randomness import RandomStates, RecordedMasks
+from fastamp.randomness import RandomStates, RecordedMasks, capturing
 from fastamp.steps import divisors, labels_facts
 
 Hidden = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
@@ -174,17 +174,17 @@ class _Step:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
         device, amp = self.lam.device, self.policy.mode == "amp"
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        plan = "merged" if capturing and plan == "auto" else plan
-        random: RandomStates | RecordedMasks = RecordedMasks() if capturing else RandomStates(device)
+        in_capture = capturing(device)
+        plan = "merged" if in_capture and plan == "auto" else plan
+        random: RandomStates | RecordedMasks = RecordedMasks() if in_capture else RandomStates(device)
         statistics = BatchStatistics(self.f)
-        both = amp and (plan == "both" or statistics.couple_rows or (redrawn and capturing))
+        both = amp and (plan == "both" or statistics.couple_rows or (redrawn and in_capture))
 
         with (
             torch.enable_grad(),
             statistics.watch(),
             _parameters_left_out(self.f, both or redrawn),
-            nullcontext() if redrawn and capturing else random,
+            nullcontext() if redrawn and in_capture else random,
         ):
             mixed, edges = self._mixed_with_edges()
             logits = self.learn(self.logits(mixed))

@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, when nothing may wait for the device or set its generator back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class RandomStates:
     """The default generators of the CPU and of `device`, as they are now; entering a pass again sets them back."""
 
@@ -52,7 +57,7 @@ class RandomStates:
 @contextmanager
 def random_states_kept_on_error(device: torch.device, generator: torch.Generator | None) -> Iterator[None]:
     """After an error inside, the default generators and `generator` are as they were before."""
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or capturing(device):
         yield
         return
     states, own = RandomStates(device), None if generator is None else generator.get_state()

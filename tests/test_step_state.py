@@ -114,6 +114,48 @@ def test_other_random_numbers_cannot_be_recorded(draw):
         draw(torch.randn(4, 8))
 
 
+@pytest.fixture
+def in_capture(monkeypatch):
+    """As while a CUDA graph is captured: generators can neither be read nor set."""
+    monkeypatch.setattr("fastamp.layer_step.capturing", lambda device: True)
+    monkeypatch.setattr("fastamp.randomness.capturing", lambda device: True)
+
+    def forbidden(*_):
+        raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch, "get_rng_state", forbidden)
+    monkeypatch.setattr(torch, "set_rng_state", forbidden)
+
+
+def test_a_captured_step_decides_nothing_by_values(in_capture, monkeypatch):
+    p = problem()
+    truth = p.truth(**WAVY_STEP)
+    for name in ("nonzero", "__bool__", "__int__", "__float__", "item"):
+        # Labels and logits on the CPU are looked at; a mask of rows is not.
+        original = getattr(Tensor, name)
+
+        def looked_at(self, *args, original=original):
+            assert self.shape != (BATCH,), "a decision by row"
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, looked_at)
+    ours = p.step(context={}, **WAVY_STEP)
+    monkeypatch.undo()
+    assert ours[1].plan == "merged"
+    assert_same(ours, truth)
+
+
+def test_a_captured_step_records_its_dropout_masks(in_capture):
+    p = problem(torch.float32)
+    network = with_dropout(p).float()
+    stats = p.step(network)[1]
+    assert 0 < stats.delta.abs().max() < 0.05  # with masks redrawn about 0.5
+    assert stats.plan == "merged"
+    redrawn = p.step(network, dropout="redrawn")[1]
+    assert redrawn.plan == "both"
+    assert redrawn.delta.abs().max() > 0.1
+
+
 class Bag:
     """Hides a network from whoever looks at a closure's variables."""
 
@@ -147,6 +189,7 @@ def test_batch_statistics_are_those_of_the_whole_batch_and_updated_once(hidden_i
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
 def test_batch_statistics_of_a_compiled_module_are_noticed_every_time():
     p = problem(seed=2)
     network = nn.Sequential(p.network[0], nn.BatchNorm1d(16).double(), p.network[1], p.network[2])
