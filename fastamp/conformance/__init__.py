@@ -4,15 +4,20 @@ The contract, element by element: |ours - truth| ≤ |PyTorch - truth| + toleran
 (`fastamp.reference`) in float64 on the same inputs, and PyTorch is the definition run in the inputs' dtype.
 """
 
-from fastamp.conformance.cases import OperationCase, StepCase, cases
+from fastamp.conformance.case import Case
+from fastamp.conformance.cases import StepCase, cases
 from fastamp.conformance.contract import TOLERANCES, Report, Row, check, check_case, places
+from fastamp.conformance.operations import EmbeddingCase, OperationCase, SelectionCase
 from fastamp.conformance.table import print_report
 
 __all__ = [
     "TOLERANCES",
+    "Case",
+    "EmbeddingCase",
     "OperationCase",
     "Report",
     "Row",
+    "SelectionCase",
     "StepCase",
     "cases",
     "check",

@@ -8,45 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastamp import functional, reference
-
-Tensors = dict[str, Tensor]
-SPOILED = 1  # a class that no row of the -inf case is labelled with
-
-
-class Outcome(NamedTuple):
-    """What a run gave."""
-
-    values: Tensors  # outputs and gradients by name, detached
-    mask: Tensor | None = None  # (B,) bool: rows that took ℓ(λ'); None where nothing is selected
-    delta: Tensor | None = None  # (B,) ℓ(λ') - ℓ(λ)
-    loss: Tensor | None = None  # (B,) the selected losses, which the tie tolerance is relative to
-
-
-class Case(Protocol):
-    """One comparison."""
-
-    @property
-    def op(self) -> str:
-        """The operation's name in fastamp.functional."""
-
-    @property
-    def name(self) -> str:
-        """What is special about the inputs or options."""
-
-    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-        """Inputs on the CPU, floating-point ones in `dtype` but for λ and upstream gradients."""
-
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Runs the operation."""
-
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """Runs the definition in `dtype`; `mask`, if given, says which rows take ℓ(λ')."""
+from fastamp.conformance.case import SPOILED, Case, Outcome, Tensors, gradients, laid_out, lam_dtype
+from fastamp.conformance.operations import EmbeddingCase, OperationCase, SelectionCase
 
 
 @dataclass(frozen=True)
@@ -86,11 +55,11 @@ class StepCase:
             hidden[: batch // 2, SPOILED] = -torch.inf
             labels[labels == SPOILED] = 0
         inputs = {
-            "hidden": _laid_out(hidden.to(dtype), self.layout),
+            "hidden": laid_out(hidden.to(dtype), self.layout),
             "target": labels,
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(_lam_dtype(dtype)),
+            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
             "partner": torch.randperm(batch, generator=generator),
-            "upstream": normal(batch).to(_lam_dtype(dtype)),
+            "upstream": normal(batch).to(lam_dtype(dtype)),
         }
         if self.soft:
             inputs["target"] = normal(batch, classes).softmax(1).to(dtype)
@@ -121,8 +90,8 @@ class StepCase:
         rows, stats = step(*arguments, reduction="none", **given)
         mean, _ = step(*arguments, reduction="mean", **given)
         values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": stats.lam_adv}
-        values |= _gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(rows.dtype))
-        values |= _gradients(mean, leaves, "of the mean")
+        values |= gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(rows.dtype))
+        values |= gradients(mean, leaves, "of the mean")
         return Outcome(values, stats.mask, stats.delta, rows.detach())
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
@@ -149,8 +118,8 @@ class StepCase:
         rows = torch.where(mask, at_adv.loss, at_lam.loss)
         mean = rows.sum() / self._divisor(inputs).to(dtype)
         values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": selected.lam_adv}
-        values |= _gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(dtype), again=True)
-        values |= _gradients(mean, leaves, "of the mean")
+        values |= gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(dtype), again=True)
+        values |= gradients(mean, leaves, "of the mean")
         return Outcome(values, mask, selected.delta, selected.row_loss)
 
     def _divisor(self, inputs: Tensors) -> Tensor:
@@ -162,83 +131,6 @@ class StepCase:
             if "class_weight" in inputs:
                 mass = mass * inputs["class_weight"].double()[torch.where(kept, target, 0)]
         return (lam * mass + (1 - lam) * mass[partner]).sum()
-
-
-@dataclass(frozen=True)
-class OperationCase:
-    """One of the paper's operations alone: `mix`, `lambda_grad`, `remix` or `select_loss`."""
-
-    op: str
-    name: str
-    shape: tuple[int, ...] = (50, 30)
-    layout: str = "contiguous"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-        """Inputs on the CPU."""
-        batch = self.shape[0]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        if self.op == "select_loss":
-            loss = normal(batch).abs()
-            difference = torch.randn(batch, generator=generator).to(dtype) * 0.1
-            difference[::5] = 0
-            return {"loss": loss, "loss_adv": loss + difference, "upstream": normal(batch)}
-        return {
-            "hidden": _laid_out(normal(*self.shape), self.layout),
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(_lam_dtype(dtype)),
-            "partner": torch.randperm(batch, generator=generator),
-            "grad_mixed": normal(*self.shape) * 0.1,
-            "upstream": normal(*self.shape),
-        }
-
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Outputs and the gradients that the operation has."""
-        if self.op == "select_loss":
-            leaves = _fresh(inputs, ("loss", "loss_adv"))
-            chosen, delta, mask = functional.select_loss(leaves["loss"], leaves["loss_adv"], **self.options)
-            values = {"loss": chosen.detach(), **_gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
-        leaves = _fresh(inputs, ("hidden",))
-        hidden, lam, partner, grad_mixed = leaves["hidden"], inputs["lam"], inputs["partner"], inputs["grad_mixed"]
-        if self.op == "lambda_grad":
-            return Outcome({"∇λ": functional.lambda_grad(grad_mixed, hidden, partner)})
-        if self.op == "mix":
-            mixed = functional.mix(hidden, lam, partner)
-            return Outcome({"m": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])})
-        lam_adv, mixed = functional.remix(hidden, lam, partner, grad_mixed, **self.options)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
-
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """The same from `fastamp.reference.mix` and autograd."""
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        if self.op == "select_loss":
-            leaves = _fresh(inputs, ("loss", "loss_adv"))
-            delta = (leaves["loss_adv"] - leaves["loss"]).detach()
-            mask = delta >= 0 if mask is None else mask
-            chosen = torch.where(mask, leaves["loss_adv"], leaves["loss"])
-            values = {"loss": chosen.detach(), **_gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
-        leaves = _fresh(inputs, ("hidden",))
-        hidden, partner = leaves["hidden"], inputs["partner"]
-        lam = inputs["lam"].detach().requires_grad_()
-        mixed = reference.mix(hidden, lam, partner)
-        if self.op == "mix":
-            return Outcome({"m": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])})
-        (grad,) = torch.autograd.grad(mixed, lam, inputs["grad_mixed"])
-        if self.op == "lambda_grad":
-            return Outcome({"∇λ": grad})
-        clip = self.options.get("grad_clip", 1.0)
-        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * (
-            grad if clip is None else grad.clamp(-clip, clip)
-        )
-        lam_adv = lam_adv.clamp(0, 1) if self.options.get("clamp") else lam_adv
-        mixed = reference.mix(hidden, lam_adv, partner)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **_gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -290,29 +182,22 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield OperationCase("mix", "long rows", shape=(3, 40_000))
         yield OperationCase("lambda_grad", "long rows", shape=(3, 40_000))
         yield OperationCase("remix", "long rows", shape=(3, 40_000))
-
-
-def _lam_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _laid_out(rows: Tensor, layout: str) -> Tensor:
-    """The same values in another layout."""
-    if layout == "strided":
-        return torch.stack([rows, -rows], -1)[..., 0]
-    if layout == "misaligned":
-        memory = rows.new_full((rows.numel() + 1,), torch.nan)
-        memory[1:] = rows.flatten()
-        return memory[1:].view(rows.shape)
-    return rows
-
-
-def _fresh(inputs: Tensors, names: tuple[str, ...]) -> Tensors:
-    return {name: inputs[name].detach().requires_grad_() for name in names}
-
-
-def _gradients(
-    output: Tensor, leaves: Tensors, of: str, upstream: Tensor | None = None, *, again: bool = False
-) -> Tensors:
-    grads = torch.autograd.grad(output, list(leaves.values()), upstream, retain_graph=again)
-    return {f"gradient {of} to {name}".replace("  ", " "): grad for name, grad in zip(leaves, grads, strict=True)}
+    yield EmbeddingCase("words")
+    yield EmbeddingCase("padding, strided", padding_idx=0, layout="strided")
+    for loss in ("cross_entropy", "softmax_bce"):
+        options = {"loss": loss}
+        yield SelectionCase(loss, options=options)
+        yield SelectionCase(f"{loss} -inf, strided", spoiled=True, layout="strided", options=options)
+        smooth = {**options, "label_smoothing": 0.1}
+        yield SelectionCase(f"{loss} weight, ignored, smoothing", weighted=True, ignored=True, options=smooth)
+        if quick:
+            continue
+        yield SelectionCase(f"{loss} probabilities", soft=True, weighted=True, options=options)
+        yield SelectionCase(f"{loss} far apart", change=2.0, options=options)
+        yield SelectionCase(f"{loss} common offset", offset=1000.0, options=options)
+        yield SelectionCase(f"{loss} one class", shape=(5, 1), options=options)
+        yield SelectionCase(f"{loss} misaligned", shape=(12, 300), layout="misaligned", options=options)
+    if not quick:
+        yield SelectionCase("cross_entropy 5000 classes", shape=(6, 5000))
+        yield EmbeddingCase("one word", shape=(20, 30, 5), vocabulary=1)
+        yield EmbeddingCase("wide", shape=(3, 20, 768), vocabulary=20)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastamp.backend import has_triton, interpreting, set_backend
-from fastamp.conformance.cases import Case, Outcome, Tensors, cases
+from fastamp.conformance.case import Case, Outcome, Tensors
+from fastamp.conformance.cases import cases
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 TIE_ULPS = 32  # two losses this near may be told apart by rounding alone: the tie tolerance, and as much again
