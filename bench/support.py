@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastamp.benchmarking import DTYPES, GPU_ONLY, SHAPES, Contender, Workload, contenders, disagreement
-from fastamp.conformance import OperationCase, check_case
+from fastamp.conformance import Case, OperationCase, check_case
 
 DIRECTIONS = ("forward", "backward", "both")
 HIDDEN_SHAPES = ((50, 300), (24, 768), (24, 40, 768), (256, 128, 768))
@@ -24,14 +24,13 @@ def plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 def steps(takes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Every contender in every shape, dtype and direction."""
     every = [pytest.param(one, id=one.name.replace(" ", "_")) for one in contenders(takes, compiled=True)]
-    shapes = [pytest.param(shape, id="x".join(map(str, shape))) for shape in SHAPES]
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         for name, values in (
             ("direction", DIRECTIONS),
             ("contender", every),
             ("dtype", ["fp32", "bf16"]),
-            ("shape", shapes),
+            ("shape", shapes_of(SHAPES)),
         ):
             test = pytest.mark.parametrize(name, values)(test)
         return test
@@ -71,16 +70,24 @@ def measure_step(
 
 def checked_inputs(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> dict[str, Tensor]:
     """Inputs of one of the paper's operations, on which it has just kept the contract."""
-    case = OperationCase(op, "benchmark", shape=shape)
+    return checked(OperationCase(op, "benchmark", shape=shape), dtype, device)
+
+
+def checked(case: Case, dtype: str, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a case, on which its operation has just kept the contract."""
     finding = check_case(case, device, "auto", DTYPES[dtype])
-    assert not finding.failures, f"{op} is not timed: {finding.failures[0]}"
+    assert not finding.failures, f"{case.op} is not timed: {finding.failures[0]}"
     drawn = case.draw(DTYPES[dtype], torch.Generator().manual_seed(0))
     return {name: value.to(device) for name, value in drawn.items()}
 
 
+def shapes_of(shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
+    """Shapes to parametrise by, with readable names."""
+    return [pytest.param(shape, id="x".join(map(str, shape))) for shape in shapes]
+
+
 def operations(test: Callable[..., None]) -> Callable[..., None]:
     """Ours beside PyTorch's composition, in every shape and dtype."""
-    shapes = [pytest.param(shape, id="x".join(map(str, shape))) for shape in HIDDEN_SHAPES]
     test = pytest.mark.parametrize("whose", ["fastamp", "PyTorch"])(test)
     test = pytest.mark.parametrize("dtype", ["fp32", "bf16"])(test)
-    return pytest.mark.parametrize("shape", shapes)(test)
+    return pytest.mark.parametrize("shape", shapes_of(HIDDEN_SHAPES))(test)
