@@ -28,3 +28,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *upstream)
 
     return wrapper
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or torch.func looks on, which take no autograd.Function whose forward is given a context.
+
+    One that they do take, with a setup_context, costs 40 µs more a call: torch binds its arguments by inspection.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import closed_form
-from fastamp.autograd import once_differentiable
+from fastamp.autograd import is_transformed, once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.policy import Policy
 
@@ -34,21 +34,16 @@ def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         from fastamp import layer_ops
 
         return layer_ops.mixed(hidden, lam, partner)
-    return _Mixed.apply(hidden, lam, partner)
+    return (_mix if is_transformed() else _Mixed.apply)(hidden, lam, partner)
 
 
 class _Mixed(torch.autograd.Function):
     """Keeps no rows for backward, and adds up the two roles of a row in the compute dtype there, too."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        ctx.save_for_backward(lam, partner)
         return _mix(hidden, lam, partner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,23 +76,19 @@ def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, pa
         from fastamp import layer_ops
 
         return layer_ops.embedding_mixed(ids, table, lam, partner, padding_idx)
+    if is_transformed():
+        return _mix(F.embedding(ids, table, padding_idx), lam, partner)
     return _EmbeddingMixed.apply(table, ids, lam, partner, padding_idx)
 
 
 class _EmbeddingMixed(torch.autograd.Function):
     """Keeps no embedding for backward, and adds up everything that reaches a row of the table in the compute dtype."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
-        return _mix(F.embedding(ids, table), lam, partner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        table, *tensors, padding_idx = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids, lam, partner)
         ctx.size, ctx.padding = table.shape[0], -1 if padding_idx is None else padding_idx
+        return _mix(F.embedding(ids, table), lam, partner)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

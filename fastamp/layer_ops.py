@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastamp.kernels as kernels
 from fastamp import closed_form
+from fastamp.autograd import is_transformed
 from fastamp.kernels import RowPolicy
 from fastamp.ops import row_policy
 from fastamp.policy import Policy
@@ -20,17 +21,14 @@ from fastamp.policy import Policy
 
 def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     """`fastamp.hidden.mixed` on Triton, for lam of the compute dtype."""
-    return (_mix_operator if torch.compiler.is_compiling() else _Mix.apply)(hidden, lam, partner)
+    return (_mix_operator if is_transformed() else _Mix.apply)(hidden, lam, partner)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        ctx.save_for_backward(lam, partner)
         return kernels.mix_forward(hidden, lam, partner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,12 +37,9 @@ class _Mix(torch.autograd.Function):
 
 class _MixGrad(torch.autograd.Function):
     @staticmethod
-    def forward(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    def forward(ctx: Any, upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+        ctx.save_for_backward(lam, partner)
         return kernels.mix_backward(upstream, lam, partner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +76,7 @@ _mix_grad_operator.register_autograd(
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     """`fastamp.hidden.lambda_grad` on Triton."""
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return _lambda_grad_operator(grad_mixed.detach(), hidden.detach(), partner)
     return kernels.lambda_grad(grad_mixed.detach(), hidden.detach(), partner, closed_form.compute_dtype(hidden.dtype))
 
@@ -106,7 +101,7 @@ def remixed(
         divisor = grad_divisor.to(lam) if isinstance(grad_divisor, Tensor) else lam.new_full((), grad_divisor)
     step = (policy.mode, policy.grad_clip, policy.clamp, policy.step_size)
     arguments = (hidden, grad_mixed.detach(), lam, partner, divisor, *step)
-    if torch.compiler.is_compiling():
+    if is_transformed():
         grad, lam_adv, rows = _remix_operator(*arguments)
         return grad.detach(), lam_adv.detach(), rows
     return _Remix.apply(*arguments)
@@ -130,14 +125,11 @@ def _remix(
 
 class _Remix(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _remix(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        grad, lam_adv, _ = output
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grad, lam_adv, rows = _remix(*arguments)
         ctx.mark_non_differentiable(grad, lam_adv)
-        ctx.save_for_backward(lam_adv, inputs[3])
+        ctx.save_for_backward(lam_adv, arguments[3])
+        return grad, lam_adv, rows
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, __: Tensor, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,7 +176,7 @@ def selected(
     )
     logits, logits_adv = logits.detach(), None if logits_adv is None else logits_adv.detach()
     tensors = (logits, logits_adv, target.detach(), lam, partner, weight if weight is None else weight.detach())
-    if not torch.compiler.is_compiling():
+    if not is_transformed():
         return tuple(kernels.select_cross_entropy_forward(*tensors, policy=compiled_for))
     *fields, grad_adv = _select_operator(*tensors, *compiled_for)
     return (*fields, None if logits_adv is None else grad_adv)
@@ -224,18 +216,26 @@ def _(logits: Tensor, logits_adv: Tensor | None, target: Tensor, lam: Tensor, *_
 
 def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
     """`fastamp.hidden.embedding_mixed` on Triton, for lam of the compute dtype."""
-    compiling = torch.compiler.is_compiling()
-    return (_embedding_operator if compiling else _EmbeddingMix.apply)(table, ids, lam, partner, padding_idx)
+    mix = _embedding_operator if is_transformed() else _EmbeddingMix.apply
+    return mix(table, ids, lam, partner, padding_idx)
+
+
+def _embedding(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
+    return kernels.embedding_mix_forward(ids, table, lam, partner)
+
+
+def _embedding_grad(
+    upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None
+) -> Tensor:
+    return kernels.embedding_mix_backward(upstream, ids, lam, partner, size, padding_idx)
 
 
 class _EmbeddingMix(torch.autograd.Function):
     @staticmethod
-    def forward(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
-        return kernels.embedding_mix_forward(ids, table, lam, partner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep_embedding(ctx, inputs, output)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        mixed = _embedding(*arguments)
+        _keep_embedding(ctx, arguments, mixed)
+        return mixed
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,14 +244,10 @@ class _EmbeddingMix(torch.autograd.Function):
 
 class _EmbeddingMixGrad(torch.autograd.Function):
     @staticmethod
-    def forward(
-        upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None
-    ) -> Tensor:
-        return kernels.embedding_mix_backward(upstream, ids, lam, partner, size, padding_idx)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep_embedding_grad(ctx, inputs, output)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        grad = _embedding_grad(*arguments)
+        _keep_embedding_grad(ctx, arguments, grad)
+        return grad
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -259,9 +255,7 @@ class _EmbeddingMixGrad(torch.autograd.Function):
         return _EmbeddingMix.apply(table, *ctx.saved_tensors, None), *[None] * 5
 
 
-@torch.library.custom_op("fastamp::embedding_mix", mutates_args=())
-def _embedding_operator(table: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
-    return kernels.embedding_mix_forward(ids, table, lam, partner)
+_embedding_operator = torch.library.custom_op("fastamp::embedding_mix", _embedding, mutates_args=())
 
 
 @_embedding_operator.register_fake
@@ -269,11 +263,7 @@ def _(table: Tensor, ids: Tensor, *_: Any) -> Tensor:
     return torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=table.device)
 
 
-@torch.library.custom_op("fastamp::embedding_mix_backward", mutates_args=())
-def _embedding_grad_operator(
-    upstream: Tensor, ids: Tensor, lam: Tensor, partner: Tensor, size: int, padding_idx: int | None
-) -> Tensor:
-    return kernels.embedding_mix_backward(upstream, ids, lam, partner, size, padding_idx)
+_embedding_grad_operator = torch.library.custom_op("fastamp::embedding_mix_backward", _embedding_grad, mutates_args=())
 
 
 @_embedding_grad_operator.register_fake
