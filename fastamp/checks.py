@@ -67,8 +67,8 @@ def check_hidden(hidden: object) -> list[Tensor]:
     return [part for _, part in named]
 
 
-def check_context(context: object, batch: int) -> None:
-    """`context` is None or a dict of tensors (B, ...), or None in their place, by the names that f takes."""
+def check_context(context: object, batch: int, device: torch.device) -> None:
+    """`context` is None, or tensors (B, ...) on `device` (or None in their place) by the names of f's arguments."""
     if context is None:
         return
     if not isinstance(context, Mapping):
@@ -85,6 +85,7 @@ def check_context(context: object, batch: int) -> None:
                 f"context[{name!r}] must have {batch} rows, one a row of hidden, got shape {tuple(value.shape)}; "
                 "what all rows share belongs into f itself"
             )
+        check_device(f"context[{name!r}]", value, device)
 
 
 def check_row_target(target: object, batch: int, device: torch.device) -> None:

@@ -25,9 +25,8 @@ from fastamp.layer_step import Hidden, layer_step
 from fastamp.mixing import Mix, MixStats, draw
 from fastamp.policy import check_choice, check_number, checked_policy
 from fastamp.randomness import random_states_kept_on_error
+from fastamp.reweighting import moving_weights, new_window
 from fastamp.steps import amp_cross_entropy_step, divisors, host_facts
-
-WINDOW = 5  # steps that the moving re-weighting looks back, as the published code does
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": reference.PAPER,
@@ -131,8 +130,7 @@ class AMPLoss(nn.Module):
         self.generator = generator
         self.register_buffer("weight", weight)
         if reweight is not None:
-            # Count, mean and sum of squared deviations of the positive δ of each of the last steps.
-            self.register_buffer("window", torch.zeros(WINDOW, 3))
+            self.register_buffer("window", new_window())
             self.register_buffer("window_step", torch.zeros((), dtype=torch.int64))
 
     @classmethod
@@ -244,8 +242,9 @@ class AMPLoss(nn.Module):
 
         The loss's backward reaches f's parameters and whatever made `hidden`. No `.grad` is touched before it, and
         hooks on parameters fire once; module hooks and f itself run once a pass. A pass differs from the others in
-        its λ alone: it starts from the same state of torch's default generators (unless dropout="redrawn"; generators
-        of f's own are not set back), and running statistics of normalisation layers are updated by the first pass only.
+        its λ alone: it starts from the same state of torch's default generators, the CPU's and that of hidden's device
+        (unless dropout="redrawn"; generators of f's own are not set back), and running statistics of normalisation
+        layers are updated by the first pass only.
 
         Args:
             f: the rest of the network, a module or any callable: f(mixed, **context) gives logits (B, C). `mixed` has
@@ -281,7 +280,7 @@ class AMPLoss(nn.Module):
             raise TypeError(f"f must be callable, a module or a function from hidden to logits, got {type(f).__name__}")
         parts = check_hidden(hidden)
         batch, device = parts[0].shape[0], parts[0].device
-        check_context(context, batch)
+        check_context(context, batch, device)
         check_row_target(target, batch, device)
         check_num_items(num_items)
         check_choice("plan", plan)
@@ -311,7 +310,7 @@ class AMPLoss(nn.Module):
 
     def _reduced(self, loss: Tensor, stats: MixStats, divisor: Tensor | float) -> Tensor:
         if self.reweight is not None:
-            loss = self._moving_weights(stats.delta) * loss
+            loss = moving_weights(stats.delta, self.window, self.window_step) * loss
         if self.reduction == "none":
             return loss
         total = loss.sum()
@@ -351,22 +350,6 @@ class AMPLoss(nn.Module):
         if not by_items or num_items is None:
             return loss
         return loss / (num_items.to(loss.dtype) if isinstance(num_items, Tensor) else num_items)
-
-    def _moving_weights(self, delta: Tensor) -> Tensor:
-        """1 + (δ-μ)/σ where δ > μ, else 1; enters this step's positive δ (B,) into the window first."""
-        positive = delta > 0
-        count = positive.sum()
-        mean = torch.where(positive, delta, 0).sum() / count.clamp(min=1)
-        spread = torch.where(positive, (delta - mean).square(), 0).sum()
-        row = torch.stack([count.to(mean.dtype), mean, spread]).to(self.window.dtype)
-        self.window.index_copy_(0, (self.window_step % WINDOW).view(1), row[None])
-        self.window_step.add_(1)
-
-        counts, means, spreads = self.window.to(delta.dtype).unbind(1)
-        total = counts.sum().clamp(min=1)
-        mean = (counts * means).sum() / total
-        std = ((spreads + counts * (means - mean).square()).sum() / total).sqrt()
-        return torch.where((delta > mean) & (std > 0), 1 + (delta - mean) / std, 1)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
         """The generator's state, so that a resumed run draws what an uninterrupted one would have drawn."""

@@ -58,6 +58,11 @@ BAD = {
         ValueError,
         rf"context\['mask'\] must have {BATCH} rows.* got shape \(4,\); what all rows share belongs into f",
     ),
+    "a context elsewhere": (
+        {"context": {"mask": TARGET.to("meta")}},
+        ValueError,
+        r"context\['mask'\] is on meta, the rows to mix are on cpu",
+    ),
     "an unknown plan": ({"plan": "fast"}, ValueError, "plan must be one of 'auto', 'merged', 'both'; got 'fast'"),
     "a mix of another size": (
         {"mix": Mix(torch.rand(3), torch.arange(3))},

@@ -27,9 +27,11 @@ def _fresh():
 
 @pytest.mark.parametrize("mode", ["amp", "maxop", "mixup"])
 @pytest.mark.parametrize("form", ["tensor", "dict"])
-def test_a_whole_step_in_one_graph_gives_the_numbers_of_the_definition(mode, form):
+def test_a_whole_step_in_one_graph_gives_the_numbers_of_the_definition(backend, mode, form):
     """12, 14: silently wrong under torch.compile, or the graph breaks."""
     p = problem()
+    p.encoder.to(p.x.device)
+    p.network.to(p.x.device)
     criterion = AMPLoss(mode=mode, **WAVY_STEP)
     scale = 1 + torch.rand(BATCH, 1, dtype=torch.float64)
 
