@@ -303,7 +303,7 @@ def embedding_cases() -> Iterator[Case]:
                 launch.block_c * itemsize if depth >= 768 else 0,
             )
             launch = config.embedding_grad_config(depth, max(4, itemsize))
-            block = {"PIECE": config.EMBEDDING_PIECE, "ROWS": config.EMBEDDING_ROWS, "BLOCK_D": launch.block_c}
+            block = {"PIECE": launch.piece, "ROWS": launch.rows, "BLOCK_D": launch.block_d}
             signature = {"sorted_ptr": "*i64", "dtable_ptr": data, "pieces_ptr": wide, "tokens": "i32", "D": "i32"}
             signature |= {"padding_idx": "i32"}
             yield Case(
@@ -315,7 +315,7 @@ def embedding_cases() -> Iterator[Case]:
                 {"stride_ud": 1} | block,
                 ("upstream_ptr", "dtable_ptr", "pieces_ptr", *aligned),
                 launch.num_warps,
-                launch.block_c * itemsize if depth >= 768 else 0,
+                launch.block_d * itemsize if depth >= 768 else 0,
             )
             yield Case(
                 f"{data} D={depth} {launch}",
@@ -324,7 +324,7 @@ def embedding_cases() -> Iterator[Case]:
                 block,
                 ("dtable_ptr", "pieces_ptr", *aligned),
                 launch.num_warps,
-                launch.block_c * max(4, itemsize) if depth >= 768 else 0,
+                launch.block_d * max(4, itemsize) if depth >= 768 else 0,
             )
 
 

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
-GROUPS = ("rows", "rows-fp64 loop loop-fp64 grad grad-fp64 small", "head head-fp64")
+GROUPS = (
+    "rows",
+    "rows-fp64 loop loop-fp64 grad grad-fp64 small",
+    "head head-fp64",
+    "mix remix embedding select select-fp64",
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -175,12 +175,22 @@ def inner_product_config(width: int, itemsize: int) -> PartsConfig:
     return PartsConfig(tile.block_b, tile.block_c, part, tile.num_warps)
 
 
-def embedding_grad_config(depth: int, itemsize: int) -> Config:
-    """The launch of the table's gradient.
+class EmbeddingConfig(NamedTuple):
+    """A launch of either stage of the table's gradient."""
+
+    piece: int  # tokens of a chunk
+    rows: int  # tokens, or pieces, that are summed at a time
+    block_d: int
+    num_warps: int
+
+
+def embedding_grad_config(depth: int, itemsize: int) -> EmbeddingConfig:
+    """The launches of the table's gradient.
 
     Args:
         depth: D.
         itemsize: bytes of the compute dtype, 4 or 8.
     """
     block_d = min(triton.next_power_of_2(depth), EMBEDDING_WORDS * 4 // itemsize)
-    return Config(EMBEDDING_ROWS, block_d, max(1, EMBEDDING_ROWS * block_d * itemsize // 4 // 512), False)
+    num_warps = max(1, EMBEDDING_ROWS * block_d * itemsize // 4 // 512)
+    return EmbeddingConfig(EMBEDDING_PIECE, EMBEDDING_ROWS, block_d, num_warps)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .amp_cross_entropy import inverse_permutation, on_device_of
-from .config import EMBEDDING_PIECE, EMBEDDING_ROWS, embedding_grad_config, mix_config
+from .config import embedding_grad_config, mix_config
 from .mix import mixed_tile, tile_of
 from .rows import ASSERTING, tile_mask
 
@@ -124,7 +124,7 @@ def _long_runs_kernel(
     ROWS: tl.constexpr,  # pieces that are summed at a time
     BLOCK_D: tl.constexpr,
 ):
-    """The sum over the pieces of the run that begins in this program's chunk and ends in a later one, if there is one."""
+    """The sum of the pieces of the run that begins in this chunk and ends in a later one, if there is one (29)."""
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
     first = chunk * PIECE
@@ -202,15 +202,14 @@ def embedding_mix_backward(
     dtable = torch.zeros(size, depth, dtype=upstream.dtype, device=upstream.device)
     tokens = ids.numel()
     sorted_ids, order = ids.reshape(-1).sort(stable=True)
-    chunks = triton.cdiv(tokens, EMBEDDING_PIECE)
-    pieces = torch.empty(chunks, 2, depth, dtype=lam.dtype, device=upstream.device)
     config = embedding_grad_config(depth, lam.element_size())
-    blocks = triton.cdiv(depth, config.block_c)
+    chunks, blocks = triton.cdiv(tokens, config.piece), triton.cdiv(depth, config.block_d)
+    pieces = torch.empty(chunks, 2, depth, dtype=lam.dtype, device=upstream.device)
     padding = -1 if padding_idx is None else padding_idx
     options = {
-        "PIECE": EMBEDDING_PIECE,
-        "ROWS": EMBEDDING_ROWS,
-        "BLOCK_D": config.block_c,
+        "PIECE": config.piece,
+        "ROWS": config.rows,
+        "BLOCK_D": config.block_d,
         "num_warps": config.num_warps,
     }
     with on_device_of(upstream):
@@ -230,7 +229,5 @@ def embedding_mix_backward(
             **options,
         )
         if chunks > 1:
-            _long_runs_kernel[(chunks * blocks,)](
-                sorted_ids, pieces, dtable, tokens, chunks, depth, padding, **options
-            )
+            _long_runs_kernel[(chunks * blocks,)](sorted_ids, pieces, dtable, tokens, chunks, depth, padding, **options)
     return dtable
