@@ -58,7 +58,9 @@ def with_parts(hidden: Hidden, parts: list[Tensor]) -> Any:
         return parts[0]
     if isinstance(hidden, Mapping):
         return dict(zip(hidden, parts, strict=True))
-    return type(hidden)(*parts) if hasattr(hidden, "_fields") else tuple(parts)
+    if isinstance(hidden, tuple):
+        return type(hidden)(*parts) if hasattr(hidden, "_fields") else tuple(parts)
+    return parts
 
 
 def layer_step(
@@ -108,6 +110,7 @@ class _Step:
         self._grad_divisor: Tensor | float = 1.0
         self._all_kept = False
         self._ties = (0.0, 0.0)
+        self._scale = 1.0  # of the gradients of the first pass
 
     # Passes
 
@@ -147,12 +150,17 @@ class _Step:
         if torch.is_autocast_enabled(device):
             ran_in.append(torch.get_autocast_dtype(device))
         self._ties = self.policy.tie_bounds(max(ran_in, key=lambda dtype: torch.finfo(dtype).eps))
+        self._scale = FLOAT16_SCALE if torch.float16 in ran_in else 1.0
         return checked
 
-    def remix(self, grads: list[Tensor | None], scale: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """∇λ, λ' and the hidden state mixed at λ', from the gradients that reached the mixed parts."""
+    def upstream(self, at_lam: Selected, logits: Tensor) -> Tensor:
+        """What the first pass's backward starts from: of the summed row losses, scaled."""
+        return (at_lam.grad * self._scale).to(logits.dtype)
+
+    def remix(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """∇λ, λ' and the hidden state mixed at λ', from what reached the mixed parts."""
         policy, lam = self.policy, self.lam
-        if len(grads) == 1 and grads[0] is not None and scale == 1.0:
+        if len(grads) == 1 and grads[0] is not None and self._scale == 1.0:
             slope, lam_adv, mixed = hidden_ops.remixed(
                 self.parts[0], grads[0], lam, self.partner, policy, self._grad_divisor
             )
@@ -161,7 +169,7 @@ class _Step:
         for part, grad in zip(self.parts, grads, strict=True):
             if grad is not None:
                 slope = slope + hidden_ops.lambda_grad(grad, part, self.partner).to(lam.dtype)
-        slope = closed_form.scaled_grad(slope / scale, policy, self._grad_divisor)
+        slope = closed_form.scaled_grad(slope / self._scale, policy, self._grad_divisor)
         lam_adv = closed_form.step_lam(lam, slope, policy)
         return slope, lam_adv, self.mixed(lam_adv)
 
@@ -190,11 +198,10 @@ class _Step:
             logits = self.learn(self.logits(mixed))
         del mixed
         both = both or (amp and (statistics.couple_rows or (redrawn and random.drew)))
-        at_lam = self.select(logits, None)
-        grads, scale = self._pull(logits, edges, at_lam, retain=both)
+        grads = self._pull(logits, edges, retain=both)
         if not both:
-            logits = logits.detach()
-        slope, lam_adv, mixed_adv = self.remix(grads, scale)
+            logits = logits.detach().clone()  # f may be a CUDA graph, whose next run writes over what it returned
+        slope, lam_adv, mixed_adv = self.remix(grads)
         del grads, edges
 
         def again(parts: list[Tensor]) -> Tensor:
@@ -215,23 +222,22 @@ class _Step:
             return loss, self._stats(chosen, slope, lam_adv, "both")
         rejected = ~chosen.mask & (lam_adv != self.lam)  # a row whose λ did not move is right in either pass
         rows = rejected[:0] if not amp or merge else rejected.nonzero().squeeze(1)  # the one look at the device
-        if merge or 3 * len(rows) > len(rejected) or (len(rows) and (self.context is None or random.drew)):
+        alone = self.context is not None and not random.drew and 3 * len(rows) <= len(rejected)
+        if merge or (len(rows) and not alone):
             if torch.is_autocast_enabled(device.type):
                 # Weights that were cast without a graph must not be found in the cache.
                 torch.clear_autocast_cache()
             del logits_adv
             logits_sel = again(self.mixed(torch.where(chosen.mask, lam_adv, self.lam)))
-            return _with_graph(logits_sel, chosen.loss, _at_choice(chosen)), self._stats(
-                chosen, slope, lam_adv, "merged"
-            )
+            loss = _with_graph(logits_sel, chosen.loss, _at_choice(chosen))
+            return loss, self._stats(chosen, slope, lam_adv, "merged")
+        loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
         if not len(rows):
-            loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
             return loss, self._stats(chosen, slope, lam_adv, "adversarial")
         with statistics.frozen():
             logits_sub = self._logits_of(rows)
-        kept = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
         redone = _with_graph(logits_sub, chosen.loss[rows], chosen.grad[rows])
-        return kept.index_put((rows,), redone), self._stats(chosen, slope, lam_adv, "sub-batch")
+        return loss.index_put((rows,), redone), self._stats(chosen, slope, lam_adv, "sub-batch")
 
     def _mixup(self) -> tuple[Tensor, MixStats]:
         logits = self.learn(self.logits(self.mixed(self.lam)))
@@ -245,19 +251,16 @@ class _Step:
         mixed = [hidden_ops.mixed(leaf, self.lam, self.partner) for leaf in leaves]
         return mixed, [get_gradient_edge(part) for part in mixed]
 
-    def _pull(
-        self, logits: Tensor, edges: list[GradientEdge], at_lam: Selected, *, retain: bool
-    ) -> tuple[list[Tensor | None], float]:
-        """The gradient of the summed row losses to the mixed parts, times a scale; nobody's `.grad` is touched."""
+    def _pull(self, logits: Tensor, edges: list[GradientEdge], *, retain: bool) -> Sequence[Tensor | None]:
+        """The scaled gradient of the summed row losses to the mixed parts; nobody's `.grad` is touched."""
         unreached = "f's logits do not depend on hidden, so no gradient reaches λ"
         if not logits.requires_grad:
             raise ValueError(f"{unreached}: does f detach it, or run under torch.no_grad()?")
-        scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-        upstream = (at_lam.grad * scale).to(logits.dtype)
+        upstream = self.upstream(self.select(logits, None), logits)
         grads = torch.autograd.grad([logits], edges, [upstream], retain_graph=retain, allow_unused=True)
         if all(grad is None for grad in grads):
             raise ValueError(unreached)
-        return list(grads), scale
+        return grads
 
     def _logits_of(self, rows: Tensor) -> Tensor:
         """Run f on some rows alone, mixed at λ."""
@@ -302,10 +305,8 @@ class _Step:
                     "dropout='redrawn' cannot be traced, since a row that keeps λ keeps its mask: use "
                     "dropout='shared', or compile f alone and call step outside"
                 )
-            at_lam = self.select(logits, None)
-            scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-            grads = pull((at_lam.grad * scale).to(logits.dtype))
-        slope, lam_adv, mixed_adv = self.remix(list(grads), scale)
+            grads = pull(self.upstream(self.select(logits, None), logits))
+        slope, lam_adv, mixed_adv = self.remix(grads)
         again = RecordedMasks() if redrawn else masks.again()
         with torch.no_grad() if amp else nullcontext(), again:
             logits_adv = self.logits(mixed_adv)

@@ -197,7 +197,7 @@ def test_every_part_of_a_hidden_state_is_mixed_with_the_same_lambda(form, plan):
     hidden = {"dict": {"words": words, "image": image}, "tuple": (words, image), "list": [words, image]}[form]
 
     def f(mixed):
-        assert isinstance(mixed, dict if form == "dict" else tuple)
+        assert isinstance(mixed, type(hidden))
         a, b = mixed.values() if form == "dict" else mixed
         return p.network(torch.cat([a, b.flatten(1)], 1))
 
