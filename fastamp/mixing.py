@@ -22,7 +22,12 @@ class Mix(NamedTuple):
 
         Returns:
             A mask of the same shape and dtype.
+
+        Raises:
+            TypeError: a floating-point mask, which adds to attention scores rather than saying what counts.
         """
+        if mask.is_floating_point():
+            raise TypeError(f"mask must be boolean or integer, got {mask.dtype}")
         return mask | mask[self.partner]
 
 

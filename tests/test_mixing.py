@@ -148,3 +148,9 @@ def test_a_generator_on_the_cpu_serves_the_gpu(alpha):
     assert torch.equal(mix.lam.cpu(), on_host.lam)
     on_device = draw(64, alpha=alpha, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     assert on_device.lam.is_cuda
+
+
+def test_the_union_of_additive_masks_is_refused():
+    mix = Mix(torch.rand(2), torch.tensor([1, 0]))
+    with pytest.raises(TypeError, match="mask must be boolean or integer, got torch.float32"):
+        mix.union(torch.zeros(2, 1, 1, 5))

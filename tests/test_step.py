@@ -367,14 +367,16 @@ def test_narrow_networks_stay_near_the_definition(backend, dtype, plan):
     torch.testing.assert_close(stats.grad.double(), truth.grad, rtol=0, atol=200 * eps)
 
 
-def test_float16_gradients_to_hidden_do_not_underflow():
-    """∂ℓ/∂m of 2^-22 has two bits in float16."""
+@pytest.mark.parametrize("widened", [False, True])
+def test_float16_gradients_to_hidden_do_not_underflow(widened):
+    """∂ℓ/∂m of 2^-22 has two bits in float16, also where f ends in float32."""
     hidden = torch.randn(64, 3, dtype=torch.float16)
     weight = torch.randn(3, 5, dtype=torch.float16)
     target, mix = torch.randint(5, (64,)), Mix(torch.rand(64), torch.randperm(64))
 
     def f(m):
-        return (m * 2**-10) @ weight * 2**-8
+        logits = (m * 2**-10) @ weight * 2**-8
+        return logits.float() if widened else logits
 
     _, stats = AMPLoss().step(f, hidden, target, mix=mix, return_stats=True)
     truth = reference.amp(
