@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import closed_form
-from fastamp.autograd import is_transformed, once_differentiable
+from fastamp.autograd import in_torch_func, once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.policy import Policy
 
@@ -27,14 +27,19 @@ class Selected(NamedTuple):
     grad_adv: Tensor | None  # (B, C) the same at λ'; None without logits_adv
 
 
+def _takes_kernels(rows: Tensor) -> bool:
+    return uses_triton(rows) and rows.numel() > 0 and not in_torch_func()
+
+
 def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     """λ_r h_r + (1-λ_r) h_π(r) of hidden's dtype (B, ...); differentiable to hidden, with λ a constant."""
     lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
-    if uses_triton(hidden) and hidden.numel():
+    if _takes_kernels(hidden):
         from fastamp import layer_ops
 
         return layer_ops.mixed(hidden, lam, partner)
-    return (_mix if is_transformed() else _Mixed.apply)(hidden, lam, partner)
+    composed = torch.compiler.is_compiling() or in_torch_func()
+    return (_mix if composed else _Mixed.apply)(hidden, lam, partner)
 
 
 class _Mixed(torch.autograd.Function):
@@ -72,11 +77,11 @@ def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, pa
         padding_idx: an id in 0..V-1 whose row gets no gradient, or None.
     """
     lam = lam.detach().to(closed_form.compute_dtype(table.dtype))
-    if uses_triton(table) and ids.numel() and table.numel():
+    if _takes_kernels(table) and ids.numel():
         from fastamp import layer_ops
 
         return layer_ops.embedding_mixed(ids, table, lam, partner, padding_idx)
-    if is_transformed():
+    if torch.compiler.is_compiling() or in_torch_func():
         return _mix(F.embedding(ids, table, padding_idx), lam, partner)
     return _EmbeddingMixed.apply(table, ids, lam, partner, padding_idx)
 
@@ -100,7 +105,7 @@ class _EmbeddingMixed(torch.autograd.Function):
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     """⟨∂ℓ_r/∂m_r, h_r - h_π(r)⟩, (B,) of the compute dtype, detached."""
-    if uses_triton(hidden) and hidden.numel():
+    if _takes_kernels(hidden):
         from fastamp import layer_ops
 
         return layer_ops.lambda_grad(grad_mixed, hidden, partner)
@@ -123,7 +128,7 @@ def remixed(
         policy: for mode, grad_scale, step_size, grad_clip and clamp.
         grad_divisor: divides ∇λ under grad_scale="mean"; a number or a 0-d tensor. 0 makes ∇λ zero.
     """
-    if uses_triton(hidden) and hidden.numel():
+    if _takes_kernels(hidden):
         from fastamp import layer_ops
 
         return layer_ops.remixed(hidden, grad_mixed, lam, partner, policy, grad_divisor)
@@ -159,7 +164,7 @@ def selected(
         ties: (absolute, relative): a row takes λ' where δ >= -(absolute + relative·max(1, |ℓ|)); (0, 0): where δ > 0.
         all_kept: promises that no label equals ignore_index.
     """
-    if uses_triton(logits) and logits.numel():
+    if _takes_kernels(logits):
         from fastamp import layer_ops
 
         return Selected(*layer_ops.selected(logits, logits_adv, target, lam, partner, weight, policy, ties))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import fastamp.kernels as kernels
 from fastamp import closed_form
-from fastamp.autograd import is_transformed
 from fastamp.kernels import RowPolicy
 from fastamp.ops import row_policy
 from fastamp.policy import Policy
@@ -21,7 +20,7 @@ from fastamp.policy import Policy
 
 def mixed(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     """`fastamp.hidden.mixed` on Triton, for lam of the compute dtype."""
-    return (_mix_operator if is_transformed() else _Mix.apply)(hidden, lam, partner)
+    return (_mix_operator if torch.compiler.is_compiling() else _Mix.apply)(hidden, lam, partner)
 
 
 class _Mix(torch.autograd.Function):
@@ -76,7 +75,7 @@ _mix_grad_operator.register_autograd(
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
     """`fastamp.hidden.lambda_grad` on Triton."""
-    if is_transformed():
+    if torch.compiler.is_compiling():
         return _lambda_grad_operator(grad_mixed.detach(), hidden.detach(), partner)
     return kernels.lambda_grad(grad_mixed.detach(), hidden.detach(), partner, closed_form.compute_dtype(hidden.dtype))
 
@@ -101,7 +100,7 @@ def remixed(
         divisor = grad_divisor.to(lam) if isinstance(grad_divisor, Tensor) else lam.new_full((), grad_divisor)
     step = (policy.mode, policy.grad_clip, policy.clamp, policy.step_size)
     arguments = (hidden, grad_mixed.detach(), lam, partner, divisor, *step)
-    if is_transformed():
+    if torch.compiler.is_compiling():
         grad, lam_adv, rows = _remix_operator(*arguments)
         return grad.detach(), lam_adv.detach(), rows
     return _Remix.apply(*arguments)
@@ -176,7 +175,7 @@ def selected(
     )
     logits, logits_adv = logits.detach(), None if logits_adv is None else logits_adv.detach()
     tensors = (logits, logits_adv, target.detach(), lam, partner, weight if weight is None else weight.detach())
-    if not is_transformed():
+    if not torch.compiler.is_compiling():
         return tuple(kernels.select_cross_entropy_forward(*tensors, policy=compiled_for))
     *fields, grad_adv = _select_operator(*tensors, *compiled_for)
     return (*fields, None if logits_adv is None else grad_adv)
@@ -216,7 +215,7 @@ def _(logits: Tensor, logits_adv: Tensor | None, target: Tensor, lam: Tensor, *_
 
 def embedding_mixed(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor, padding_idx: int | None) -> Tensor:
     """`fastamp.hidden.embedding_mixed` on Triton, for lam of the compute dtype."""
-    mix = _embedding_operator if is_transformed() else _EmbeddingMix.apply
+    mix = _embedding_operator if torch.compiler.is_compiling() else _EmbeddingMix.apply
     return mix(table, ids, lam, partner, padding_idx)
 
 

@@ -1,0 +1,404 @@
+"""Mixing, ∇λ, remixing and mixed embeddings, on both backends; selection is in test_select_cross_entropy.py."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, HAS_GPU, INTERPRETED, TOLERANCE, assert_no_worse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LAYOUTS, laid_out
+
+import fastamp
+from fastamp import functional, hidden, reference
+from fastamp.policy import checked_policy
+
+# The interpreter cuts float32 to bfloat16 where a GPU rounds: twice the error, of values of the size of 1.
+SCALE = 0.25
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch, triton_backend):
+    """Tiles of a few elements, so that short rows take many programs, many parts and many pieces."""
+    small = {"MIX_BYTES": 32, "MIX_ROWS": 2, "REMIX_WORDS": 8, "REMIX_WORDS_PER_WARP": 8, "PART_TILES": 1}
+    small |= {"MAX_PARTS": 4, "EMBEDDING_PIECE": 4, "EMBEDDING_ROWS": 2, "EMBEDDING_WORDS": 8}
+    config = importlib.import_module("fastamp.kernels.config")
+    for name, value in small.items():
+        assert hasattr(config, name)
+        monkeypatch.setattr(config, name, value)
+
+
+def rows(*shape, dtype=torch.float32):
+    return (SCALE * torch.randn(shape)).to(dtype)
+
+
+def draw(batch, *, dtype=torch.float32, outside=False):
+    """λ, within [0, 1] or around it, and partners."""
+    lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return 3 * lam - 1 if outside else lam, torch.randperm(batch)
+
+
+def gradient(output, leaf, upstream):
+    return torch.autograd.grad(output, leaf, upstream, retain_graph=True)[0]
+
+
+@st.composite
+def layers(draw_):
+    """Rows, λ, partners, gradients and their layouts."""
+    batch = draw_(st.integers(1, 7))
+    inner = draw_(st.lists(st.integers(1, 9), max_size=3))
+    dtype, layout = draw_(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
+    torch.manual_seed(draw_(st.integers(0, 2**16)))
+    lam, partner = draw(batch, dtype=dtype, outside=draw_(st.booleans()))
+    partner = torch.arange(batch) if draw_(st.sampled_from([False, False, True])) else partner
+    values = [laid_out(rows(batch, *inner, dtype=dtype), draw_(layout)) for _ in range(3)]
+    return *values, laid_out(lam, draw_(layout)), laid_out(partner, draw_(layout))
+
+
+def assert_layers_hold(case):
+    """Every operation on hidden rows against its definition in float64 and its composition in the dtype."""
+    values, grad_mixed, upstream, lam, partner = case
+    dtype = values.dtype
+    leaf = values.detach().requires_grad_()
+    before = values.clone()
+    mixed = functional.mix(leaf, lam, partner)
+    ours = {"m": mixed, "dh": gradient(mixed, leaf, upstream), "∇λ": functional.lambda_grad(grad_mixed, leaf, partner)}
+    lam_adv, again = functional.remix(leaf, lam, partner, grad_mixed, step_size=0.7, grad_clip=0.4)
+    ours |= {"λ'": lam_adv, "m(λ')": again, "dh(λ')": gradient(again, leaf, upstream)}
+    assert torch.equal(values, before)
+    assert mixed.dtype == again.dtype == dtype
+    assert mixed.is_contiguous()
+
+    def by_definition(precision):
+        hidden, up, g = (x.detach().to(precision) for x in (values, upstream, grad_mixed))
+        hidden, at = hidden.requires_grad_(), lam.detach().to(precision).requires_grad_()
+        mixed = reference.mix(hidden, at, partner)
+        (grad,) = torch.autograd.grad(mixed, at, g, retain_graph=True)
+        lam_adv = (at + 0.7 * grad.clamp(-0.4, 0.4)).detach()
+        again = reference.mix(hidden, lam_adv, partner)
+        found = {"m": mixed, "dh": gradient(mixed, hidden, up), "∇λ": grad, "λ'": lam_adv}
+        return found | {"m(λ')": again, "dh(λ')": gradient(again, hidden, up)}
+
+    truth, composed = by_definition(torch.float64), by_definition(dtype)
+    for name, value in ours.items():
+        assert_no_worse(name, value.detach(), truth[name].detach(), composed[name].detach(), dtype)
+
+
+@settings(INTERPRETED)
+@given(case=layers())
+def test_rows_of_any_shape_and_layout_hold_the_contract(poisoned_empty, backend, case):
+    assert_layers_hold(case)
+
+
+@settings(INTERPRETED)
+@given(case=layers())
+def test_rows_cut_into_many_parts_hold_the_contract(poisoned_empty, tiny_tiles, case):
+    assert_layers_hold(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [4099, 9001])
+def test_long_rows_hold_the_contract(poisoned_empty, backend, dtype, width):
+    """The launches as they are: a row in registers, and parts of it."""
+    values = [rows(3, width, dtype=dtype) / (width**0.5 if i == 1 else 1) for i in range(3)]
+    assert_layers_hold((*values, *draw(3)))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,), (3, 2, 0)])
+def test_rows_without_elements_pass(backend, shape):
+    values = torch.zeros(shape, requires_grad=True)
+    lam, partner = draw(shape[0])
+    mixed = functional.mix(values, lam, partner)
+    assert mixed.shape == shape
+    assert torch.autograd.grad(mixed.sum(), values)[0].shape == shape
+    assert functional.lambda_grad(values, values, partner).tolist() == [0.0] * shape[0]
+    lam_adv, again = functional.remix(values, lam, partner, values)
+    assert torch.equal(lam_adv, lam)
+    assert again.shape == shape
+
+
+def test_a_row_mixed_with_itself_stays_as_it_is(backend):
+    values = rows(4, 7)
+    assert torch.equal(functional.mix(values, torch.rand(4), torch.arange(4)), values)
+
+
+def test_infinities_give_what_arithmetic_gives(backend):
+    values = torch.tensor([[1.0, torch.inf], [2.0, 3.0]])
+    mixed = functional.mix(values, torch.tensor([0.5, 0.5]), torch.tensor([1, 0]))
+    assert mixed[:, 0].tolist() == [1.5, 1.5]
+    assert not mixed[:, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("form", ["stride 0", "transposed", "sliced"])
+def test_upstream_gradients_of_any_strides(backend, form):
+    """5, 6: stride 0 from a sum, and what cat and transpose hand down."""
+    values = rows(5, 6, 4).requires_grad_()
+    lam, partner = draw(5)
+    wide = torch.randn(4, 6, 10)
+    upstream = {
+        "stride 0": torch.tensor(0.7).expand(5, 6, 4),
+        "transposed": wide[..., :5].transpose(0, 2),
+        "sliced": torch.randn(5, 13, 4)[:, ::2][:, :6],
+    }[form]
+    for op in (
+        lambda h: functional.mix(h, lam, partner),
+        lambda h: functional.remix(h, lam, partner, upstream)[1],
+    ):
+        mixed = op(values)
+        expected = gradient(mixed, values, upstream.contiguous())
+        assert torch.equal(gradient(mixed, values, upstream), expected)
+        doubled = gradient(mixed, values, 2 * upstream)
+        torch.testing.assert_close(doubled, 2 * expected)
+
+
+@pytest.mark.parametrize("divisor", [3, torch.tensor(3.0), torch.tensor(0.0)], ids=["number", "tensor", "zero"])
+@pytest.mark.parametrize("width", [5, 40])
+def test_the_lambda_gradient_is_divided(tiny_tiles, divisor, width):
+    values, grad_mixed = rows(4, width), rows(4, width)
+    lam, partner = draw(4)
+    policy = checked_policy(grad_scale="mean", step_size=0.5, clamp=True)
+    grad, lam_adv, mixed = hidden.remixed(values, grad_mixed, lam, partner, policy, divisor)
+    expected = functional.lambda_grad(grad_mixed, values, partner) / 3 if divisor != 0 else torch.zeros(4)
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(lam_adv, (lam + 0.5 * grad.clamp(-1, 1)).clamp(0, 1))
+    torch.testing.assert_close(mixed, functional.mix(values, lam_adv, partner))
+
+
+def test_three_runs_give_the_same_bits(tiny_tiles):
+    values, grad_mixed, upstream = (rows(5, 37) for _ in range(3))
+    lam, partner = draw(5)
+    ids, table = torch.randint(3, (5, 4)), rows(3, 9).requires_grad_()
+    runs = []
+    for _ in range(3):
+        leaf = values.clone().requires_grad_()
+        lam_adv, mixed = functional.remix(leaf, lam, partner, grad_mixed)
+        embedded = functional.embedding_mix(ids, table, lam, partner)
+        grad = gradient(embedded, table, torch.ones(()).expand(embedded.shape))
+        runs.append((lam_adv, mixed, gradient(mixed, leaf, upstream), embedded, grad))
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+def test_backward_twice_gives_the_same_and_keeps_what_it_gave(backend):
+    """2: a second backward rescales what the first one gave."""
+    values, table = rows(4, 6).requires_grad_(), rows(5, 3).requires_grad_()
+    lam, partner = draw(4)
+    for leaf, output in (
+        (values, functional.mix(values, lam, partner)),
+        (values, functional.remix(values, lam, partner, rows(4, 6))[1]),
+        (table, functional.embedding_mix(torch.randint(5, (4, 6)), table, lam, partner)),
+    ):
+        upstream = torch.randn(output.shape)
+        first = gradient(output, leaf, upstream)
+        copy = first.clone()
+        gradient(output, leaf, 2 * upstream)
+        assert torch.equal(first, copy)
+        assert torch.equal(gradient(output, leaf, upstream), copy)
+
+
+def test_linear_operations_can_be_differentiated_twice(backend):
+    """3: right, since what is linear has a gradient that is linear in the upstream gradient."""
+    lam, partner = draw(3, dtype=torch.float64)
+    ids = torch.tensor([[0, 2], [2, 2], [1, 0]])
+    values, table = rows(3, 2, dtype=torch.float64), rows(3, 1, dtype=torch.float64)
+
+    def embedded(table, padding_idx=None):
+        return functional.embedding_mix(ids, table, lam, partner, padding_idx=padding_idx)
+
+    def composed(table):
+        return functional.mix(F.embedding(ids, table, 2), lam, partner)
+
+    def again(values):
+        return functional.remix(values, lam, partner, torch.ones(3, 2, dtype=torch.float64))[1]
+
+    def mixed(values):
+        return functional.mix(values, lam, partner)
+
+    for op, leaf in ((mixed, values), (embedded, table)):
+        assert torch.autograd.gradcheck(op, leaf.requires_grad_(), check_batched_grad=False)
+        assert torch.autograd.gradgradcheck(lambda x, op=op: op(x).square(), leaf, check_batched_grad=False)
+    # λ' is a constant, which numerical differentiation does not know.
+    (grad,) = torch.autograd.grad(again(values).square().sum(), values, create_graph=True)
+    assert gradient(grad, values, torch.ones_like(grad)).isfinite().all()
+    # Nor does it know of a row of the table whose gradient is left out.
+    seconds = []
+    for embeddings_mixed in (embedded(table, 2), composed(table)):
+        (grad,) = torch.autograd.grad(embeddings_mixed.square().sum(), table, create_graph=True)
+        seconds.append(gradient(grad, table, torch.ones_like(grad)))
+    torch.testing.assert_close(*seconds)
+
+
+def test_lambda_is_a_constant(backend):
+    lam, partner = draw(4)
+    mixed = functional.mix(rows(4, 3).requires_grad_(), lam.requires_grad_(), partner)
+    mixed.sum().backward()
+    assert lam.grad is None
+
+
+def test_torch_func_passes_through_mixing(backend):
+    values, upstream = rows(4, 3), torch.randn(4, 3)
+    lam, partner = draw(4)
+    ids = torch.randint(5, (4, 6))
+    for op, leaf in (
+        (lambda h: (functional.mix(h, lam, partner) * upstream).sum(), values),
+        (lambda e: functional.embedding_mix(ids, e, lam, partner, padding_idx=1).square().sum(), rows(5, 2)),
+    ):
+        ours = torch.func.grad(op)(leaf)
+        leaf = leaf.requires_grad_()
+        torch.testing.assert_close(ours, torch.autograd.grad(op(leaf), leaf)[0])
+
+
+@pytest.mark.large
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31(backend):
+    """8: int32 offset overflow."""
+    if backend == "torch" or not HAS_GPU:
+        pytest.skip("takes a GPU")
+    values = torch.zeros(3, 2**30 + 8, dtype=torch.bfloat16)
+    values[2, -8:], values[1, :8] = 1.0, 3.0
+    lam, partner = torch.tensor([0.5, 0.25, 0.5]), torch.tensor([1, 2, 0])
+    mixed = functional.mix(values, lam, partner)
+    assert (mixed[1, -8:] == 0.75).all()
+    assert (mixed[2, -8:] == 0.5).all()
+    assert (mixed[0, :8] == 1.5).all()
+    assert functional.lambda_grad(mixed, values, partner).tolist() == [8 * 1.5 * -3, 8 * (0.75 * 3 - 0.75), 4.0]
+
+
+# --- embeddings
+
+
+@st.composite
+def embeddings(draw_):
+    batch, length, depth = draw_(st.integers(1, 5)), draw_(st.integers(1, 12)), draw_(st.integers(1, 19))
+    size = draw_(st.sampled_from([1, 2, 5, 40]))
+    dtype, layout = draw_(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
+    padding_idx = draw_(st.sampled_from([None, None, 0, -1]))
+    torch.manual_seed(draw_(st.integers(0, 2**16)))
+    lam, partner = draw(batch, dtype=dtype, outside=draw_(st.booleans()))
+    ids, table = torch.randint(size, (batch, length)), rows(size, depth, dtype=dtype)
+    # Of a size that keeps sums of many tokens near 1, as SCALE does.
+    upstream = (rows(batch, length, depth) / (batch * length / size) ** 0.5 / 4).to(dtype)
+    values = (ids, table, lam, partner, upstream)
+    return *(laid_out(value, draw_(layout)) for value in values), padding_idx
+
+
+def assert_embeddings_hold(case):
+    ids, table, lam, partner, upstream, padding_idx = case
+    dtype = table.dtype
+    leaf = table.detach().requires_grad_()
+    mixed = functional.embedding_mix(ids, leaf, lam, partner, padding_idx=padding_idx)
+    ours = mixed, gradient(mixed, leaf, upstream)
+    assert all(value.dtype == dtype for value in ours)
+
+    def by_definition(precision):
+        leaf = table.detach().to(precision).requires_grad_()
+        values = F.embedding(ids, leaf, padding_idx)
+        mixed = reference.mix(values, lam.to(precision), partner)
+        return mixed, gradient(mixed, leaf, upstream.to(precision))
+
+    for name, *values in zip(("m", "dE"), ours, by_definition(torch.float64), by_definition(dtype), strict=True):
+        assert_no_worse(name, *(value.detach() for value in values), dtype)
+
+
+@settings(INTERPRETED)
+@given(case=embeddings())
+def test_embeddings_hold_the_contract(poisoned_empty, backend, case):
+    assert_embeddings_hold(case)
+
+
+@settings(INTERPRETED)
+@given(case=embeddings())
+def test_embeddings_of_many_pieces_hold_the_contract(poisoned_empty, tiny_tiles, case):
+    assert_embeddings_hold(case)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [0] * 24,
+        [0] * 4 + [1] * 4 + [2] * 16,
+        [0] * 3 + [1] * 2 + [2] * 19,
+        [1] * 5 + [3] * 11 + [4] * 8,
+        [0, 1, 2, 3] * 6,
+        [0] * 23 + [4],
+    ],
+    ids=str,
+)
+def test_runs_that_begin_and_end_anywhere_in_a_chunk(poisoned_empty, tiny_tiles, ids):
+    """Sums are of small integers: exact."""
+    order = torch.randperm(24)
+    ids = torch.tensor(ids)[order].view(4, 6)
+    table = torch.zeros(5, 10, requires_grad=True)
+    upstream = torch.randint(-8, 8, (4, 6, 10)).float()
+    lam, partner = torch.tensor([0.5, 0.25, 0.0, 1.0]), torch.tensor([1, 2, 3, 0])
+    ours = gradient(functional.embedding_mix(ids, table, lam, partner), table, upstream)
+    mixed = reference.mix(F.embedding(ids, table), lam, partner)
+    assert torch.equal(ours, gradient(mixed, table, upstream))
+
+
+def test_the_padding_gets_no_gradient_and_is_mixed_all_the_same(backend):
+    ids, table = torch.tensor([[0, 2, 0], [1, 0, 0]]), rows(3, 4).requires_grad_()
+    lam, partner = torch.tensor([0.3, 0.6]), torch.tensor([1, 0])
+    mixed = functional.embedding_mix(ids, table, lam, partner, padding_idx=-3)
+    torch.testing.assert_close(mixed, functional.mix(F.embedding(ids, table), lam, partner))
+    grad = gradient(mixed, table, torch.ones_like(mixed))
+    assert (grad[0] == 0).all()
+    assert (grad[1:] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (3, 0, 4, 2), (3, 2, 4, 0)])
+def test_no_tokens_pass(backend, shape):
+    batch, length, size, depth = shape
+    table = torch.zeros(size, depth, requires_grad=True)
+    mixed = functional.embedding_mix(torch.zeros(batch, length, dtype=torch.int64), table, *draw(batch))
+    assert mixed.shape == (batch, length, depth)
+    assert torch.autograd.grad(mixed.sum(), table)[0].abs().sum() == 0
+
+
+@pytest.mark.skipif(HAS_GPU, reason="values are looked at on the CPU only")
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"ids": torch.zeros(2, 3)}, TypeError, "ids must be int64"),
+        ({"ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"ids must be \(B, T\), got shape \(2,\)"),
+        ({"ids": torch.tensor([[0, 4], [0, 0]])}, ValueError, r"ids must lie in 0..3, .*from 0 to 4"),
+        ({"ids": torch.tensor([[0, -1], [0, 0]])}, ValueError, r"ids must lie in 0..3, .*from -1 to 0"),
+        ({"ids": [[0]]}, TypeError, "ids must be a tensor, got list"),
+        ({"table": torch.zeros(4, 2, dtype=torch.int64)}, TypeError, "table must be float16"),
+        ({"table": torch.zeros(4)}, ValueError, "table must have 2 dimensions"),
+        ({"lam": torch.zeros(3)}, ValueError, r"lam must have shape \(2,\)"),
+        ({"partner": torch.tensor([0, 0])}, ValueError, "partner must be a permutation"),
+        ({"padding_idx": 4}, ValueError, r"padding_idx must lie in -4..3 .*got 4"),
+        ({"padding_idx": True}, TypeError, "padding_idx must be an int or None, got True"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_embedding_mix_are_named(changed, error, message):
+    given = {"ids": torch.zeros(2, 3, dtype=torch.int64), "table": torch.zeros(4, 2)}
+    given |= {"lam": torch.rand(2), "partner": torch.tensor([1, 0]), **changed}
+    with pytest.raises(error, match=message):
+        functional.embedding_mix(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_frequent_word_is_summed_in_float32(backend, dtype):
+    ids, table = torch.zeros(8, 64, dtype=torch.int64), torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+    mixed = functional.embedding_mix(ids, table, *draw(8))
+    grad = gradient(mixed, table, torch.full(mixed.shape, 0.125, dtype=dtype))
+    torch.testing.assert_close(grad[0], torch.full((3,), 64.0, dtype=dtype), rtol=TOLERANCE[dtype], atol=0)
+
+
+def test_the_backend_that_is_set_takes_the_call(monkeypatch):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from fastamp import layer_ops
+
+    taken = []
+    monkeypatch.setattr(layer_ops, "mixed", lambda *arguments: taken.append(arguments) or arguments[0])
+    values, draws = torch.zeros(2, 3, device="cuda" if HAS_GPU else "cpu"), draw(2)
+    with fastamp.set_backend("torch"):
+        functional.mix(values.cpu(), *draws)
+    assert not taken
+    with fastamp.set_backend("triton"):
+        functional.mix(values, *(x.to(values.device) for x in draws))
+    assert taken
