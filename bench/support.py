@@ -64,7 +64,7 @@ def measure_step(
     else:
         measure(
             lambda _: runner.backward(0, runner.forward(0)),
-            moved=work.logits_bytes if takes == "logits" else None,
+            moved=work.least_bytes,
         )
 
 

@@ -1,4 +1,4 @@
-"""A whole benchmark: which shapes, who may be timed, and the results as one dictionary."""
+"""A whole benchmark: which workloads, who may be timed, and the results as one dictionary."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from fastamp.benchmarking import machine, timing
-from fastamp.benchmarking.contenders import MIXUP, Contender, contenders
-from fastamp.benchmarking.workload import DTYPES, Runner, Workload, copies_to_exceed_cache, disagreement
+from fastamp.benchmarking.contenders import Contender, contenders
+from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
+from fastamp.benchmarking.networks import NETWORKS
+from fastamp.benchmarking.workload import DTYPES, Runner, Work, Workload, copies_to_exceed_cache, disagreement
 
-FORMAT = 1  # of the results
+FORMAT = 2  # of the results
+SUITES = ("head", "layers")
 # (B, D, C): the paper's CNN on TREC, its LSTM on two classes, BERT-base on five and on two, a thousand classes, and a
 # vocabulary.
 SHAPES = ((50, 300, 6), (50, 1024, 2), (24, 768, 5), (24, 768, 2), (256, 768, 1000), (4096, 1024, 32000))
@@ -29,20 +32,25 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        shapes: (B, D, C) each.
-        dtypes: keys of DTYPES; None takes fp32 on a CPU, fp32 and bf16 on a GPU.
+        suite: "head", steps from the last hidden rows on, or "layers", whole steps of networks that are mixed at
+            their words.
+        shapes: (B, D, C) each; of the suite "head".
+        dtypes: keys of DTYPES; None takes fp32 on a CPU, fp32 and bf16 on a GPU; of the suite "head".
+        networks: keys of NETWORKS; None takes those for the device; of the suite "layers".
         rounds: in each of which every contender runs once.
         threads: intra-op CPU threads.
         device: as in torch.device.
         compiled: also time what goes through torch.compile.
-        inputs: "hidden" (through a linear layer) and "logits".
+        inputs: "hidden" (through a linear layer) and "logits"; of the suite "head".
 
     Raises:
         ValueError: a value out of range, or a device that is not there.
     """
 
-    shapes: tuple[tuple[int, int, int], ...] = SHAPES
+    suite: str = "head"
+    shapes: tuple[tuple[int, int, int], ...] | None = None
     dtypes: tuple[str, ...] | None = None
+    networks: tuple[str, ...] | None = None
     rounds: int = 40
     threads: int = 1
     device: str = "cpu"
@@ -53,10 +61,18 @@ class BenchConfig:
         for name in ("rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for shape in self.shapes:
+        for name, suite in (("shapes", "head"), ("dtypes", "head"), ("networks", "layers")):
+            if getattr(self, name) is not None and self.suite != suite:
+                raise ValueError(f"{name} are of the suite {suite!r}, not of {self.suite!r}")
+        for shape in self.shapes or ():
             if len(shape) != 3 or min(shape) < 1:
                 raise ValueError(f"a shape is (B, D, C), each at least 1, got {shape}")
-        for kind, given, taken in (("dtype", self.dtypes or (), tuple(DTYPES)), ("inputs", self.inputs, INPUTS)):
+        for kind, given, taken in (
+            ("suite", (self.suite,), SUITES),
+            ("dtype", self.dtypes or (), tuple(DTYPES)),
+            ("inputs", self.inputs, INPUTS),
+            ("network", self.networks or (), tuple(NETWORKS)),
+        ):
             for one in given:
                 if one not in taken:
                     raise ValueError(f"unknown {kind} {one!r}; takes {', '.join(taken)}")
@@ -77,7 +93,7 @@ def run(
     config: BenchConfig,
     *,
     command: str,
-    candidates: Callable[[str], list[Contender]] | None = None,
+    candidates: Callable[[Work], list[Contender]] | None = None,
     listener: Callable[[str], None] = lambda line: None,
     save: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def run(
     Args:
         config: what.
         command: what gives these results again; recorded.
-        candidates: contenders for an input kind; None takes all of `contenders`.
+        candidates: contenders for a workload; None takes all there are.
         listener: hears what is under way.
         save: is given the results so far after every workload, so that an interrupted run leaves something.
 
@@ -94,10 +110,9 @@ def run(
         The results, fit for JSON; bench/README.md says what is in them.
     """
     device = config.torch_device()
-    dtypes = config.dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16"))
-    candidates = candidates or (lambda takes: contenders(takes, compiled=config.compiled))
     results: dict[str, Any] = {
         "format": FORMAT,
+        "suite": config.suite,
         "command": command,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": machine.device_name(device), "tag": machine.device_tag(device)},
@@ -112,25 +127,50 @@ def run(
     with _threads(config.threads):
         listener("copy bandwidth")
         results["copy_gb_s"] = machine.copy_bandwidth(device)
-        for takes in config.inputs:
-            for dtype in dtypes:
-                for shape in config.shapes:
-                    if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
-                        results["notes"].append(f"{shape} {dtype} {takes}: not run, it takes a GPU")
-                        continue
-                    copies = copies_to_exceed_cache(shape, dtype, takes, device)
-                    work = Workload(shape, dtype, takes, device, copies)
-                    _measure(work, candidates(takes), config.rounds, results, listener)
-                    save(results)
+        works = _heads if config.suite == "head" else _networks
+        for work in works(config, device, results["notes"].append):
+            given = candidates(work) if candidates is not None else _all_contenders(work, config.compiled)
+            _measure(work, given, config.rounds, results, listener)
+            save(results)
     return results
 
 
+def _heads(config: BenchConfig, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
+    """The workloads of the suite "head", one at a time."""
+    for takes in config.inputs:
+        for dtype in config.dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16")):
+            for shape in config.shapes or SHAPES:
+                if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
+                    note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
+                else:
+                    copies = copies_to_exceed_cache(shape, dtype, takes, device)
+                    yield Workload(shape, dtype, takes, device, copies)
+
+
+def _networks(config: BenchConfig, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
+    """The workloads of the suite "layers", one at a time: a large one's memory is free again before the next."""
+    for name in config.networks or NETWORKS:
+        spec = NETWORKS[name]
+        if (missing := spec.missing()) is not None:
+            note(f"{name}: not run, {missing} is not installed")
+        elif config.networks is None and spec.needs_gpu and device.type == "cpu":
+            note(f"{name}: not run, it takes a GPU")
+        else:
+            yield LayerWorkload(spec, device)
+
+
+def _all_contenders(work: Work, compiled: bool) -> list[Contender]:
+    if isinstance(work, LayerWorkload):
+        return layer_contenders(work, compiled=compiled)
+    return contenders(work.takes, compiled=compiled)
+
+
 def _measure(
-    work: Workload, candidates: list[Contender], rounds: int, results: dict[str, Any], listener: Callable[[str], None]
+    work: Work, candidates: list[Contender], rounds: int, results: dict[str, Any], listener: Callable[[str], None]
 ) -> None:
     """Adds the rows of one workload to the results."""
     torch.compiler.reset()
-    modes = {}
+    taken: dict[str, Contender] = {}
     runners = []
     for contender in candidates:
         listener(f"{work.label}: {contender.name}")
@@ -143,7 +183,7 @@ def _measure(
             results["refused"].append({"workload": work.label, "contender": contender.name, "reason": reason})
             continue
         runners.append(runner)
-        modes[contender.name] = contender.mode
+        taken[contender.name] = contender
     if not runners:
         return
     work.truths.clear()
@@ -151,11 +191,11 @@ def _measure(
     series = [timing.Series(runner.name, timing.eager_slot(runner)) for runner in runners]
     timing.round_robin(series, rounds)
     facts = {r.name: {"peak_memory_bytes": timing.peak_memory(r), **timing.issued(r)} for r in runners}
-    results["rows"] += _rows(work, "eager", series, modes, facts, results["copy_gb_s"])
-    if work.device.type == "cuda":
+    results["rows"] += _rows(work, "eager", series, taken, facts, results["copy_gb_s"])
+    if work.device.type == "cuda" and work.captured:
         series = list(_captured(runners, results["notes"]))
         timing.round_robin(series, rounds)
-        results["rows"] += _rows(work, "graph", series, modes, facts, results["copy_gb_s"])
+        results["rows"] += _rows(work, "graph", series, taken, facts, results["copy_gb_s"])
 
 
 def _captured(runners: list[Runner], notes: list[str]) -> Iterator[timing.Series]:
@@ -171,24 +211,24 @@ def _captured(runners: list[Runner], notes: list[str]) -> Iterator[timing.Series
 
 
 def _rows(
-    work: Workload,
+    work: Work,
     clock: str,
     series: list[timing.Series],
-    modes: dict[str, str],
+    taken: dict[str, Contender],
     facts: dict[str, dict[str, Any]],
     copy_gb_s: float,
 ) -> list[dict[str, Any]]:
-    mixups = [one for one in series if one.name in MIXUP]
-    base = min(mixups, key=lambda one: float(one.values("both").median()), default=None)
-    batch, width, classes = work.shape
     rows = []
     for one in series:
+        mixups = [other for other in series if other.name in taken[one.name].base]
+        base = min(mixups, key=lambda other: float(other.values("both").median()), default=None)
         row: dict[str, Any] = {
-            "shape": {"B": batch, "D": width if work.takes == "hidden" else None, "C": classes},
+            "workload": work.name,
+            "shape": work.sizes,
             "input": work.takes,
             "dtype": work.dtype,
             "contender": one.name,
-            "mode": modes[one.name],
+            "mode": taken[one.name].mode,
             "clock": clock,
             "input_copies": work.copies,
             "ms": {name: timing.quantiles(one.values(name)) for name in timing.DIRECTIONS},
@@ -198,17 +238,20 @@ def _rows(
             else {name: timing.quantiles(one.values(name) / base.values(name)) for name in timing.DIRECTIONS},
             **facts[one.name],
         }
-        if work.takes == "logits":
-            gb_s = work.logits_bytes / row["ms"]["both"]["q50"] / 1e6
-            row |= {"bytes": work.logits_bytes, "gb_s": gb_s, "percent_of_copy": 100 * gb_s / copy_gb_s}
+        if base is not None:
+            row["peak_memory_ratio"] = row["peak_memory_bytes"] / facts[base.name]["peak_memory_bytes"]
+        if work.least_bytes is not None:
+            gb_s = work.least_bytes / row["ms"]["both"]["q50"] / 1e6
+            row |= {"bytes": work.least_bytes, "gb_s": gb_s, "percent_of_copy": 100 * gb_s / copy_gb_s}
         rows.append(row)
     return rows
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    """Writes the results to folder/<device>.json and says where."""
+    """Writes the results to folder/<device>.json, or folder/<device>-layers.json, and says where."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results['device']['tag']}.json"
+    suffix = "" if results["suite"] == "head" else f"-{results['suite']}"
+    path = folder / f"{results['device']['tag']}{suffix}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 

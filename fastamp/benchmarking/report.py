@@ -14,9 +14,7 @@ from rich.table import Table
 
 def workload_label(row: dict[str, Any]) -> str:
     """The workload of a row in one line."""
-    shape = row["shape"]
-    rows = f"({shape['B']}, {shape['D']}) -> {shape['C']}" if shape["D"] else f"logits ({shape['B']}, {shape['C']})"
-    return f"{rows}, {row['dtype']}, {row['clock']}"
+    return f"{row['workload']}, {row['dtype']}, {row['clock']}"
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
@@ -41,7 +39,6 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         console.print(_table(label, list(group)))
     if device["type"] == "cpu":
         console.print("ops: operators dispatched in a step, not counted where it is compiled", highlight=False)
-        console.print("not measured on a CPU: peak memory, launches", highlight=False)
     for note in results["notes"]:
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     for refused in results["refused"]:
@@ -54,7 +51,7 @@ def _table(label: str, rows: list[dict[str, Any]]) -> Table:
     on_gpu, by_bytes = "kernel_launches" in rows[0], "bytes" in rows[0]
     table.add_column("median µs", no_wrap=True)
     headings = ["fwd", "bwd", "both", "xMixup", *(["GB/s", "%copy"] if by_bytes else ["q25-q75"])]
-    for heading in [*headings, *(["launches", "peak MB"] if on_gpu else ["ops"])]:
+    for heading in [*headings, "launches" if on_gpu else "ops", "peak MB"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ms, ratio = row["ms"], None if row["ratio"] is None else row["ratio"]["both"]
@@ -64,28 +61,21 @@ def _table(label: str, rows: list[dict[str, Any]]) -> Table:
             cells += [f"{row['gb_s']:.3g}", f"{row['percent_of_copy']:.1f}"]
         else:
             cells.append("" if ratio is None else f"{ratio['q25']:.2f}-{ratio['q75']:.2f}")
-        if on_gpu:
-            cells += [str(row["kernel_launches"]), f"{row['peak_memory_bytes'] / 1e6:.1f}"]
-        else:
-            cells.append("" if row["operators"] is None else str(row["operators"]))
+        issued = row["kernel_launches" if on_gpu else "operators"]
+        cells += ["" if issued is None else str(issued), f"{row['peak_memory_bytes'] / 1e6:.3g}"]
         star = " *" if row["contender"] == row["ratio_to"] else ""
         table.add_row(row["contender"] + star, *cells)
-    captions = [] if rows[0]["ratio_to"] is None else ["* the faster plain Mixup: ratios are to it"]
+    captions = [] if rows[0]["ratio_to"] is None else ["* the faster plain Mixup of its kind: ratios are to it"]
     if by_bytes:
         captions.append(f"bytes: read B·C and write B·C of {rows[0]['dtype']}, {rows[0]['bytes']:,}")
     table.caption = "; ".join(captions)
     return table
 
 
-def _label(row: dict[str, Any]) -> str:
-    shape = row["shape"]
-    return f"({shape['B']}, {shape['D']}) -> {shape['C']}" if shape["D"] else f"({shape['B']}, {shape['C']})"
-
-
 def _drawn(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows to draw, by dtype and clock: those of whole steps, or of logits if there are no others."""
+    """The rows to draw, by dtype and clock: not those of logits, if there are others."""
     rows = [row for row in results["rows"] if row["ratio"] is not None]
-    rows = [row for row in rows if row["input"] == "hidden"] or rows
+    rows = [row for row in rows if row["input"] != "logits"] or rows
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault(f"{row['dtype']}, {row['clock']}", []).append(row)
@@ -106,14 +96,14 @@ def draw_png(results: dict[str, Any], path: Path) -> None:
 
     panels = _drawn(results)
     every = [row for rows in panels.values() for row in rows]
-    shapes = list(dict.fromkeys(map(_label, every)))
+    shapes = list(dict.fromkeys(row["workload"] for row in every))
     names = list(dict.fromkeys(row["contender"] for row in every))
     width = 0.8 / len(names)
     figure = Figure(figsize=(3 + 5 * len(panels), 2 + 0.17 * len(names) * len(shapes)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, rows) in zip(axes, panels.items(), strict=True):
         for i, name in enumerate(names):
-            ratios = {_label(row): row["ratio"]["both"]["q50"] for row in rows if row["contender"] == name}
+            ratios = {row["workload"]: row["ratio"]["both"]["q50"] for row in rows if row["contender"] == name}
             at = [shapes.index(shape) + (i - len(names) / 2 + 0.5) * width for shape in ratios]
             bars = panel.barh(at, list(ratios.values()), 0.9 * width, label=name)
             panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
@@ -135,7 +125,7 @@ def draw_terminal(results: dict[str, Any]) -> str:
 
     blocks = []
     for panel, rows in _drawn(results).items():
-        for shape, group in groupby(rows, _label):
+        for shape, group in groupby(rows, lambda row: row["workload"]):
             ratios = {row["contender"]: row["ratio"]["both"]["q50"] for row in group}
             figure = plotext.figure
             figure.clear()

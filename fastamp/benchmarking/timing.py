@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastamp.benchmarking.workload import Runner
 
 SLOT_SECONDS = 4e-3  # what a contender runs for in one round, at least one step
-WARMUP_STEPS = 5
+WARMUP_STEPS, WARMUP_SECONDS = 10, 0.5  # whichever is over first
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -67,9 +70,11 @@ def eager_slot(runner: Runner) -> Callable[[], Sample]:
     """A slot of steps as Python issues them, host time included; warms up."""
     cuda = runner.workload.device.type == "cuda"
     one = _cuda_slot if cuda else _cpu_slot
-    one(runner, WARMUP_STEPS)
-    # The least of a few: a disturbed one would make for slots of a single step.
-    steps = max(1, round(SLOT_SECONDS * 1e3 / min(one(runner, 1).both for _ in range(WARMUP_STEPS))))
+    took = [one(runner, 1).both]
+    while len(took) < WARMUP_STEPS and sum(took) < WARMUP_SECONDS * 1e3:
+        took.append(one(runner, 1).both)
+    # By the least of them: a disturbed one would make for slots of a single step.
+    steps = max(1, round(SLOT_SECONDS * 1e3 / min(took)))
 
     def slot() -> Sample:
         if steps > 1:  # the first step after another contender's finds cold caches
@@ -166,12 +171,17 @@ def _replay(graph: torch.cuda.CUDAGraph, times: int) -> float:
     return began.elapsed_time(ended) / times
 
 
-def peak_memory(runner: Runner) -> int | None:
-    """Bytes that one step allocates at its peak beyond what was there before; None on a CPU, not measured."""
+def peak_memory(runner: Runner) -> int:
+    """Bytes that one step allocates at its peak beyond what was there before, by torch's allocator."""
     device = runner.workload.device
-    if device.type != "cuda":
-        return None
     runner.backward(0, runner.forward(0))
+    if device.type != "cuda":
+        with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
+            runner.backward(0, runner.forward(0))
+        kineto = profile.profiler.kineto_results.events()
+        # Every allocation, and every release as a negative one.
+        changes = sorted((event for event in kineto if event.name() == "[memory]"), key=lambda event: event.start_ns())
+        return max(accumulate(event.nbytes() for event in changes), default=0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -189,11 +199,25 @@ def issued(runner: Runner) -> dict[str, int | None]:
             runner.backward(0, runner.forward(0))
         return {"operators": counting.count}
     activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+    with _quiet(), torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
         runner.backward(0, runner.forward(0))
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return {"kernel_launches": sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler of torch 2.13 writes two lines of its own to the standard error, below Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class _Counting(TorchDispatchMode):

@@ -1,7 +1,8 @@
-"""A shape with its inputs, a contender bound to it, and the proof that the contender computes what it claims."""
+"""Inputs with what follows them, a contender bound to them, and the proof that it computes what it claims."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,72 @@ GRAD_TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2
 MAX_COPIES = 32
 
 
+class Work(ABC):
+    """What a step is timed on.
+
+    Attributes:
+        dtype: a key of DTYPES.
+        takes: what results call its input: "hidden", "logits" or "words".
+        device: where.
+        copies: how many inputs the steps rotate over.
+        inputs: (x, y) each, the input and its labels (B,).
+        mix: what contenders are checked with.
+        truths: `truth`, kept.
+        captured: whether its steps are also to be timed as CUDA graphs.
+        negligible: the share of the norm of all gradients below which that of a single one is not relied upon.
+    """
+
+    dtype: str
+    takes: str
+    device: torch.device
+    copies: int
+    inputs: list[tuple[Tensor, Tensor]]
+    mix: Mix
+    truths: dict[str, tuple[Tensor, ...]]
+    captured: bool = True
+    negligible: float = 0.0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Without the dtype, one line."""
+
+    @property
+    def label(self) -> str:
+        """One line."""
+        return f"{self.name}, {self.dtype}"
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes by name, for results."""
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The least that a step moves, where that is known."""
+        return None
+
+    @abstractmethod
+    def leaves(self, i: int) -> dict[str, Tensor]:
+        """What a step on the i-th input differentiates by."""
+
+    def truth(self, mode: str) -> tuple[Tensor, ...]:
+        """The loss () and the gradients to `leaves` on the first input, by the definition in float64."""
+        if mode not in self.truths:
+            self.truths[mode] = self._truth(mode)
+        return self.truths[mode]
+
+    @abstractmethod
+    def _truth(self, mode: str) -> tuple[Tensor, ...]: ...
+
+    @abstractmethod
+    def bind(self, contender: Contender) -> Runner:
+        """A contender on these inputs."""
+
+
 @dataclass
-class Workload:
-    """Inputs of one shape and dtype.
+class Workload(Work):
+    """Inputs of one shape and dtype, with a linear layer behind them or with nothing.
 
     Attributes:
         shape: (B, D, C).
@@ -62,34 +126,38 @@ class Workload:
         self.mix = Mix(torch.rand(batch, **made), torch.randperm(batch, **made))
 
     @property
-    def label(self) -> str:
-        """One line."""
+    def name(self) -> str:
+        """Without the dtype, one line."""
         batch, width, classes = self.shape
-        rows = f"({batch}, {width}) -> {classes}" if self.takes == "hidden" else f"logits ({batch}, {classes})"
-        return f"{rows}, {self.dtype}"
+        return f"({batch}, {width}) -> {classes}" if self.takes == "hidden" else f"logits ({batch}, {classes})"
 
     @property
-    def logits_bytes(self) -> int:
-        """The least that a step on logits moves: read B·C, write B·C."""
-        return 2 * self.shape[0] * self.shape[2] * DTYPES[self.dtype].itemsize
+    def sizes(self) -> dict[str, int | None]:
+        """B, D and C; no D for logits."""
+        batch, width, classes = self.shape
+        return {"B": batch, "D": width if self.takes == "hidden" else None, "C": classes}
 
-    def truth(self, mode: str) -> tuple[Tensor, ...]:
-        """The loss () and the gradients to input, weight and bias on the first input, by the definition in float64."""
-        if mode not in self.truths:
-            x, y = self.inputs[0]
-            leaves = [x, *([] if self.head is None else self.head.parameters())]
-            wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    @property
+    def least_bytes(self) -> int | None:
+        """What a step on logits moves at least: read B·C, write B·C."""
+        return 2 * self.shape[0] * self.shape[2] * DTYPES[self.dtype].itemsize if self.takes == "logits" else None
 
-            def head(rows: Tensor) -> Tensor:
-                return rows if self.head is None else nn.functional.linear(rows, *wide[1:])
+    def leaves(self, i: int) -> dict[str, Tensor]:
+        """The i-th input, weight and bias."""
+        return {"its input": self.inputs[i][0], **({} if self.head is None else dict(self.head.named_parameters()))}
 
-            lam, partner = self.mix.lam.double(), self.mix.partner
-            if mode == "none":
-                loss = nn.functional.cross_entropy(head(wide[0]), y)
-            else:
-                loss = reference.amp(head, wide[0], y, lam, partner, mode=mode, step_size=STEP_SIZE).loss
-            self.truths[mode] = (loss.detach(), *torch.autograd.grad(loss, wide))
-        return self.truths[mode]
+    def _truth(self, mode: str) -> tuple[Tensor, ...]:
+        wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves(0).values()]
+
+        def head(rows: Tensor) -> Tensor:
+            return rows if self.head is None else nn.functional.linear(rows, *wide[1:])
+
+        y, lam, partner = self.inputs[0][1], self.mix.lam.double(), self.mix.partner
+        if mode == "none":
+            loss = nn.functional.cross_entropy(head(wide[0]), y)
+        else:
+            loss = reference.amp(head, wide[0], y, lam, partner, mode=mode, step_size=STEP_SIZE).loss
+        return (loss.detach(), *torch.autograd.grad(loss, wide))
 
     def bind(self, contender: Contender) -> Runner:
         """A contender on these inputs."""
@@ -117,7 +185,7 @@ class Runner:
     """A contender on a workload: what is timed."""
 
     name: str
-    workload: Workload
+    workload: Work
     loss: Callable[[Tensor, Tensor, Mix | None], Tensor]
     compiled: bool = False
 
@@ -127,10 +195,9 @@ class Runner:
         return self.loss(*inputs[i % len(inputs)], mix)
 
     def backward(self, i: int, loss: Tensor) -> tuple[Tensor, ...]:
-        """The gradients to that input and to the head."""
-        inputs, head = self.workload.inputs, self.workload.head
-        leaves = [inputs[i % len(inputs)][0], *([] if head is None else head.parameters())]
-        return torch.autograd.grad(loss, leaves)
+        """The gradients to what a step on that input differentiates by."""
+        leaves = self.workload.leaves(i % len(self.workload.inputs))
+        return torch.autograd.grad(loss, list(leaves.values()))
 
 
 def disagreement(runner: Runner, mode: str) -> str | None:
@@ -146,8 +213,9 @@ def disagreement(runner: Runner, mode: str) -> str | None:
     off = float(((loss.double() - expected).abs() / expected.abs().clamp(min=1)).detach())
     if not off <= LOSS_TOLERANCE[dtype]:
         return f"its loss is off by {off:.1e} (allowed {LOSS_TOLERANCE[dtype]:.0e})"
-    for name, value, truth in zip(("its input", "weight", "bias"), values, truths, strict=False):
-        off = float((value.double() - truth).norm() / truth.norm())
+    whole = torch.stack([truth.norm() for truth in truths]).norm()
+    for name, value, truth in zip(work.leaves(0), values, truths, strict=True):
+        off = float((value.double() - truth).norm() / truth.norm().clamp(min=work.negligible * whole))
         if not off <= GRAD_TOLERANCE[dtype]:
             return f"its gradient to {name} is off by {off:.1e} in norm (allowed {GRAD_TOLERANCE[dtype]:.0e})"
     return None

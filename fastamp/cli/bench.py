@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ import click
 import torch
 from rich.console import Console
 
-from fastamp.benchmarking import DTYPES, SHAPES, BenchConfig, draw_png, draw_terminal, print_results, run, write
+from fastamp.benchmarking import (
+    DTYPES,
+    NETWORKS,
+    SHAPES,
+    SUITES,
+    BenchConfig,
+    draw_png,
+    draw_terminal,
+    print_results,
+    run,
+    write,
+)
 
 
 class _Shapes(click.ParamType):
@@ -29,33 +41,46 @@ class _Shapes(click.ParamType):
         return tuple(shapes)
 
 
-class _Dtypes(click.ParamType):
-    name = "|".join(DTYPES) + ",..."
+class _Names(click.ParamType):
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = tuple(taken)
+        self.name = "|".join(self.taken) + ",..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         names = tuple(text.strip() for text in value.split(","))
         for name in names:
-            if name not in DTYPES:
-                self.fail(f"{name!r} is not one of {', '.join(DTYPES)}", param, ctx)
+            if name not in self.taken:
+                self.fail(f"{name!r} is not one of {', '.join(self.taken)}", param, ctx)
         return names
 
 
 @click.command("bench")
 @click.option(
+    "--suite",
+    type=click.Choice(SUITES),
+    default=BenchConfig.suite,
+    help="head: from the last hidden rows on. layers: whole steps of networks mixed at their words.",
+)
+@click.option(
     "--shapes",
     type=_Shapes(),
-    default=SHAPES,
     show_default=",".join("x".join(map(str, shape)) for shape in SHAPES),
-    help="Rows, width of the hidden state, classes.",
+    help="Of the suite head: rows, width of the hidden state, classes.",
 )
 @click.option(
     "--dtype",
     "dtypes",
-    type=_Dtypes(),
+    type=_Names(DTYPES),
     show_default="fp32 on a CPU, fp32,bf16 on a GPU",
-    help="Of parameters and rows.",
+    help="Of the suite head: parameters and rows.",
+)
+@click.option(
+    "--networks",
+    type=_Names(NETWORKS),
+    show_default="those that suit the device",
+    help="Of the suite layers.",
 )
 @click.option("--rounds", default=BenchConfig.rounds, type=click.IntRange(1), help="Every contender runs once in each.")
 @click.option("--threads", default=BenchConfig.threads, type=click.IntRange(1), help="CPU threads.")
@@ -67,7 +92,7 @@ class _Dtypes(click.ParamType):
 def command(out: Path | None, device: str | None, **fields: Any) -> None:
     """Measure a training step against plain Mixup and against AMP as one writes it.
 
-    Nothing is timed before it has agreed with the definition. The default takes two or three minutes on two cores.
+    Nothing is timed before it has agreed with the definition. Each suite takes two or three minutes on two cores.
     """
     console = Console()
     try:
