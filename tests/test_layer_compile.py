@@ -1,0 +1,142 @@
+"""The operations of a step at any layer under torch.compile, and their registered operators."""
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import HAS_GPU
+
+from fastamp import functional
+from fastamp.policy import Policy
+
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, **options):
+    return torch.compile(function, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager", **options)
+
+
+def assert_same_compiled(function, *leaves):
+    """Values and gradients of eager mode; in a training step, and without gradients."""
+    upstream = None
+    runs = []
+    for run in (function, compiled(function)):
+        first, *others = run(*leaves)
+        upstream = torch.randn(first.shape, dtype=first.dtype) if upstream is None else upstream
+        assert not any(other.requires_grad for other in others)
+        runs.append((first.detach(), *others, *torch.autograd.grad(first, leaves, upstream)))
+    torch.testing.assert_close(runs[1], runs[0], **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(function)(*leaves)[0], runs[0][0], **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2)], ids=str)
+def test_compiled_layers_give_the_numbers_of_eager_mode(backend, shape):
+    values, grad_mixed = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    lam, partner = torch.rand(shape[0]), torch.randperm(shape[0])
+
+    def step(values):
+        grad = functional.lambda_grad(grad_mixed, values, partner)
+        lam_adv, mixed = functional.remix(values, lam, partner, grad_mixed, step_size=0.3)
+        return functional.mix(values * 2, lam, partner) + mixed, grad, lam_adv
+
+    assert_same_compiled(step, values)
+
+
+def test_compiled_embeddings_give_the_numbers_of_eager_mode(backend):
+    ids, table = torch.randint(5, (4, 6)), torch.randn(5, 3, requires_grad=True)
+    lam, partner = torch.rand(4), torch.randperm(4)
+    assert_same_compiled(lambda table: (functional.embedding_mix(ids, table, lam, partner, padding_idx=1),), table)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "softmax_bce"])
+def test_a_compiled_selection_gives_the_numbers_of_eager_mode(backend, loss):
+    logits, change = torch.randn(5, 4, requires_grad=True), 0.3 * torch.randn(5, 4)
+    target, lam, partner = torch.randint(4, (5,)), torch.rand(5), torch.randperm(5)
+
+    def step(logits):
+        return functional.select_cross_entropy(
+            logits, logits + change, target, lam, partner, loss=loss, weight=torch.arange(1.0, 5.0)
+        )
+
+    assert_same_compiled(step, logits)
+
+
+def test_batches_of_any_size_pass_one_dynamic_graph(backend):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(values, ids, table, lam, partner):
+        return functional.mix(values, lam, partner).sum() + functional.embedding_mix(ids, table, lam, partner).sum()
+
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
+    for size in (4, 7, 3):
+        arguments = torch.randn(size, 5), torch.randint(6, (size, 2)), torch.randn(6, 3)
+        arguments = *arguments, torch.rand(size), torch.randperm(size)
+        torch.testing.assert_close(fast(*arguments), step(*arguments), **CLOSE)
+    assert len(graphs) <= 2  # the compiler may begin again once
+
+
+# --- the registered operators
+
+# By name, so that nothing is registered, and Triton not imported, when tests are collected.
+OPERATORS = (
+    "mix",
+    "mix_backward",
+    "lambda_grad",
+    "remix",
+    "embedding_mix",
+    "embedding_mix_backward",
+    "select_cross_entropy",
+)
+
+
+def operator_arguments(name, layout, dtype):
+    def rows(*shape):
+        values = torch.randn(shape).to(dtype)
+        if layout == "stride 0":
+            return values[:, :1].expand(shape)
+        return values if layout == "contiguous" else torch.stack([values, values], -1)[..., 0]
+
+    lam, partner = torch.rand(4), torch.tensor([1, 2, 3, 0])
+    if name in ("mix", "mix_backward"):
+        return rows(4, 6).requires_grad_(), lam, partner
+    if name == "lambda_grad":
+        return rows(4, 6), rows(4, 6), partner
+    if name == "remix":
+        return rows(4, 6).requires_grad_(), rows(4, 6), lam, partner, torch.tensor(2.0), "amp", 1.0, True, 0.1
+    if name == "embedding_mix":
+        return rows(5, 3).requires_grad_(), torch.randint(5, (4, 2)), lam, partner, 1
+    if name == "embedding_mix_backward":
+        return rows(4, 2, 3).requires_grad_(), torch.randint(5, (4, 2)), lam, partner, 5, 1
+    from fastamp.ops import row_policy
+
+    policy = row_policy(Policy(), torch.float32)
+    adv = rows(4, 3) if layout == "contiguous" else None
+    return rows(4, 3), adv, torch.randint(3, (4,)), lam, partner, torch.rand(3), *policy
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "stride 0"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_passes_opcheck(triton_backend, name, layout):
+    import fastamp.layer_ops  # noqa: F401 - registers the operators
+
+    dtype = torch.bfloat16 if layout == "strided" else torch.float32
+    torch.library.opcheck(getattr(torch.ops.fastamp, name).default, operator_arguments(name, layout, dtype))
+
+
+def test_every_operator_is_tested(triton_backend):
+    import fastamp.layer_ops
+    import fastamp.ops  # noqa: F401
+
+    names = [name.removeprefix("fastamp::") for name in torch._C._dispatch_get_all_op_names() if "fastamp::" in name]
+    assert {*names} == {*OPERATORS, "amp_cross_entropy", "amp_cross_entropy_backward"}

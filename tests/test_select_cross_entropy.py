@@ -1,0 +1,294 @@
+"""Selection between two sets of logits, on both backends, whole rows at once and by loops."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LAYOUTS, laid_out
+from torch import Tensor
+
+from fastamp import functional, hidden, reference
+from fastamp.functional import select_cross_entropy
+from fastamp.policy import checked_policy
+
+LOSSES = ("cross_entropy", "softmax_bce")
+
+
+class Batch(NamedTuple):
+    """One call, and the gradient from above."""
+
+    logits: Tensor
+    logits_adv: Tensor
+    target: Tensor
+    lam: Tensor
+    partner: Tensor
+    weight: Tensor | None
+    options: dict
+    upstream: Tensor
+
+
+def random_batch(batch=6, classes=5, *, change=0.01, dtype=torch.float32, **options):
+    logits = 3 * torch.randn(batch, classes)
+    lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    target, partner = torch.randint(classes, (batch,)), torch.randperm(batch)
+    logits_adv = (logits + change * torch.randn(batch, classes)).to(dtype)
+    return Batch(logits.to(dtype), logits_adv, target, lam, partner, None, options, torch.randn(batch))
+
+
+def by_library(case):
+    leaves = [x.detach().requires_grad_() for x in case[:2]]
+    loss, delta, mask = select_cross_entropy(*leaves, *case[2:5], weight=case.weight, **case.options)
+    assert not delta.requires_grad
+    assert loss.dtype == delta.dtype == case.lam.dtype
+    return loss.detach(), delta, mask, *torch.autograd.grad(loss, leaves, case.upstream.to(loss.dtype))
+
+
+def by_definition(case, dtype, mask):
+    """The losses of `reference.row_losses`; `mask` says which to take."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in case[:2]]
+    lam, partner, options = case.lam.to(dtype), case.partner, case.options
+    target = case.target.to(dtype) if case.target.is_floating_point() else case.target
+    ignored, smoothing = options.get("ignore_index", -100), options.get("label_smoothing", 0.0)
+    q, kept = reference.class_mass(target, leaves[0].detach(), ignored, smoothing)
+    q, kept = lam[:, None] * q + (1 - lam[:, None]) * q[partner], lam * kept + (1 - lam) * kept[partner]
+    weight = torch.ones(leaves[0].shape[1], dtype=dtype) if case.weight is None else case.weight.to(dtype)
+    kind = options.get("loss", "cross_entropy")
+    loss, loss_adv = (reference.row_losses(x, q, kept, weight, kind) for x in leaves)
+    chosen = torch.where(mask, loss_adv, loss)
+    grads = torch.autograd.grad(chosen, leaves, case.upstream.to(dtype))
+    return chosen.detach(), (loss_adv - loss).detach(), mask, *grads
+
+
+def assert_selection_holds(case):
+    ours = by_library(case)
+    mask, dtype = ours[2], case.logits.dtype
+    truth, composed = (by_definition(case, precision, mask) for precision in (torch.float64, dtype))
+    names = ("loss", "delta", "mask", "gradient at λ", "gradient at λ'")
+    for name, *values in zip(names, ours, truth, composed, strict=True):
+        if name != "mask":
+            assert_no_worse(name, *values, dtype)
+    assert_mask(case, mask, truth)
+    return ours
+
+
+def assert_mask(case, mask, truth):
+    if case.options.get("mode", "amp") != "amp":
+        assert torch.equal(mask, torch.full_like(mask, case.options["mode"] == "maxop"))
+        return
+    tolerance = case.options.get("tie_tol", "auto")
+    loss, delta = truth[0] - torch.where(mask, truth[1], 0), truth[1]
+    if tolerance == "auto":
+        tolerance = 4 * torch.finfo(case.logits.dtype).eps * loss.abs().clamp(min=1)
+    expected = (delta > 0) if case.options.get("tie_tol") == 0.0 else delta >= -tolerance
+    noise = 64 * torch.finfo(case.lam.dtype).eps * loss.abs().clamp(min=1)
+    unsure = (delta + torch.as_tensor(tolerance)).abs() <= noise
+    assert ((mask == expected) | unsure).all()
+
+
+@st.composite
+def batches(draw):
+    batch, classes = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 3, 7, 8, 9, 20, 33]))
+    dtype, layout = draw(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    options = {
+        "loss": draw(st.sampled_from(LOSSES)),
+        "mode": draw(st.sampled_from(["amp", "amp", "maxop", "mixup"])),
+        "tie_tol": draw(st.sampled_from(["auto", 0.0, 0.05])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.2])),
+        "ignore_index": draw(st.sampled_from([-100, classes, 0])),
+    }
+    case = random_batch(batch, classes, dtype=dtype, change=draw(st.sampled_from([0.0, 1e-3, 0.2, 3.0])), **options)
+    if draw(st.booleans()):
+        soft = torch.rand(batch, classes).softmax(1).to(draw(st.sampled_from(DTYPES)))
+        case = case._replace(target=soft, options=options | {"ignore_index": -100})
+    elif draw(st.booleans()):
+        case.target[0] = options["ignore_index"]
+    return case._replace(
+        **{name: laid_out(getattr(case, name), draw(layout)) for name in ("logits", "logits_adv", "lam", "upstream")},
+        target=laid_out(case.target, draw(layout)),
+        partner=laid_out(torch.arange(batch) if draw(st.booleans()) else case.partner, draw(layout)),
+        weight=draw(st.sampled_from([None, laid_out(0.5 + torch.rand(classes), draw(layout))])),
+    )
+
+
+@settings(INTERPRETED, max_examples=30)
+@given(case=batches())
+def test_any_selection_holds_the_contract(poisoned_empty, backend, case):
+    assert_selection_holds(case)
+
+
+@settings(INTERPRETED)
+@given(case=batches())
+def test_any_selection_by_loops_holds_the_contract(poisoned_empty, small_tiles, case):
+    assert_selection_holds(case)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_row_longer_than_registers_holds_the_contract(poisoned_empty, backend, loss):
+    classes = 4100 if loss == "cross_entropy" else 300
+    assert_selection_holds(random_batch(2, classes, loss=loss))
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_class_excluded_from_both_is_no_change(request, backend, loss, by_loop):
+    """22: -inf logits; 0 · -inf, and -inf - -inf."""
+    if by_loop and backend == "torch":
+        pytest.skip("loops are of the kernels")
+    if by_loop:
+        request.getfixturevalue("small_tiles")
+    case = random_batch(6, 12, loss=loss, tie_tol=0.0)
+    case.target[case.target == 4] = 0
+    case.logits[:, 4] = case.logits_adv[:, 4] = -torch.inf
+    with_class = assert_selection_holds(case)
+    without = [x[:, torch.arange(12) != 4] for x in case[:2]]
+    target = case.target - (case.target > 4).long()
+    others = by_library(case._replace(logits=without[0], logits_adv=without[1], target=target))
+    for one, other in zip(with_class[:3], others[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_logit_that_is_nan_makes_the_loss_nan(request, backend, loss, by_loop):
+    if by_loop and backend == "torch":
+        pytest.skip("loops are of the kernels")
+    if by_loop:
+        request.getfixturevalue("small_tiles")
+    case = random_batch(4, 12, loss=loss, mode="maxop")
+    case.logits_adv[0, 3] = torch.nan
+    case.logits_adv[1, 3] = torch.inf
+    case.logits_adv[2] = -torch.inf
+    loss, delta, *_ = by_library(case)
+    assert loss[:3].isnan().all()
+    assert delta[:3].isnan().all()
+    assert loss[3].isfinite()
+    # The comparison with NaN is no gain: the loss at λ stays.
+    loss, _, mask, *_ = by_library(case._replace(options={**case.options, "mode": "amp"}))
+    assert loss.isfinite().all()
+    assert not mask[:3].any()
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+def test_a_small_change_keeps_its_digits(request, backend, by_loop):
+    """20: the difference of two losses of about 2 has lost what the change of the logits still holds."""
+    if by_loop and backend == "triton":
+        request.getfixturevalue("small_tiles")
+    logits = torch.randint(-64, 64, (5, 20)) / 64
+    case = random_batch(5, 20)._replace(
+        logits=logits, logits_adv=logits + torch.randint(-8, 8, (5, 20)) * 2.0**-20, target=torch.arange(5)
+    )
+    wide = {name: getattr(case, name).double() for name in ("logits", "logits_adv", "lam")}
+    ours, exact = by_library(case)[1], by_library(case._replace(**wide))[1]
+    assert 1e-7 < exact.abs().max() < 1e-5
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_large_common_offset_costs_no_digits(backend, loss):
+    """21."""
+    case = random_batch(5, 6, loss=loss, mode="maxop")
+    case = case._replace(logits=case.logits.mul(64).round() / 64, logits_adv=case.logits_adv.mul(64).round() / 64)
+    shifted = case._replace(logits=case.logits + 4096, logits_adv=case.logits_adv + 4096)
+    for one, other in zip(by_library(case), by_library(shifted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+def test_each_gradient_goes_to_the_logits_that_were_taken(backend):
+    case = random_batch(8, 5, change=0.5, tie_tol=0.0)._replace(upstream=torch.ones(()).expand(8))
+    _, _, mask, grad, grad_adv = assert_selection_holds(case)
+    assert 0 < mask.sum() < 8
+    assert (grad[mask] == 0).all()
+    assert (grad_adv[~mask] == 0).all()
+    assert (grad[~mask].abs().sum(1) > 0).all()
+
+
+def test_selection_agrees_with_select_loss(backend):
+    case = random_batch(8, 5, change=0.5, tie_tol=0.0)
+    lam = case.lam
+    losses = []
+    for x in case[:2]:
+        own, theirs = (F.cross_entropy(x, y, reduction="none") for y in (case.target, case.target[case.partner]))
+        losses.append(lam * own + (1 - lam) * theirs)
+    loss, delta, mask = functional.select_loss(*losses, tie_tol=0.0)
+    ours = by_library(case)
+    torch.testing.assert_close(ours[:2], (loss, delta), rtol=1e-5, atol=2e-6)
+    assert torch.equal(ours[2], mask)
+
+
+@pytest.mark.parametrize(("ties", "taken"), [((0.0, 0.0), False), ((0.1, 0.0), True), ((0.0, 0.1), True)])
+def test_ties_follow_the_tolerances_that_are_given(backend, ties, taken):
+    logits = torch.tensor([[2.0, 0.0]])
+    adv = torch.tensor([[2.02, 0.0]])  # the loss falls by less than 0.02
+    arguments = (torch.tensor([0]), torch.tensor([1.0]), torch.tensor([0]), None, checked_policy(), ties)
+    rows = hidden.selected(logits, adv, *arguments, all_kept=True)
+    assert rows.mask.tolist() == [taken]
+    assert rows.delta.item() < 0
+
+
+def test_without_adversarial_logits_there_is_the_loss_alone(backend):
+    case = random_batch(5, 4)
+    arguments = (*case[2:5], None, checked_policy(), (0.0, 1e-6))
+    alone = hidden.selected(case.logits, None, *arguments, all_kept=True)
+    both = hidden.selected(case.logits, case.logits_adv, *arguments, all_kept=True)
+    assert alone.grad_adv is None
+    assert not alone.mask.any()
+    assert (alone.delta == 0).all()
+    assert torch.equal(alone.grad, both.grad)
+    torch.testing.assert_close(alone.loss, torch.where(both.mask, both.loss - both.delta, both.loss))
+
+
+def test_an_empty_batch_passes(backend):
+    case = random_batch(0, 4)
+    loss, delta, mask, grad, _ = by_library(case)
+    assert loss.shape == delta.shape == mask.shape == (0,)
+    assert grad.shape == (0, 4)
+
+
+def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(backend):
+    """2, 3."""
+    case = random_batch(5, 4)
+    leaf = case.logits.requires_grad_()
+    loss, _, _ = select_cross_entropy(leaf, case.logits_adv, *case[2:5], mode="mixup")
+    first = torch.autograd.grad(loss, leaf, case.upstream, retain_graph=True)[0]
+    copy = first.clone()
+    torch.autograd.grad(loss, leaf, 2 * case.upstream, retain_graph=True)
+    assert torch.equal(first, copy)
+    assert torch.equal(torch.autograd.grad(loss, leaf, case.upstream, retain_graph=True)[0], copy)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss.sum(), leaf, create_graph=True)[0].sum().backward()
+
+
+def test_three_runs_give_the_same_bits(small_tiles):
+    case = random_batch(4, 30)
+    first, *others = (by_library(case) for _ in range(3))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="values are looked at on the CPU only")
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"logits_adv": torch.zeros(2, 4)}, ValueError, r"logits_adv must have logits' shape \(2, 3\)"),
+        ({"logits_adv": torch.zeros(2, 3).double()}, ValueError, r"logits_adv must .*got \(2, 3\) of torch.float64"),
+        ({"logits_adv": None}, TypeError, "logits_adv must be a tensor, got NoneType"),
+        ({"logits": torch.zeros(2, 3).long()}, TypeError, "logits must be float16"),
+        ({"target": torch.tensor([0, 3])}, ValueError, "target must lie in 0..2"),
+        ({"lam": torch.tensor([0.0, 1.5])}, ValueError, r"lam must lie in \[0, 1\]"),
+        ({"partner": torch.tensor([0, 0])}, ValueError, "partner must be a permutation"),
+        ({"weight": torch.rand(2)}, ValueError, r"weight must have shape \(3,\)"),
+        ({"mode": "cutmix"}, ValueError, "mode must be one of"),
+        ({"loss": "mse"}, ValueError, "loss must be one of"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(changed, error, message):
+    given = {"logits": torch.zeros(2, 3), "logits_adv": torch.zeros(2, 3), "target": torch.tensor([0, 1])}
+    given |= {"lam": torch.rand(2), "partner": torch.tensor([1, 0]), **changed}
+    with pytest.raises(error, match=message):
+        select_cross_entropy(**given)
