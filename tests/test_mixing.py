@@ -152,5 +152,5 @@ def test_a_generator_on_the_cpu_serves_the_gpu(alpha):
 
 def test_the_union_of_additive_masks_is_refused():
     mix = Mix(torch.rand(2), torch.tensor([1, 0]))
-    with pytest.raises(TypeError, match="mask must be boolean or integer, got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be boolean or integer, got torch.float32"):
         mix.union(torch.zeros(2, 1, 1, 5))
