@@ -53,8 +53,8 @@ class AMPClassifier(lightning.LightningModule):
         """Plain cross-entropy: Lightning has put the criterion, too, into eval mode."""
         ids, labels = batch
         logits = self.model(ids)
-        self.log("val_loss", self.criterion(logits, labels))
-        self.log("val_error", 100 * (logits.argmax(1) != labels).float().mean())
+        self.log("val_loss", self.criterion(logits, labels), sync_dist=True)
+        self.log("val_error", 100 * (logits.argmax(1) != labels).float().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Adam."""

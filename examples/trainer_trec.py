@@ -151,6 +151,8 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             out or scratch,
+            # Left to itself the Trainer does not join the processes that torchrun starts on a machine without a GPU.
+            use_cpu=not torch.accelerator.is_available(),
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=200,
@@ -159,7 +161,7 @@ def main(
             weight_decay=0.01,
             logging_steps=50,
             logging_first_step=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=torch.accelerator.is_available(),
             save_strategy="epoch" if out else "no",
             report_to=[],
             seed=seed,
@@ -176,7 +178,8 @@ def main(
         )
         trainer.train()
         dev, test = (trainer.evaluate(rows)["eval_error"] for rows in (parts.dev, parts.test))
-    click.echo(f"{method}: dev error {dev:.1f}%, test error {test:.1f}%")
+    if trainer.is_world_process_zero():
+        click.echo(f"{method}: dev error {dev:.1f}%, test error {test:.1f}%")
 
 
 if __name__ == "__main__":
