@@ -105,10 +105,20 @@ def error_rate(predictions: Any) -> dict[str, float]:
     return {"error": 100.0 * float(wrong.mean())}
 
 
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Plain cross-entropy by the Trainer's count of rows.
+
+    The models' own loss is a mean, which the Trainer takes for a sum over that count: it would be too large by the
+    number of accumulated batches and of processes.
+    """
+    total = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 def make_trainer(method: str, criterion: fastamp.AMPLoss, **options: Any) -> Trainer:
     """The Trainer of a method: plain, with a loss function on the logits, or mixing word embeddings."""
     if method == "none":
-        return Trainer(**options)
+        return Trainer(**options, compute_loss_func=cross_entropy)
     if method.startswith("sent-"):
         loss = sent_loss(criterion)
         return Trainer(**options, compute_loss_func=loss, callbacks=[loss])

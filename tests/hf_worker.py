@@ -119,7 +119,42 @@ def by_fsdp2() -> None:
                     torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+def by_trainer_and_fsdp2(folder: str) -> None:
+    """The whole Trainer with FSDP2, which accelerate has for accelerators only and has to be talked into."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    weights = []
+    for sharded in (False, True):
+        model = hf_models.build("bert")
+        trainer = AMPTrainer(
+            model,
+            hf_models.arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+            criterion=hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)),
+            mix_at=1,
+            train_dataset=hf_models.Questions(32),
+            eval_dataset=hf_models.Questions(8),
+        )
+        if sharded:
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["BertLayer"],
+                cpu_ram_efficient_loading=False,
+            )
+            AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+            trainer.is_fsdp_enabled = True
+        trainer.train()
+        assert ("FSDP" in type(trainer.model_wrapped).__name__) == sharded
+        trainer.evaluate()
+        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+        weights.append(torch.cat([parameter.flatten() for parameter in whole]))
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
 if __name__ == "__main__":
     by_ddp(sys.argv[1])
     different_lambdas(sys.argv[1])
     by_fsdp2()
+    by_trainer_and_fsdp2(sys.argv[1])

@@ -111,8 +111,11 @@ class Front(_Part):
 class Rest(_Part):
     """f: mixed hidden states to logits. Made by `split`."""
 
-    def __init__(self, model: nn.Module, entry: Architecture, cut: Cut) -> None:
+    holder: Any
+
+    def __init__(self, model: nn.Module, entry: Architecture, cut: Cut, holder: nn.Module) -> None:
         super().__init__(model, entry, cut)
+        self.__dict__["holder"] = holder  # the model or what wraps it, whichever FSDP2 has sharded
         base = model.get_submodule(entry.base)
         children: dict[str, nn.Module | None] = {}
         if cut.kind == "word" and entry.images:
@@ -192,10 +195,10 @@ class Rest(_Part):
             (B, C) logits.
         """
         follow_mode(self.pairs)
-        if hasattr(self.origin, "unshard"):
+        if hasattr(self.holder, "unshard"):
             # FSDP2 takes the end of any backward pass, that of the λ-gradient too, for the end of the step, and gives
             # up the parameters that the model holds during its forward pass.
-            self.origin.unshard()
+            self.holder.unshard()
         name = "pixel_values" if self.entry.images else "inputs_embeds"
         # The view's forward, not its call: hooks of the whole model (FSDP's are such) belong to the whole pass.
         return self.body.forward(**{name: mixed}, **context, **_PLAIN).logits
@@ -238,10 +241,10 @@ def split(model: nn.Module, at: str | int = "embeddings") -> Split:
     Raises:
         TypeError, ValueError: a model or a place that is not one of these; the message lists what would do.
     """
-    model = unwrapped(model)
-    entry = architecture_of(model)
-    cut = cut_at(model, entry, at)
-    return Split(Front(model, entry, cut), Rest(model, entry, cut))
+    inner = unwrapped(model)
+    entry = architecture_of(inner)
+    cut = cut_at(inner, entry, at)
+    return Split(Front(inner, entry, cut), Rest(inner, entry, cut, model))
 
 
 def _union(mask: Tensor, mix: Mix | None) -> Tensor:

@@ -45,8 +45,11 @@ class MixedPass:
     """
 
     def __init__(self, criterion: AMPLoss, model: nn.Module, mix_at: str | int) -> None:
-        self.criterion, self.model = criterion, model
+        self.criterion, self.model, self.inner = criterion, model, unwrapped(model)
         self.g, self.f = split(model, mix_at)
+        # torch.compile cannot trace the gathering of sharded parameters in the middle of a pass.
+        sharded = hasattr(model, "unshard") and self.inner is not model
+        self.run = torch.compiler.disable(self.forward) if sharded else self.forward
 
     def prepare(self, labels: Tensor, mix: Mix, num_items: Any) -> None:
         """Take what the next pass needs beside the model's inputs."""
@@ -122,14 +125,13 @@ class AMPTrainerMixin:
         if self.mix_at == "logits" or not torch.is_grad_enabled():
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = checked_labels(inputs.get("labels"))
-        inner = unwrapped(model)
-        if self._pass is None or self._pass.model is not inner:
-            self._pass = MixedPass(self.criterion, inner, self.mix_at)
+        if self._pass is None or self._pass.model is not model:
+            self._pass = MixedPass(self.criterion, model, self.mix_at)
         mix = self.criterion.sample(len(labels), device=labels.device)
         self._pass.prepare(labels, mix, checked_items(num_items_in_batch))
         # accelerate puts autocast into the forward that the mixed pass stands in for.
         autocast = self.accelerator.autocast()  # type: ignore[attr-defined]
-        with mode_of(self.criterion, True), autocast, forward_of(inner, self._pass.forward):
+        with mode_of(self.criterion, True), autocast, forward_of(self._pass.inner, self._pass.run):
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
