@@ -3,7 +3,7 @@
 Run as a program, in a process where TRITON_INTERPRET is not set: triton.jit decides when a kernel is defined
 whether it will be compiled or interpreted.
 
-    python tests/codegen.py cuda:90 rows       # and, or, rows-fp64, loop, grad, head, small
+    python tests/codegen.py cuda:90 rows mix       # any of GROUPS_OF_CASES
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def small_cases() -> Iterator[Case]:
 
 
 def mix_cases() -> Iterator[Case]:
-    """Both directions of mixing, and the inner product, of rows of every dtype."""
-    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
-        wide = "*fp64" if itemsize == 8 else "*fp32"
-        for width in (6, 768, 30720):
+    """Both directions of mixing, and the inner product, of rows of every dtype: few, several and many tiles wide."""
+    for itemsize, widths in ((2, (6, 30720)), (4, (768,)), (8, (30720,))):
+        data, wide = DTYPES[itemsize], DTYPES[max(4, itemsize)]
+        for width in widths:
             launch = config.mix_config(width, itemsize)
             block = {"BLOCK_B": launch.block_b, "BLOCK_N": launch.block_c}
             rest = {"lam_ptr": wide, "B": "i32", "N": "i32"}
@@ -225,9 +225,9 @@ def mix_cases() -> Iterator[Case]:
 
 def remix_cases() -> Iterator[Case]:
     """A remix of rows in registers, and of long ones from parts of their inner products."""
-    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
-        compute = max(4, itemsize)
-        for width in (6, 768, 4096, 8192, 30720, 2**24):
+    for itemsize, widths in ((2, (6, 2**24)), (4, (6, 8192)), (8, (4096, 30720))):
+        data, compute = DTYPES[itemsize], max(4, itemsize)
+        for width in widths:
             launch = config.remix_config(width, compute)
             parts = 0
             if launch is None:
@@ -287,9 +287,9 @@ def select_cases(itemsize: int, sizes: list[int], bce_sizes: list[int]) -> Itera
 
 def embedding_cases() -> Iterator[Case]:
     """Mixed embeddings, and both stages of the table's gradient, of every dtype."""
-    for data, itemsize in (("*bf16", 2), ("*fp32", 4), ("*fp64", 8)):
-        wide = "*fp64" if itemsize == 8 else "*fp32"
-        for depth in (10, 768, 4096):
+    for itemsize, depths in ((2, (10, 768)), (8, (768,))):
+        data, wide = DTYPES[itemsize], DTYPES[max(4, itemsize)]
+        for depth in depths:
             aligned = ("D", "stride_ev", "stride_ub", "stride_ut") if depth >= 768 else ()
             launch = config.mix_config(depth, itemsize)
             yield Case(
@@ -354,8 +354,8 @@ GROUPS_OF_CASES = {
     "mix": mix_cases,
     "remix": remix_cases,
     "embedding": embedding_cases,
-    "select": lambda: select_cases(4, [2, 6, 100, 1024, 4096, 128_000], [2, 6, 100, 2048, 128_000]),
-    "select-fp64": lambda: select_cases(8, [6, 2048, 128_000], [6, 1024, 128_000]),
+    "select": lambda: select_cases(4, [6, 4096, 128_000], [6, 2048, 128_000]),
+    "select-fp64": lambda: select_cases(8, [2048, 128_000], [1024, 128_000]),
 }
 
 
@@ -380,12 +380,10 @@ def compile_case(case: Case, target: GPUTarget) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            command = [CUOBJDUMP, "-sass", file.name]
-            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found |= {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-        accesses_to_local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+            command = [CUOBJDUMP, "--dump-resource-usage", "-sass", file.name]
+            dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found |= {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+        accesses_to_local = len(re.findall(r"\b(?:STL|LDL)\b", dump))
         # Far below the limit ptxas may park one register in a slot to reach the next step of occupancy: its choice,
         # reported as "parked". A spill is what the limit forced, or anything beyond that one slot.
         limit = min(255, 65536 // (32 * case.num_warps))
