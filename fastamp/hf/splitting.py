@@ -195,7 +195,7 @@ class Rest(_Part):
             (B, C) logits.
         """
         follow_mode(self.pairs)
-        if hasattr(self.holder, "unshard"):
+        if not torch.compiler.is_compiling() and hasattr(self.holder, "unshard"):
             # FSDP2 takes the end of any backward pass, that of the λ-gradient too, for the end of the step, and gives
             # up the parameters that the model holds during its forward pass.
             self.holder.unshard()
