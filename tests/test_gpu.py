@@ -10,7 +10,16 @@ from conftest import DTYPES, HAS_GPU, assert_contract, by_library, random_case
 
 import fastamp
 from fastamp import AMPLoss, Mix
-from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
+from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, check_case
+from fastamp.functional import (
+    amp_cross_entropy,
+    embedding_mix,
+    lambda_grad,
+    linear_amp_cross_entropy,
+    mix,
+    remix,
+    select_cross_entropy,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA or ROCm device")]
 
@@ -151,6 +160,10 @@ loss = fastamp.AMPLoss()(torch.zeros(4, 7, device="cuda"), torch.tensor([0, 1, {
 torch.cuda.synchronize()
 print(loss.item())
 """
+    assert_stopped(code)
+
+
+def assert_stopped(code):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0, done.stdout
@@ -185,3 +198,127 @@ def test_memory_is_the_gradient_and_little_more(dtype):
     amp_cross_entropy(logits, target, lam, partner).backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 1.1 * logits.numel() * logits.element_size()
+
+
+# --- the operations of a step at any layer
+
+
+def layer_inputs(batch, length, depth, dtype=torch.float32):
+    hidden = (0.25 * torch.randn(batch, length, depth)).to(dtype)
+    return hidden, torch.rand(batch), torch.randperm(batch), 0.01 * torch.randn_like(hidden)
+
+
+def layer_step(hidden, lam, partner, grad_mixed, ids, table, target, head):
+    """All of them, from embeddings to a loss, and back."""
+    hidden, table = hidden.detach().requires_grad_(), table.detach().requires_grad_()
+    words = embedding_mix(ids, table, lam, partner, padding_idx=0)
+    mixed = mix(hidden, lam, partner)
+    lam_adv, mixed_adv = remix(hidden, lam, partner, grad_mixed)
+    logits, logits_adv = ((x.float() + words).mean(1) @ head for x in (mixed, mixed_adv))
+    loss, delta, mask = select_cross_entropy(logits, logits_adv, target, lam, partner)
+    loss.mean().backward()
+    return loss.detach(), delta, mask, lam_adv, lambda_grad(grad_mixed, hidden, partner), hidden.grad, table.grad
+
+
+def layer_step_inputs(batch=48, length=50, depth=256, classes=300):
+    ids = (torch.rand(batch, length) ** 4 * 500).long()
+    return (
+        *layer_inputs(batch, length, depth),
+        ids,
+        0.25 * torch.randn(500, depth),
+        torch.randint(classes, (batch,)),
+        torch.randn(depth, classes),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["mix", "lambda_grad", "remix", "embedding_mix", "select_cross_entropy"])
+def test_the_operations_hold_the_contract_at_size(op, dtype):
+    sized = {
+        "embedding_mix": [EmbeddingCase("large", shape=(64, 100, 768), vocabulary=5000)],
+        "select_cross_entropy": [
+            SelectionCase("large", shape=shape, change=change)
+            for shape in ((4096, 6), (300, 1000), (64, 50_257))
+            for change in (0.01, 3.0)
+        ],
+    }
+    shapes = ((512, 768), (24, 40, 768), (3, 2**20 + 4))
+    for case in sized.get(op, [OperationCase(op, "large", shape=shape) for shape in shapes]):
+        with torch.device("cpu"):  # where inputs are drawn
+            finding = check_case(case, "cuda", "auto", dtype)
+        assert not finding.failures, (case, finding.failures)
+
+
+def test_the_operations_give_the_same_bits_three_times():
+    inputs = layer_step_inputs()
+    first, *others = (layer_step(*inputs) for _ in range(3))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def test_the_operations_do_not_wait_for_the_gpu():
+    """15: host synchronisation."""
+    inputs = layer_step_inputs()
+    layer_step(*inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer_step(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_operations_replay_on_new_inputs():
+    """15: CUDA graph capture fails."""
+    inputs = layer_step_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer_step(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer_step(*inputs)
+    for held, new in zip(inputs, layer_step_inputs(), strict=True):
+        held.copy_(new)
+    graph.replay()
+    replayed = [x.clone() for x in captured]
+    assert all(map(torch.equal, replayed, layer_step(*inputs)))
+
+
+@pytest.mark.parametrize("word", [-1, 5, 2**40])
+def test_an_id_out_of_range_stops_the_kernel(word):
+    """27, of the embedding."""
+    code = f"""
+import torch, fastamp
+ids, partner = torch.tensor([[0, 1], [{word}, 2]], device="cuda"), torch.tensor([1, 0], device="cuda")
+mixed = fastamp.functional.embedding_mix(ids, torch.zeros(5, 7, device="cuda"), torch.rand(2, device="cuda"), partner)
+torch.cuda.synchronize()
+print(mixed.sum().item())
+"""
+    assert_stopped(code)
+
+
+def test_a_label_out_of_range_stops_the_selection():
+    """27, of the selection."""
+    code = """
+import torch, fastamp
+logits, target = torch.zeros(2, 3, device="cuda"), torch.tensor([0, 3], device="cuda")
+lam, partner = torch.rand(2, device="cuda"), torch.tensor([1, 0], device="cuda")
+loss, _, _ = fastamp.functional.select_cross_entropy(logits, logits, target, lam, partner)
+torch.cuda.synchronize()
+print(loss.sum().item())
+"""
+    assert_stopped(code)
+
+
+def test_memory_of_mixed_embeddings_is_the_result_and_little_more():
+    ids, table = torch.randint(1000, (64, 128)), torch.randn(1000, 512)
+    lam, partner = torch.rand(64), torch.randperm(64)
+    embedding_mix(ids, table, lam, partner)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mixed = embedding_mix(ids, table, lam, partner)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 1.1 * mixed.numel() * mixed.element_size()
