@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+LONG_MS = 10  # steps of at least so many milliseconds are shown in milliseconds
+
 
 def workload_label(row: dict[str, Any]) -> str:
     """The workload of a row in one line."""
@@ -49,13 +51,14 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 def _table(label: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=label, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     on_gpu, by_bytes = "kernel_launches" in rows[0], "bytes" in rows[0]
-    table.add_column("median µs", no_wrap=True)
+    in_ms = min(row["ms"]["both"]["q50"] for row in rows) >= LONG_MS
+    table.add_column("median ms" if in_ms else "median µs", no_wrap=True)
     headings = ["fwd", "bwd", "both", "xMixup", *(["GB/s", "%copy"] if by_bytes else ["q25-q75"])]
     for heading in [*headings, "launches" if on_gpu else "ops", "peak MB"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ms, ratio = row["ms"], None if row["ratio"] is None else row["ratio"]["both"]
-        cells = [f"{1e3 * ms[name]['q50']:.1f}" for name in ("forward", "backward", "both")]
+        cells = [f"{ms[name]['q50'] * (1 if in_ms else 1e3):.1f}" for name in ("forward", "backward", "both")]
         cells.append("" if ratio is None else f"{ratio['q50']:.2f}")
         if by_bytes:
             cells += [f"{row['gb_s']:.3g}", f"{row['percent_of_copy']:.1f}"]
