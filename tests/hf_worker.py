@@ -126,7 +126,7 @@ def by_trainer_and_fsdp2(folder: str) -> None:
     from accelerate.utils import DistributedType
 
     weights = []
-    for sharded in (False, True):
+    for precision in (None, "fp32", "bf16"):
         model = hf_models.build("bert")
         trainer = AMPTrainer(
             model,
@@ -136,21 +136,35 @@ def by_trainer_and_fsdp2(folder: str) -> None:
             train_dataset=hf_models.Questions(32),
             eval_dataset=hf_models.Questions(8),
         )
-        if sharded:
+        if precision is not None:
             plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2,
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=["BertLayer"],
+                mixed_precision_policy="bf16" if precision == "bf16" else None,
                 cpu_ram_efficient_loading=False,
             )
             AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
             trainer.is_fsdp_enabled = True
+        losses: list[Tensor] = []
+        loss_of = trainer.training_step
+
+        def keep(*args: Any, loss_of: Any = loss_of, losses: list[Tensor] = losses) -> Tensor:
+            losses.append(loss_of(*args))
+            return losses[-1]
+
+        trainer.training_step = keep  # type: ignore[method-assign]
         trainer.train()
-        assert ("FSDP" in type(trainer.model_wrapped).__name__) == sharded
+        assert ("FSDP" in type(trainer.model_wrapped).__name__) == (precision is not None)
+        # Sharding casts results to bfloat16, of which the loss and the counts in it are spared.
+        assert {loss.dtype for loss in losses} == {torch.float32 if precision == "bf16" else torch.float64}
+        assert precision != "bf16" or any(loss.bfloat16().float() != loss for loss in losses)
         trainer.evaluate()
         whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
         weights.append(torch.cat([parameter.flatten() for parameter in whole]))
-    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+    ddp, sharded, low = weights
+    torch.testing.assert_close(sharded, ddp, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(low, ddp, rtol=0.02, atol=0.02)
 
 
 if __name__ == "__main__":

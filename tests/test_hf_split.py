@@ -277,6 +277,12 @@ def test_no_cut_is_offered_between_the_layer_and_the_convolution_that_need_the_s
         split(hf_models.build("deberta"), "deberta.encoder.layer.0")
 
 
+def test_missing_inputs_are_named() -> None:
+    model = hf_models.build("bert")
+    with pytest.raises(TypeError, match="input_ids among it; got attention_mask"):
+        split(model).g(attention_mask=torch.ones(2, 3))
+
+
 def test_integer_hidden_states_are_refused_by_the_step() -> None:
     model = hf_models.build("bert")
     inputs = hf_models.batch(model)

@@ -88,13 +88,19 @@ class Front(_Part):
         Returns:
             (B, S, D) floating point; (B, 1, D) for at="last", (B, D) behind a pooler, (B, D, H, W) behind a patch
             projection.
+
+        Raises:
+            TypeError: an input that the model needs is missing.
         """
         follow_mode(self.pairs)
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS and value is not None}
         if self.cut.kind == "word":
             if "inputs_embeds" in inputs:
                 return inputs["inputs_embeds"]
-            return self._patches(inputs["pixel_values"]) if self.entry.images else self.body(inputs["input_ids"])
+            name = "pixel_values" if self.entry.images else "input_ids"
+            if name not in inputs:
+                raise TypeError(f"g takes what the model takes, {name} among it; got {', '.join(inputs) or 'nothing'}")
+            return self._patches(inputs[name]) if self.entry.images else self.body(inputs[name])
         hidden = self.body(**inputs, **_PLAIN).last_hidden_state
         if self.cut.kind == "pooler":
             assert self.pooler is not None

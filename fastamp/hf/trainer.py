@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.utils import ModelOutput
 
 from fastamp.hf.losses import (
     LOG_KEYS,
@@ -28,34 +27,45 @@ from fastamp.mixing import Mix
 
 
 class _MixedLoss(SentLoss):
-    """The loss function of `AMPTrainerMixin`: the loss is in the outputs already if a mixed pass made them."""
+    """The loss function of `AMPTrainerMixin`: a mixed pass has put the loss into the outputs already."""
+
+    mixed_pass: MixedPass | None = None
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        if isinstance(outputs, dict) and "mixing_sums" in outputs:
-            self.record(outputs["mixing_sums"])
-            return outputs["loss"]
-        return super().__call__(outputs, labels, num_items_in_batch)
+        if self.mixed_pass is None or "mixing_sums" not in outputs:
+            return super().__call__(outputs, labels, num_items_in_batch)
+        outputs = self.mixed_pass.pop_uncast() or outputs
+        self.record(outputs["mixing_sums"])
+        return outputs["loss"]
 
 
 class MixedPass:
     """A training step's whole computation, to be run as the forward pass of a model that may be wrapped.
 
-    The λ, labels and count of rows of the step are attributes, not arguments: FSDP2's mixed precision casts
-    floating-point arguments, and bfloat16 cannot hold λ' or a count.
+    FSDP2's mixed precision casts the arguments and the results of a forward pass, and bfloat16 can hold neither λ'
+    nor a count of rows. So the λ, labels and count of the step are attributes, not arguments, and the results are kept
+    as they were; its hooks are on those.
     """
 
     def __init__(self, criterion: AMPLoss, model: nn.Module, mix_at: str | int) -> None:
         self.criterion, self.model, self.inner = criterion, model, unwrapped(model)
         self.g, self.f = split(model, mix_at)
+        self.sharded = hasattr(model, "unshard")
         # torch.compile cannot trace the gathering of sharded parameters in the middle of a pass.
-        sharded = hasattr(model, "unshard") and self.inner is not model
-        self.run = torch.compiler.disable(self.forward) if sharded else self.forward
+        apart = self.sharded and self.inner is not model
+        self.run = torch.compiler.disable(self.forward) if apart else self.forward
+        self._uncast: dict[str, Tensor] | None = None
 
     def prepare(self, labels: Tensor, mix: Mix, num_items: Any) -> None:
         """Take what the next pass needs beside the model's inputs."""
         self.labels, self.mix, self.num_items = labels, mix, num_items
 
-    def forward(self, **inputs: Any) -> ModelOutput:
+    def pop_uncast(self) -> dict[str, Tensor] | None:
+        """The results of the last pass as they were, if something may have cast them since."""
+        uncast, self._uncast = self._uncast, None
+        return uncast
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """The loss and the sums for the logs, of the model's inputs (B, ...)."""
         loss, stats = self.criterion.step(
             self.f,
@@ -66,7 +76,11 @@ class MixedPass:
             num_items=self.num_items,
             return_stats=True,
         )
-        return ModelOutput(loss=loss, mixing_sums=row_sums(stats))
+        # A plain dict: wrappers do not find the tensors in any other.
+        results = {"loss": loss, "mixing_sums": row_sums(stats)}
+        if self.sharded:
+            self._uncast = dict(results)
+        return results
 
 
 class AMPTrainerMixin:
@@ -126,7 +140,7 @@ class AMPTrainerMixin:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = checked_labels(inputs.get("labels"))
         if self._pass is None or self._pass.model is not model:
-            self._pass = MixedPass(self.criterion, model, self.mix_at)
+            self._pass = self._loss.mixed_pass = MixedPass(self.criterion, model, self.mix_at)
         mix = self.criterion.sample(len(labels), device=labels.device)
         self._pass.prepare(labels, mix, checked_items(num_items_in_batch))
         # accelerate puts autocast into the forward that the mixed pass stands in for.
