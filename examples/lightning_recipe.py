@@ -2,7 +2,7 @@
 
     python examples/lightning_recipe.py
 
-The whole of g and f runs inside training_step, which Lightning runs as the forward pass of its DDP or FSDP wrapper.
+The whole of g and f runs inside training_step, which Lightning runs as the forward pass of its DDP wrapper.
 Everything else is Lightning as usual: accumulate_grad_batches, precision="bf16-mixed", checkpoints (which hold the
 criterion, with its generator, since it is a part of the module).
 """
