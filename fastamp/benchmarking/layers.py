@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastamp.benchmarking.networks import CLASSES, Cut, Network, Spec
 from fastamp.benchmarking.workload import DTYPES, Runner, Work
 
 CHECK_ROWS = 32  # rows that are mixed among themselves in the check, so that float64 holds no more of them at once
-EAGER = ("Mixup", "Mixup, split")
+EAGER = ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
 COMPILED = ("Mixup, compiled", "Mixup, split, compiled")
 
 
@@ -138,8 +138,8 @@ def amp_autograd(
 class _Step:
     """`AMPLoss.step` as its docstring uses it, or with a closure in the place of its context."""
 
-    def __init__(self, *, context: bool = True, plan: str = "auto") -> None:
-        self.criterion, self.context, self.plan = AMPLoss(step_size=STEP_SIZE), context, plan
+    def __init__(self, *, context: bool = True, plan: str = "auto", **options: Any) -> None:
+        self.criterion, self.context, self.plan = AMPLoss(step_size=STEP_SIZE, **options), context, plan
 
     def __call__(self, network: Network, x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
         cut = network.split
@@ -165,11 +165,14 @@ def layer_contenders(work: LayerWorkload, *, compiled: bool) -> list[Contender]:
         Contender("cross-entropy", "none", cross_entropy),
         Contender("Mixup", "mixup", mixup),
         Contender("Mixup, split", "mixup", partial(mixup, split=True)),
+        Contender("Mixup, AMPLoss.step", "mixup", _Step(mode="mixup")),
         Contender("AMP as published", "amp", partial(amp_autograd, published=True)),
         Contender("AMP autograd", "amp", amp_autograd),
         Contender("AMP autograd, split", "amp", partial(amp_autograd, split=True)),
         Contender("AMPLoss.step", "amp", _Step()),
-        Contender("AMPLoss.step, no context", "amp", _Step(context=False)),
+        # Eq. 21 to the letter: rows that keep λ because of rounding are then run again.
+        Contender("AMPLoss.step, strict ties", "amp", _Step(tie_tol=0.0)),
+        Contender("AMPLoss.step, strict ties, no context", "amp", _Step(tie_tol=0.0, context=False)),
         Contender("AMPLoss.step, merged", "amp", _Step(plan="merged")),
         Contender("Mixup, compiled", "mixup", mixup, compiled=True),
         Contender("Mixup, split, compiled", "mixup", partial(mixup, split=True), compiled=True),

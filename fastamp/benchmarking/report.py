@@ -95,6 +95,7 @@ def draw_png(results: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed; `pip install fastamp[plot]` gives it.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels = _drawn(results)
@@ -102,13 +103,16 @@ def draw_png(results: dict[str, Any], path: Path) -> None:
     shapes = list(dict.fromkeys(row["workload"] for row in every))
     names = list(dict.fromkeys(row["contender"] for row in every))
     width = 0.8 / len(names)
-    figure = Figure(figsize=(3 + 5 * len(panels), 2 + 0.17 * len(names) * len(shapes)), layout="constrained")
+    # Who is at which shape, for those that are not to leave no gap.
+    present = {shape: list(dict.fromkeys(r["contender"] for r in every if r["workload"] == shape)) for shape in shapes}
+    figure = Figure(figsize=(5 + 5 * len(panels), 2 + 0.17 * len(names) * len(shapes)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, rows) in zip(axes, panels.items(), strict=True):
         for i, name in enumerate(names):
             ratios = {row["workload"]: row["ratio"]["both"]["q50"] for row in rows if row["contender"] == name}
-            at = [shapes.index(shape) + (i - len(names) / 2 + 0.5) * width for shape in ratios]
-            bars = panel.barh(at, list(ratios.values()), 0.9 * width, label=name)
+            places = {shape: present[shape].index(name) - (len(present[shape]) - 1) / 2 for shape in ratios}
+            at = [shapes.index(shape) + place * width for shape, place in places.items()]
+            bars = panel.barh(at, list(ratios.values()), 0.9 * width, label=name, color=colormaps["tab20"](i))
             panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         panel.set_yticks(range(len(shapes)), shapes)
         panel.margins(x=0.1, y=0.01)
