@@ -358,7 +358,8 @@ def kernel_grad_divisor(
     if policy.grad_scale == "row":
         return None
     _, divisor = divisors(target, lam, partner, weight, policy, "none", num_items, all_kept)
-    return torch.as_tensor(divisor).to(lam)
+    # A number is filled in on the device, for a copy from the host would wait for it.
+    return divisor.to(lam) if isinstance(divisor, Tensor) else lam.new_full((), divisor)
 
 
 def _reduced(loss: Tensor, reduction: str, divisor: Tensor | float) -> Tensor:

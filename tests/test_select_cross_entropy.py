@@ -188,14 +188,18 @@ def test_a_small_change_keeps_its_digits(request, backend, by_loop):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-12)
 
 
+@pytest.mark.parametrize("by_loop", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_large_common_offset_costs_no_digits(backend, loss):
+def test_a_large_common_offset_costs_no_digits(request, backend, loss, by_loop):
     """21."""
-    case = random_batch(5, 6, loss=loss, mode="maxop")
-    case = case._replace(logits=case.logits.mul(64).round() / 64, logits_adv=case.logits_adv.mul(64).round() / 64)
-    shifted = case._replace(logits=case.logits + 4096, logits_adv=case.logits_adv + 4096)
-    for one, other in zip(by_library(case), by_library(shifted), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+    if by_loop and backend == "triton":
+        request.getfixturevalue("small_tiles")
+    for mode in ("maxop", "mixup"):  # the loss at λ', and at λ
+        case = random_batch(5, 20, loss=loss, mode=mode)
+        case = case._replace(logits=case.logits.mul(64).round() / 64, logits_adv=case.logits_adv.mul(64).round() / 64)
+        shifted = case._replace(logits=case.logits + 4096, logits_adv=case.logits_adv + 4096)
+        for one, other in zip(by_library(case), by_library(shifted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
 
 def test_each_gradient_goes_to_the_logits_that_were_taken(backend):
