@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +223,34 @@ class AMPLoss(nn.Module):
                 )
             loss = self._reduced(loss, stats, divisor)
         return (loss, stats) if return_stats and stats is not None else loss
+
+    @overload
+    def step(
+        self,
+        f: Callable[..., Tensor],
+        hidden: Hidden,
+        target: Tensor,
+        *,
+        context: Mapping[str, Tensor | None] | None = None,
+        mix: Mix | None = None,
+        num_items: float | Tensor | None = None,
+        plan: str = "auto",
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def step(
+        self,
+        f: Callable[..., Tensor],
+        hidden: Hidden,
+        target: Tensor,
+        *,
+        context: Mapping[str, Tensor | None] | None = None,
+        mix: Mix | None = None,
+        num_items: float | Tensor | None = None,
+        plan: str = "auto",
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, MixStats]: ...
 
     def step(
         self,

@@ -295,9 +295,9 @@ class _Run:
         if self.config.method.startswith("word-"):
             g, f = self.model.split("word")
             mix = criterion.sample(len(labels), device=labels.device)
-            result = criterion.step(f, g(ids), labels, mix=mix, context=f.context(ids, mix), return_stats=with_stats)
-        else:
-            result = criterion(self.model(ids), labels, return_stats=with_stats)
+            loss, stats = criterion.step(f, g(ids), labels, mix=mix, context=f.context(ids, mix), return_stats=True)
+            return loss, stats if with_stats else None
+        result = criterion(self.model(ids), labels, return_stats=with_stats)
         return result if isinstance(result, tuple) else (result, None)
 
     def _check_finite(self) -> None:
