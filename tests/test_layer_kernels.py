@@ -249,6 +249,28 @@ def test_torch_func_passes_through_mixing(backend):
         torch.testing.assert_close(ours, torch.autograd.grad(op(leaf), leaf)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_changes_nothing(backend, dtype):
+    """18: arithmetic is float32, or float64, whatever runs around it."""
+    values, table, logits = (rows(4, 5, dtype=dtype).requires_grad_() for _ in range(3))
+    ids, target = torch.randint(4, (4, 6)), torch.randint(5, (4,))
+    lam, partner = draw(4, dtype=dtype)
+
+    def run():
+        outputs = [functional.mix(values, lam, partner), *functional.remix(values, lam, partner, logits)]
+        outputs.append(functional.embedding_mix(ids, table, lam, partner))
+        outputs.append(functional.select_cross_entropy(logits, 2 * logits, target, lam, partner)[0])
+        total = sum(output.double().square().sum() for output in outputs)
+        return *outputs, *torch.autograd.grad(total, (values, table, logits))
+
+    expected = run()
+    with torch.autocast(values.device.type, torch.bfloat16):
+        found = run()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.large
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31(backend):
