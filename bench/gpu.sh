@@ -66,13 +66,13 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 # First all that proves and compiles, side by side; nothing is being timed.
 if "$python" -c 'import pytest' 2>/dev/null; then
-    step tests tests 200 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
+    step tests tests 190 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
         -p no:cacheprovider -m gpu "${workers[@]}" &
 else
     echo "tests: not run, $python has no pytest" | tee -a "$out/summary.txt"
 fi
-step check setup 200 "${steps[@]}" check "$out" &
-step warm setup 200 "${steps[@]}" warm "$out" &
+step check setup 190 "${steps[@]}" check "$out" &
+step warm setup 190 "${steps[@]}" warm "$out" &
 wait
 # Then the clocks, alone.
 step ops bench 40 "${steps[@]}" ops "$out"

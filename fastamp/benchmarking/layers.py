@@ -41,7 +41,7 @@ class LayerWorkload(Work):
     truths: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dtype, self.captured = self.spec.dtype, self.spec.captured
+        self.dtype, self.captured = self.spec.dtype, not self.spec.large
         # Some of a network's gradients are zero but for rounding, such as that to the bias of attention's keys.
         self.negligible = 0.1
         self.network = self.spec.network(self.device, DTYPES[self.dtype], self.seed)
@@ -159,7 +159,7 @@ def layer_contenders(work: LayerWorkload, *, compiled: bool) -> list[Contender]:
 
     Args:
         work: what they are for.
-        compiled: also those whose f goes through torch.compile.
+        compiled: also those whose f goes through torch.compile, where the network is not large.
     """
     every = [
         Contender("cross-entropy", "none", cross_entropy),
@@ -178,6 +178,6 @@ def layer_contenders(work: LayerWorkload, *, compiled: bool) -> list[Contender]:
         Contender("Mixup, split, compiled", "mixup", partial(mixup, split=True), compiled=True),
         Contender("AMPLoss.step, compiled", "amp", _Step(), compiled=True),
     ]
-    taken = [one for one in every if compiled or not one.compiled]
+    taken = [one for one in every if not one.compiled or (compiled and not work.spec.large)]
     taken = [one for one in taken if work.network.later or ", split" not in one.name]
     return [replace(one, base=COMPILED if one.compiled else EAGER) for one in taken]
