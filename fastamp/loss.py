@@ -288,7 +288,8 @@ class AMPLoss(nn.Module):
             num_items: replaces the divisor of the mean: a number or a 0-d tensor.
             plan: which passes are run; the losses and gradients are the same. In units of a forward pass, where
                 plain Mixup costs 3: "auto" costs 5 where every row takes λ', 5 + 3n/B where n rows that keep λ can be
-                run again on their own, else 6; it looks at the device once to decide. "merged" costs 6 and looks at
+                run again on their own (their backward holds a second set of parameter gradients for a while), else 6;
+                it looks at the device once to decide. "merged" costs 6, in plain Mixup's memory, and looks at
                 nothing. "both" costs 7 and keeps two graphs, and is taken, whatever is asked for, where rows depend
                 on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA graph is captured, and
                 inside torch.compile, "auto" is "merged". Batch normalisation by F.batch_norm is not noticed: ask
