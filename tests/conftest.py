@@ -83,6 +83,17 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
 
 
 @pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
+    """Tiles of a few elements, so that short rows take many programs, many parts and many pieces."""
+    small = {"MIX_BYTES": 32, "MIX_ROWS": 2, "REMIX_WORDS": 8, "REMIX_WORDS_PER_WARP": 8, "PART_TILES": 1}
+    small |= {"MAX_PARTS": 4, "EMBEDDING_PIECE": 4, "EMBEDDING_ROWS": 2, "EMBEDDING_WORDS": 8}
+    config = importlib.import_module("fastamp.kernels.config")
+    for name, value in small.items():
+        assert hasattr(config, name)
+        monkeypatch.setattr(config, name, value)
+
+
+@pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
     """No batch of more than one row fits one program: several programs, each of a few rows."""
     _set_constants(monkeypatch, "SINGLE_PROGRAM_WORDS", 0)

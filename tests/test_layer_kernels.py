@@ -1,46 +1,17 @@
-"""Mixing, ∇λ, remixing and mixed embeddings, on both backends; selection is in test_select_cross_entropy.py."""
-
-import importlib
+"""Mixing, ∇λ, and remixing, and what they share with mixed embeddings, on both backends."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, HAS_GPU, INTERPRETED, TOLERANCE, assert_no_worse
+from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import draw, gradient, rows
 from strategies import LAYOUTS, laid_out
 
 import fastamp
 from fastamp import functional, hidden, reference
 from fastamp.policy import checked_policy
-
-# The interpreter cuts float32 to bfloat16 where a GPU rounds: twice the error, of values of the size of 1.
-SCALE = 0.25
-
-
-@pytest.fixture
-def tiny_tiles(monkeypatch, triton_backend):
-    """Tiles of a few elements, so that short rows take many programs, many parts and many pieces."""
-    small = {"MIX_BYTES": 32, "MIX_ROWS": 2, "REMIX_WORDS": 8, "REMIX_WORDS_PER_WARP": 8, "PART_TILES": 1}
-    small |= {"MAX_PARTS": 4, "EMBEDDING_PIECE": 4, "EMBEDDING_ROWS": 2, "EMBEDDING_WORDS": 8}
-    config = importlib.import_module("fastamp.kernels.config")
-    for name, value in small.items():
-        assert hasattr(config, name)
-        monkeypatch.setattr(config, name, value)
-
-
-def rows(*shape, dtype=torch.float32):
-    return (SCALE * torch.randn(shape)).to(dtype)
-
-
-def draw(batch, *, dtype=torch.float32, outside=False):
-    """λ, within [0, 1] or around it, and partners."""
-    lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return 3 * lam - 1 if outside else lam, torch.randperm(batch)
-
-
-def gradient(output, leaf, upstream):
-    return torch.autograd.grad(output, leaf, upstream, retain_graph=True)[0]
 
 
 @st.composite
@@ -285,130 +256,6 @@ def test_offsets_beyond_two_to_the_31(backend):
     assert (mixed[2, -8:] == 0.5).all()
     assert (mixed[0, :8] == 1.5).all()
     assert functional.lambda_grad(mixed, values, partner).tolist() == [8 * 1.5 * -3, 8 * (0.75 * 3 - 0.75), 4.0]
-
-
-# --- embeddings
-
-
-@st.composite
-def embeddings(draw_):
-    batch, length, depth = draw_(st.integers(1, 5)), draw_(st.integers(1, 12)), draw_(st.integers(1, 19))
-    size = draw_(st.sampled_from([1, 2, 5, 40]))
-    dtype, layout = draw_(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
-    padding_idx = draw_(st.sampled_from([None, None, 0, -1]))
-    torch.manual_seed(draw_(st.integers(0, 2**16)))
-    lam, partner = draw(batch, dtype=dtype, outside=draw_(st.booleans()))
-    ids, table = torch.randint(size, (batch, length)), rows(size, depth, dtype=dtype)
-    # Of a size that keeps sums of many tokens near 1, as SCALE does.
-    upstream = (rows(batch, length, depth) / (batch * length / size) ** 0.5 / 4).to(dtype)
-    values = (ids, table, lam, partner, upstream)
-    return *(laid_out(value, draw_(layout)) for value in values), padding_idx
-
-
-def assert_embeddings_hold(case):
-    ids, table, lam, partner, upstream, padding_idx = case
-    dtype = table.dtype
-    leaf = table.detach().requires_grad_()
-    mixed = functional.embedding_mix(ids, leaf, lam, partner, padding_idx=padding_idx)
-    ours = mixed, gradient(mixed, leaf, upstream)
-    assert all(value.dtype == dtype for value in ours)
-
-    def by_definition(precision):
-        leaf = table.detach().to(precision).requires_grad_()
-        values = F.embedding(ids, leaf, padding_idx)
-        mixed = reference.mix(values, lam.to(precision), partner)
-        return mixed, gradient(mixed, leaf, upstream.to(precision))
-
-    for name, *values in zip(("m", "dE"), ours, by_definition(torch.float64), by_definition(dtype), strict=True):
-        assert_no_worse(name, *(value.detach() for value in values), dtype)
-
-
-@settings(INTERPRETED)
-@given(case=embeddings())
-def test_embeddings_hold_the_contract(poisoned_empty, backend, case):
-    assert_embeddings_hold(case)
-
-
-@settings(INTERPRETED)
-@given(case=embeddings())
-def test_embeddings_of_many_pieces_hold_the_contract(poisoned_empty, tiny_tiles, case):
-    assert_embeddings_hold(case)
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [0] * 24,
-        [0] * 4 + [1] * 4 + [2] * 16,
-        [0] * 3 + [1] * 2 + [2] * 19,
-        [1] * 5 + [3] * 11 + [4] * 8,
-        [0, 1, 2, 3] * 6,
-        [0] * 23 + [4],
-    ],
-    ids=str,
-)
-def test_runs_that_begin_and_end_anywhere_in_a_chunk(poisoned_empty, tiny_tiles, ids):
-    """Sums are of small integers: exact."""
-    order = torch.randperm(24)
-    ids = torch.tensor(ids)[order].view(4, 6)
-    table = torch.zeros(5, 10, requires_grad=True)
-    upstream = torch.randint(-8, 8, (4, 6, 10)).float()
-    lam, partner = torch.tensor([0.5, 0.25, 0.0, 1.0]), torch.tensor([1, 2, 3, 0])
-    ours = gradient(functional.embedding_mix(ids, table, lam, partner), table, upstream)
-    mixed = reference.mix(F.embedding(ids, table), lam, partner)
-    assert torch.equal(ours, gradient(mixed, table, upstream))
-
-
-def test_the_padding_gets_no_gradient_and_is_mixed_all_the_same(backend):
-    ids, table = torch.tensor([[0, 2, 0], [1, 0, 0]]), rows(3, 4).requires_grad_()
-    lam, partner = torch.tensor([0.3, 0.6]), torch.tensor([1, 0])
-    mixed = functional.embedding_mix(ids, table, lam, partner, padding_idx=-3)
-    torch.testing.assert_close(mixed, functional.mix(F.embedding(ids, table), lam, partner))
-    grad = gradient(mixed, table, torch.ones_like(mixed))
-    assert (grad[0] == 0).all()
-    assert (grad[1:] != 0).all()
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (3, 0, 4, 2), (3, 2, 4, 0)])
-def test_no_tokens_pass(backend, shape):
-    batch, length, size, depth = shape
-    table = torch.zeros(size, depth, requires_grad=True)
-    mixed = functional.embedding_mix(torch.zeros(batch, length, dtype=torch.int64), table, *draw(batch))
-    assert mixed.shape == (batch, length, depth)
-    assert torch.autograd.grad(mixed.sum(), table)[0].abs().sum() == 0
-
-
-@pytest.mark.skipif(HAS_GPU, reason="values are looked at on the CPU only")
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"ids": torch.zeros(2, 3)}, TypeError, "ids must be int64"),
-        ({"ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"ids must be \(B, T\), got shape \(2,\)"),
-        ({"ids": torch.tensor([[0, 4], [0, 0]])}, ValueError, r"ids must lie in 0..3, .*from 0 to 4"),
-        ({"ids": torch.tensor([[0, -1], [0, 0]])}, ValueError, r"ids must lie in 0..3, .*from -1 to 0"),
-        ({"ids": [[0]]}, TypeError, "ids must be a tensor, got list"),
-        ({"table": torch.zeros(4, 2, dtype=torch.int64)}, TypeError, "table must be float16"),
-        ({"table": torch.zeros(4)}, ValueError, "table must have 2 dimensions"),
-        ({"lam": torch.zeros(3)}, ValueError, r"lam must have shape \(2,\)"),
-        ({"partner": torch.tensor([0, 0])}, ValueError, "partner must be a permutation"),
-        ({"padding_idx": 4}, ValueError, r"padding_idx must lie in -4..3 .*got 4"),
-        ({"padding_idx": True}, TypeError, "padding_idx must be an int or None, got True"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_of_embedding_mix_are_named(changed, error, message):
-    given = {"ids": torch.zeros(2, 3, dtype=torch.int64), "table": torch.zeros(4, 2)}
-    given |= {"lam": torch.rand(2), "partner": torch.tensor([1, 0]), **changed}
-    with pytest.raises(error, match=message):
-        functional.embedding_mix(**given)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_frequent_word_is_summed_in_float32(backend, dtype):
-    ids, table = torch.zeros(8, 64, dtype=torch.int64), torch.zeros(2, 3, dtype=dtype, requires_grad=True)
-    mixed = functional.embedding_mix(ids, table, *draw(8))
-    grad = gradient(mixed, table, torch.full(mixed.shape, 0.125, dtype=dtype))
-    torch.testing.assert_close(grad[0], torch.full((3,), 64.0, dtype=dtype), rtol=TOLERANCE[dtype], atol=0)
 
 
 def test_the_backend_that_is_set_takes_the_call(monkeypatch):

@@ -1,0 +1,23 @@
+"""Random rows of a hidden state, and what they are mixed with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The interpreter cuts float32 to bfloat16 where a GPU rounds: twice the error, of values of the size of 1.
+SCALE = 0.25
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (SCALE * torch.randn(shape)).to(dtype)
+
+
+def draw(batch: int, *, dtype: torch.dtype = torch.float32, outside: bool = False) -> tuple[Tensor, Tensor]:
+    """λ, within [0, 1] or around it, and partners."""
+    lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return 3 * lam - 1 if outside else lam, torch.randperm(batch)
+
+
+def gradient(output: Tensor, leaf: Tensor, upstream: Tensor) -> Tensor:
+    return torch.autograd.grad(output, leaf, upstream, retain_graph=True)[0]
