@@ -187,11 +187,12 @@ class _Step:
         random: RandomStates | RecordedMasks = RecordedMasks() if in_capture else RandomStates(device)
         statistics = BatchStatistics(self.f)
         both = amp and (plan == "both" or statistics.couple_rows or (redrawn and in_capture))
+        compiled = isinstance(self.f, nn.Module) and any(map(_is_compiled, self.f.modules()))
 
         with (
             torch.enable_grad(),
             statistics.watch(),
-            _parameters_left_out(self.f, both or redrawn),
+            _without_parameters(self.f) if compiled and not (both or redrawn) else nullcontext(),
             nullcontext() if redrawn and in_capture else random,
         ):
             mixed, edges = self._mixed_with_edges()
@@ -222,7 +223,9 @@ class _Step:
             return loss, self._stats(chosen, slope, lam_adv, "both")
         rejected = ~chosen.mask & (lam_adv != self.lam)  # a row whose λ did not move is right in either pass
         rows = rejected[:0] if not amp or merge else rejected.nonzero().squeeze(1)  # the one look at the device
-        alone = self.context is not None and not random.drew and 3 * len(rows) <= len(rejected)
+        # A compiled f would be compiled anew for every number of rows.
+        independent = self.context is not None and not random.drew and not compiled
+        alone = independent and 3 * len(rows) <= len(rejected)
         if merge or (len(rows) and not alone):
             if torch.is_autocast_enabled(device.type):
                 # Weights that were cast without a graph must not be found in the cache.
@@ -346,12 +349,10 @@ def _at_choice(chosen: Selected) -> Tensor:
 
 
 @contextmanager
-def _parameters_left_out(f: Callable[..., Tensor], needed: bool) -> Iterator[None]:
+def _without_parameters(f: Any) -> Iterator[None]:
     """Within a compiled module, whose backward would compute their gradients too; eager autograd never does."""
-    compiled = not needed and isinstance(f, nn.Module) and any(map(_is_compiled, f.modules()))
     # FSDP decides once, from the sharded parameters, what the gathered ones require: they are left alone.
-    every = list(f.parameters()) if compiled and isinstance(f, nn.Module) else []
-    parameters = [p for p in every if p.requires_grad and not is_dtensor(p)]
+    parameters = [p for p in f.parameters() if p.requires_grad and not is_dtensor(p)]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -292,8 +292,8 @@ class AMPLoss(nn.Module):
                 it looks at the device once to decide. "merged" costs 6, in plain Mixup's memory, and looks at
                 nothing. "both" costs 7 and keeps two graphs, and is taken, whatever is asked for, where rows depend
                 on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA graph is captured, and
-                inside torch.compile, "auto" is "merged". Batch normalisation by F.batch_norm is not noticed: ask
-                for "both".
+                inside torch.compile, "auto" is "merged"; a compiled f is given whole batches only. Batch normalisation
+                by F.batch_norm is not noticed: ask for "both".
             return_stats: also return a `MixStats`, whose `plan` is "adversarial", "sub-batch", "merged" or "both".
 
         Returns:
