@@ -6,7 +6,6 @@ memory that two programs share: no atomics, the same bits in every run.
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import RESCALE_BLOCK, TOTAL_BLOCK, backward_config, forward_config
+from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
     BP_TOP,
@@ -33,119 +33,19 @@ from .rows import (
     TOP,
     TOTAL,
     RowPolicy,
-    bce_share,
-    bce_terms,
-    expm1_near,
     load_logits,
-    log1p_any,
     mixed_logits,
-    row_argmax,
     row_fields,
-    row_max,
     row_shift,
     row_sum,
     rows_total,
-    scaled_grad,
-    step_lam,
     store_field,
-    takes_adversarial,
     target_tile,
     tile_index,
     tile_mask,
 )
 from .rows_loop import _amp_rows_grad_kernel, _amp_rows_kernel, _amp_total_kernel, _rescale_kernel
-
-
-@triton.jit
-def cross_entropy_role(x, d, on, lam, step_size, grad_divisor_ptr, policy: tl.constexpr):
-    """One row's AMP with its whole width in registers: its scalars and g at λ* (1-9)."""
-    total = row_sum(on)
-    top = row_max(x)
-    p = tl.exp(x - top)
-    sum_exp = row_sum(p)
-    p = p / sum_exp
-    lse = top + tl.log(sum_exp)
-    loss = -row_sum(tl.where(on != 0, on * (x - lse), 0.0))
-    grad = scaled_grad(row_sum((total * p - on) * d), grad_divisor_ptr)
-    lam_adv = step_lam(lam, grad, step_size, policy)
-    delta = tl.full(lam.shape, 0.0, lam.dtype)
-    lse_change = delta
-    p_adv = p
-    if policy.mode != "mixup":
-        eta = lam_adv - lam
-        u = eta * d
-        if tl.max(tl.abs(u)) <= 0.25:
-            # The perturbed softmax from the first one: no second exponential, no cancellation in δ.
-            gain = p * expm1_near(u)
-            gain_sum = row_sum(gain)
-            lse_change = log1p_any(gain_sum)
-            p_adv = (p + gain) / (1.0 + gain_sum)
-        else:
-            top_adv = row_max(x + u)
-            p_adv = tl.exp(x + u - top_adv)
-            sum_adv = row_sum(p_adv)
-            lse_change = (top_adv - top) + (tl.log(sum_adv) - tl.log(sum_exp))
-            p_adv = p_adv / sum_adv
-        delta = total * lse_change - eta * row_sum(on * d)
-    takes = takes_adversarial(loss, delta, policy)
-    loss = tl.where(takes, loss + delta, loss)
-    lse = tl.where(takes, lse + lse_change, lse)
-    g = total * tl.where(takes, p_adv, p) - on
-    return loss, tl.where(takes, lam_adv, lam), lam_adv, grad, delta, takes, lse, total, g
-
-
-@triton.jit
-def cross_entropy_at(x, on):
-    """Cross-entropy of rows in registers, and their softmax (2, 3)."""
-    x = x - row_max(x)  # before anything is rounded at the size of a common offset
-    p = tl.exp(x)
-    sum_exp = row_sum(p)
-    return -row_sum(tl.where(on != 0, on * (x - tl.log(sum_exp)), 0.0)), p / sum_exp
-
-
-@triton.jit
-def bce_at(x, on, off, cols):
-    """softmax_bce of rows in registers: loss, the six scalars that g is made of, and g (12-15)."""
-    top = row_argmax(x)
-    is_top = cols == top
-    top_x = row_max(x)
-    others = tl.where(is_top, float("-inf"), x)
-    second = row_max(others)
-    second = tl.where(second == float("-inf"), 0.0, second)
-    lse_others = second + tl.log(row_sum(tl.exp(others - second)))
-    lse = top_x + log1p_any(tl.exp(lse_others - top_x))
-    a, b, bo, p, terms = bce_terms(x, on, off, is_top, lse, lse_others)
-    sum_a = row_sum(a)
-    sum_bo = row_sum(bo)
-    bp_top = row_sum(tl.where(is_top, b * p, 0.0))
-    grad = a - p * (sum_a + b) + p * (sum_bo - bo) + bp_top * bce_share(x, is_top, lse_others)
-    return row_sum(terms), top.to(x.dtype), lse, lse_others, sum_a, sum_bo, bp_top, grad
-
-
-@triton.jit
-def _bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy: tl.constexpr):
-    """One row's AMP under softmax_bce with its whole width in registers."""
-    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, g = bce_at(x, on, off, cols)
-    grad = scaled_grad(row_sum(g * d), grad_divisor_ptr)
-    lam_adv = step_lam(lam, grad, step_size, policy)
-    delta = tl.full(lam.shape, 0.0, lam.dtype)
-    takes = takes_adversarial(loss, delta, policy)
-    if policy.mode != "mixup":
-        loss_adv, top_adv, lse_adv, lse_others_adv, sum_a_adv, sum_bo_adv, bp_top_adv, g_adv = bce_at(
-            x + (lam_adv - lam) * d, on, off, cols
-        )
-        delta = loss_adv - loss
-        takes = takes_adversarial(loss, delta, policy)
-        loss = tl.where(takes, loss_adv, loss)
-        top = tl.where(takes, top_adv, top)
-        lse = tl.where(takes, lse_adv, lse)
-        lse_others = tl.where(takes, lse_others_adv, lse_others)
-        sum_a = tl.where(takes, sum_a_adv, sum_a)
-        sum_bo = tl.where(takes, sum_bo_adv, sum_bo)
-        bp_top = tl.where(takes, bp_top_adv, bp_top)
-        g = tl.where(takes, g_adv, g)
-    lam_sel = tl.where(takes, lam_adv, lam)
-    return loss, lam_sel, lam_adv, grad, delta, takes, lse, sum_a, top, lse_others, sum_bo, bp_top, g
+from .rows_registers import bce_role, cross_entropy_role
 
 
 @triton.jit
@@ -177,7 +77,7 @@ def _register_role(
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
     on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
     if policy.bce:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = _bce_role(
+        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = bce_role(
             x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy
         )
         if STORE:
@@ -298,12 +198,6 @@ class Forward(NamedTuple):
     divisor: Tensor | None  # () what it was divided by; None without reduction
     dlogits: Tensor | None  # (B, C), divided by `assumed` (0: by the right divisor); None where not asked for
     assumed: float
-
-
-def inverse_permutation(partner: Tensor) -> Tensor:
-    """(B,) int64 q with partner[q[r]] = r."""
-    index = torch.arange(len(partner), device=partner.device)
-    return torch.empty_like(partner).scatter_(0, partner, index)
 
 
 def amp_cross_entropy_forward(
@@ -444,8 +338,3 @@ def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float)
             dlogits, upstream, divisor, numel, assumed, BLOCK=RESCALE_BLOCK, num_warps=8
         )
     return dlogits
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU current: Triton launches on the current one, whatever its arguments are."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import inverse_permutation, on_device_of
 from .config import embedding_grad_config, mix_config
+from .launch import inverse_permutation, on_device_of
 from .mix import mixed_tile, tile_of
 from .rows import ASSERTING, tile_mask
 

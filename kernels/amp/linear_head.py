@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import bce_at, cross_entropy_at, cross_entropy_role, inverse_permutation, on_device_of
 from .config import TOTAL_BLOCK, linear_head_config
+from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
     DELTA,
@@ -34,6 +34,7 @@ from .rows import (
     target_tile,
 )
 from .rows_loop import _amp_total_kernel
+from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role
 
 FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import inverse_permutation, on_device_of
 from .config import mix_config
+from .launch import as_matrix, inverse_permutation, on_device_of
 from .rows import tile_index, tile_mask
 
 
@@ -131,8 +131,3 @@ def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor
             num_warps=config.num_warps,
         )
     return out
-
-
-def as_matrix(rows: Tensor) -> Tensor:
-    """`rows` (B, ...) as (B, N): a view where one exists, a copy where the inner dimensions allow none."""
-    return rows.reshape(rows.shape[0], -1)

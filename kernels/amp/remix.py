@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import on_device_of
 from .config import inner_product_config, mix_config, remix_config
-from .mix import as_matrix, load_rows, mixed_tile, tile_of
+from .launch import as_matrix, on_device_of
+from .mix import load_rows, mixed_tile, tile_of
 from .rows import RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
 
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amp_cross_entropy import bce_at, cross_entropy_at, on_device_of
 from .config import select_config
+from .launch import on_device_of
 from .rows import (
     ASSERTING,
     RowPolicy,
@@ -31,6 +31,7 @@ from .rows import (
     tile_mask,
 )
 from .rows_loop import bce_scan
+from .rows_registers import bce_at, cross_entropy_at
 
 
 @triton.jit
