@@ -23,6 +23,7 @@ _HOMES = {
     "Mix": "fastamp.mixing",
     "MixStats": "fastamp.mixing",
     "functional": "fastamp.functional",
+    "hf": "fastamp.hf",  # not in __all__: a star import should not need transformers
     "reference": "fastamp.reference",
     "set_backend": "fastamp.backend",
 }

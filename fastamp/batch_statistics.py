@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-# One hook for all: torch.compile specialises on a hook's identity.
-_called: list[nn.Module] = []
+# Who watches, by thread: hooks on all modules are called by every thread's modules.
+_called: dict[int, list[nn.Module]] = {}
 
 # A compiled module inside f is told of the hook below every time, which is meant.
 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
 
 
+# One function for all watches: torch.compile specialises on a hook's identity.
 def _note(module: nn.Module, _: Any) -> None:
-    if isinstance(module, _NormBase) or "_orig_mod" in module._modules:  # the latter: a compiled module
-        _called.append(module)
+    if torch.compiler.is_compiling():
+        return  # the compiled module that this one belongs to has been noted
+    if (isinstance(module, _NormBase) or _compiled(module)) and threading.get_ident() in _called:
+        _called[threading.get_ident()].append(module)
 
 
 class BatchStatistics:
-    """Which layers of f use or update statistics of the batch.
+    """Which layers of f use or update statistics of the batch, and whether f is compiled.
 
-    A module is searched. Of any other callable, the modules that its first pass calls are looked at; batch
-    normalisation by a function (F.batch_norm) is not noticed.
+    A module is searched. Of any callable, the modules that its first pass calls are looked at, but for those within a
+    compiled function; batch normalisation by a function (F.batch_norm) is not noticed.
     """
 
     def __init__(self, f: Callable[..., Any]) -> None:
-        self._f = f
-        self._layers = _normalising([f]) if isinstance(f, nn.Module) else []
+        modules = list(f.modules()) if isinstance(f, nn.Module) else []
+        self.is_compiled = hasattr(f, "_torchdynamo_orig_callable") or any(map(_compiled, modules))
+        self._whole = self.is_compiled and bool(modules)  # nothing else to be seen, and hooks would be compiled, too
+        self._layers = _normalising(modules)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Encloses the first pass."""
-        if isinstance(self._f, nn.Module):
+        if self._whole:
             yield
             return
-        _called.clear()
+        called = _called.setdefault(threading.get_ident(), [])
         hook = register_module_forward_pre_hook(_note)
         try:
             yield
         finally:
             hook.remove()
-            self._layers = _normalising(_called)
-            _called.clear()
+            _called.pop(threading.get_ident(), None)
+            compiled = [module for module in called if _compiled(module)]
+            self.is_compiled = self.is_compiled or bool(compiled)
+            inner = [layer for module in compiled for layer in module.modules()]
+            self._layers = _normalising([*self._layers, *called, *inner])
 
     @property
     def couple_rows(self) -> bool:
@@ -69,7 +79,11 @@ class BatchStatistics:
                 layer._buffers[name] = buffer
 
 
-def _normalising(modules: list[nn.Module]) -> list[_NormBase]:
-    """The layers in `modules` that normalise by statistics of what they are given."""
-    layers = {id(layer): layer for module in modules for layer in module.modules() if isinstance(layer, _NormBase)}
+def _compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _normalising(modules: list[Any]) -> list[_NormBase]:
+    """Those of `modules` that normalise by statistics of what they are given."""
+    layers = {id(layer): layer for layer in modules if isinstance(layer, _NormBase)}
     return [layer for layer in layers.values() if layer.training or layer.running_mean is None]

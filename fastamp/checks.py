@@ -92,12 +92,17 @@ def check_row_target(target: object, batch: int, device: torch.device) -> None:
     """As far as it can be told before the number of classes is known: `check_target`."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    classes = target.shape[1] if target.dtype.is_floating_point and target.dim() == 2 else 1
+    soft = target.dtype.is_floating_point
+    if soft and target.dim() != 2:
+        raise ValueError(
+            f"target of probabilities must have shape (B, C), got {tuple(target.shape)}; class indices must be int64"
+        )
+    classes = target.shape[1] if soft else 1
     check_target(target, torch.empty((), device=device).expand(batch, classes))
 
 
 def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub_batch: bool = False) -> Tensor:
-    """What f returned is (B, C) floating point, on the CPU also without NaN."""
+    """What f returned is (B, C) floating point, on the CPU also without NaN and +inf."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"f must return logits, a tensor (B, C), got {type(logits).__name__}"
@@ -120,10 +125,10 @@ def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub
             f"f must return the same number of classes in every pass, got {classes}, then {logits.shape[1]}"
         )
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = logits.detach().isnan().any(1)
+        wrong = ~(logits.detach() < torch.inf).all(1)
         if bool(wrong.any()):
             first = int(wrong.int().argmax())
-            raise ValueError(f"f returned NaN in {int(wrong.sum())} of {batch} rows, first in row {first}")
+            raise ValueError(f"f returned NaN or +inf in {int(wrong.sum())} of {batch} rows, first in row {first}")
     return logits
 
 
@@ -144,7 +149,7 @@ def check_target(target: object, logits: Tensor) -> None:
         if target.shape != (batch, classes):
             raise ValueError(
                 f"target of probabilities must have the shape of the logits, ({batch}, {classes}), "
-                f"got {tuple(target.shape)}"
+                f"got {tuple(target.shape)}; class indices must be int64"
             )
     elif target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices or floating-point probabilities, got {target.dtype}")
@@ -236,5 +241,5 @@ def check_num_items(num_items: object) -> None:
     if isinstance(num_items, Tensor):
         if num_items.dim():
             raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-    elif num_items is not None:
+    elif num_items is not None and not torch.compiler.is_compiling():  # where it is a symbol, without a value
         check_number("num_items", num_items, low=0.0, open_low=True, also="None")

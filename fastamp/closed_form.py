@@ -373,7 +373,7 @@ def linear_amp_rows(
         partner: (B,).
         class_weight: (C,) or None.
         policy: the options.
-        grad_divisor: () or None.
+        grad_divisor: a number or a 0-d tensor.
         relu: whether act is ReLU or the identity.
         keep: (B, D) dropout mask, scaling included, or None.
         all_kept: promises that no label equals ignore_index.

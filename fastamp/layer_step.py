@@ -23,7 +23,7 @@ from fastamp import closed_form
 from fastamp import hidden as hidden_ops
 from fastamp.autograd import once_differentiable
 from fastamp.batch_statistics import BatchStatistics
-from fastamp.checks import check_outputs, check_target, is_dtensor
+from fastamp.checks import check_class_vector, check_outputs, check_target, is_dtensor
 from fastamp.hidden import Selected
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
@@ -110,7 +110,8 @@ class _Step:
         self._grad_divisor: Tensor | float = 1.0
         self._all_kept = False
         self._ties = (0.0, 0.0)
-        self._scale = 1.0  # of the gradients of the first pass
+        self._in_float16 = False
+        self._scale: Tensor | None = None  # of the gradients of the first pass
 
     # Passes
 
@@ -141,6 +142,7 @@ class _Step:
         """Check f's first answer, and keep what follows from the number of classes and the dtype."""
         checked = check_outputs(logits, self.lam.shape[0])
         check_target(self.target, checked)
+        check_class_vector("weight", self.weight, checked.shape[1], checked.device)
         self._all_kept = labels_facts(self.target, checked.shape[1], self.policy)
         self.divisor, self._grad_divisor = divisors(
             self.target, self.lam, self.partner, self.weight, self.policy, "mean", self.num_items, self._all_kept
@@ -150,17 +152,22 @@ class _Step:
         if torch.is_autocast_enabled(device):
             ran_in.append(torch.get_autocast_dtype(device))
         self._ties = self.policy.tie_bounds(max(ran_in, key=lambda dtype: torch.finfo(dtype).eps))
-        self._scale = FLOAT16_SCALE if torch.float16 in ran_in else 1.0
+        self._in_float16 = torch.float16 in ran_in
         return checked
 
     def upstream(self, at_lam: Selected, logits: Tensor) -> Tensor:
-        """What the first pass's backward starts from: of the summed row losses, scaled."""
+        """What the first pass's backward starts from: of the summed row losses, scaled in float16."""
+        if not self._in_float16:
+            return at_lam.grad.to(logits.dtype)
+        # Class weights make gradients above 1, which leave less room.
+        room = FLOAT16_SCALE / at_lam.grad.abs().amax().clamp(min=1)
+        self._scale = room.log2().floor().exp2()
         return (at_lam.grad * self._scale).to(logits.dtype)
 
     def remix(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """∇λ, λ' and the hidden state mixed at λ', from what reached the mixed parts."""
         policy, lam = self.policy, self.lam
-        if len(grads) == 1 and grads[0] is not None and self._scale == 1.0:
+        if len(grads) == 1 and grads[0] is not None and self._scale is None:
             slope, lam_adv, mixed = hidden_ops.remixed(
                 self.parts[0], grads[0], lam, self.partner, policy, self._grad_divisor
             )
@@ -169,7 +176,10 @@ class _Step:
         for part, grad in zip(self.parts, grads, strict=True):
             if grad is not None:
                 slope = slope + hidden_ops.lambda_grad(grad, part, self.partner).to(lam.dtype)
-        slope = closed_form.scaled_grad(slope / self._scale, policy, self._grad_divisor)
+        if self._scale is not None:
+            # What overflowed under the scale makes no step: λ' = λ.
+            slope = torch.where(slope.isfinite(), slope / self._scale, 0)
+        slope = closed_form.scaled_grad(slope, policy, self._grad_divisor)
         lam_adv = closed_form.step_lam(lam, slope, policy)
         return slope, lam_adv, self.mixed(lam_adv)
 
@@ -181,18 +191,19 @@ class _Step:
             return self._mixup()
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
+        # Of a frozen encoder under inference_mode; such tensors take no part in autograd.
+        self.parts = [part.clone() if part.is_inference() else part for part in self.parts]
         device, amp = self.lam.device, self.policy.mode == "amp"
         in_capture = capturing(device)
         plan = "merged" if in_capture and plan == "auto" else plan
         random: RandomStates | RecordedMasks = RecordedMasks() if in_capture else RandomStates(device)
         statistics = BatchStatistics(self.f)
         both = amp and (plan == "both" or statistics.couple_rows or (redrawn and in_capture))
-        compiled = isinstance(self.f, nn.Module) and any(map(_is_compiled, self.f.modules()))
 
         with (
             torch.enable_grad(),
             statistics.watch(),
-            _without_parameters(self.f) if compiled and not (both or redrawn) else nullcontext(),
+            _without_parameters(self.f) if statistics.is_compiled and not (both or redrawn) else nullcontext(),
             nullcontext() if redrawn and in_capture else random,
         ):
             mixed, edges = self._mixed_with_edges()
@@ -224,7 +235,7 @@ class _Step:
         rejected = ~chosen.mask & (lam_adv != self.lam)  # a row whose λ did not move is right in either pass
         rows = rejected[:0] if not amp or merge else rejected.nonzero().squeeze(1)  # the one look at the device
         # A compiled f would be compiled anew for every number of rows.
-        independent = self.context is not None and not random.drew and not compiled
+        independent = self.context is not None and not random.drew and not statistics.is_compiled
         alone = independent and 3 * len(rows) <= len(rejected)
         if merge or (len(rows) and not alone):
             if torch.is_autocast_enabled(device.type):
@@ -287,12 +298,12 @@ class _Step:
         if self.policy.mode == "mixup":
             return self._mixup()
         amp = self.policy.mode == "amp"
-        if plan == "both" or (isinstance(self.f, nn.Module) and BatchStatistics(self.f).couple_rows):
+        if plan == "both" or BatchStatistics(self.f).couple_rows:
             raise NotImplementedError(
-                "inside torch.compile step runs the plan 'merged' only, which BatchNorm in train mode does not allow: "
-                "compile f alone and call step outside"
+                "inside torch.compile step runs the plan 'merged' only, which batch normalisation in train mode does "
+                "not allow: compile f alone and call step outside"
             )
-        masks = RecordedMasks()
+        masks = RecordedMasks(batch_norm=False)
 
         def forward(*mixed: Tensor) -> tuple[Tensor, list[Tensor]]:
             with masks:
@@ -310,7 +321,7 @@ class _Step:
                 )
             grads = pull(self.upstream(self.select(logits, None), logits))
         slope, lam_adv, mixed_adv = self.remix(grads)
-        again = RecordedMasks() if redrawn else masks.again()
+        again = RecordedMasks(batch_norm=False) if redrawn else masks.again()
         with torch.no_grad() if amp else nullcontext(), again:
             logits_adv = self.logits(mixed_adv)
         chosen = self.select(logits, logits_adv)
@@ -335,7 +346,9 @@ class _WithGraph(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * upstream.unsqueeze(1)).to(ctx.dtype), None, None
+        upstream = upstream.unsqueeze(1)
+        # A row that is not asked for may have no finite gradient.
+        return torch.where(upstream == 0, 0, grad * upstream).to(ctx.dtype), None, None
 
 
 def _with_graph(logits: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
@@ -352,7 +365,8 @@ def _at_choice(chosen: Selected) -> Tensor:
 def _without_parameters(f: Any) -> Iterator[None]:
     """Within a compiled module, whose backward would compute their gradients too; eager autograd never does."""
     # FSDP decides once, from the sharded parameters, what the gathered ones require: they are left alone.
-    parameters = [p for p in f.parameters() if p.requires_grad and not is_dtensor(p)]
+    every = f.parameters() if isinstance(f, nn.Module) else ()
+    parameters = [p for p in every if p.requires_grad and not is_dtensor(p)]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -360,7 +374,3 @@ def _without_parameters(f: Any) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None

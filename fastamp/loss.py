@@ -271,13 +271,15 @@ class AMPLoss(nn.Module):
         The loss's backward reaches f's parameters and whatever made `hidden`. No `.grad` is touched before it, and
         hooks on parameters fire once; module hooks and f itself run once a pass. A pass differs from the others in
         its λ alone: it starts from the same state of torch's default generators, the CPU's and that of hidden's device
-        (unless dropout="redrawn"; generators of f's own are not set back), and running statistics of normalisation
-        layers are updated by the first pass only.
+        (unless dropout="redrawn"; other devices' generators and f's own are not set back), and running statistics of
+        normalisation layers are updated by the first pass only. Other state that f updates whenever it runs, such as
+        that of spectral_norm or of an observer, is updated by every pass. Activation checkpoints in f need
+        use_reentrant=False.
 
         Args:
             f: the rest of the network, a module or any callable: f(mixed, **context) gives logits (B, C). `mixed` has
-                the form of `hidden`. Of a module compiled by torch.compile, pass the module: the first pass then
-                leaves its parameters' gradients out.
+                the form of `hidden` (a dict for any mapping) and may be written to; context may not. Of a module
+                compiled by torch.compile, pass the module: the first pass then leaves its parameters' gradients out.
             hidden: (B, ...) float16/bfloat16/float32/float64, or a dict, tuple or list of such, each of them mixed
                 with the same λ.
             target: (B,) int64 class indices, or (B, C) floating-point probabilities.
@@ -293,8 +295,9 @@ class AMPLoss(nn.Module):
                 nothing. "both" costs 7 and keeps two graphs, and is taken, whatever is asked for, where rows depend
                 on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA graph is captured, and
                 inside torch.compile, "auto" is "merged"; a compiled f is given whole batches only. Batch normalisation
-                by F.batch_norm is not noticed: ask for "both".
-            return_stats: also return a `MixStats`, whose `plan` is "adversarial", "sub-batch", "merged" or "both".
+                by F.batch_norm, or inside a compiled or scripted function, is not noticed: ask for "both".
+            return_stats: also return a `MixStats`, whose `plan` is "adversarial", "sub-batch", "merged", "both"
+                or, for mode="mixup", "mixup".
 
         Returns:
             The loss, () or (B,), float32 (float64 for float64 logits or hidden); with return_stats a tuple
@@ -303,7 +306,9 @@ class AMPLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong shapes, dtypes or devices; an f that returns something else than (B, C)
                 logits, or NaN (on the CPU), or whose logits do not depend on hidden. Random states are then as before.
-            NotImplementedError: inside torch.compile or a CUDA graph, an f whose random numbers cannot be repeated.
+            RuntimeError: under torch.inference_mode().
+            NotImplementedError: inside torch.compile or a CUDA graph, an f whose random numbers cannot be repeated;
+                inside torch.compile also batch normalisation in train mode.
         """
         if not callable(f):
             raise TypeError(f"f must be callable, a module or a function from hidden to logits, got {type(f).__name__}")
@@ -317,8 +322,11 @@ class AMPLoss(nn.Module):
             self._check_eval(mix, return_stats)
             logits = check_outputs(f(hidden, **(context or {})), batch)
             check_target(target, logits)
+            check_class_vector("weight", self.weight, logits.shape[1], logits.device)
             return self._plain(logits, target, num_items)
         self._check_train(mix, batch, device)
+        if isinstance(num_items, Tensor) and num_items.device != device and num_items.device.type == "cpu":
+            num_items = num_items.item()  # a copy to the device would wait for it
         with random_states_kept_on_error(device, self.generator):
             lam, partner = self.sample(batch, device=device) if mix is None else mix
             rows = layer_step(

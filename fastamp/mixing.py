@@ -65,10 +65,11 @@ def draw(
     if processes == 1:
         partner = torch.randperm(batch_size, device=source, generator=generator)
     else:
-        lam = lam.view(processes, batch_size)[rank]
+        # By turns: numbers of two ranks never coincide, even if their batches differ in size.
+        lam = lam.view(batch_size, processes)[:, rank].contiguous()
         # Sorting random keys is a random permutation; double precision makes ties a matter of 1e-16·B².
-        keys = torch.rand(processes, batch_size, dtype=torch.float64, device=source)
-        partner = keys[rank].argsort()
+        keys = torch.rand(batch_size, processes, dtype=torch.float64, device=source)
+        partner = keys[:, rank].argsort()
     if pairing == "matching":
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
         order = partner

@@ -73,12 +73,16 @@ def random_states_kept_on_error(device: torch.device, generator: torch.Generator
 class RecordedMasks(TorchFunctionMode):
     """Dropout masks, drawn in a first pass and used again in the following ones.
 
-    For where generators cannot be set back: inside torch.compile, and while a CUDA graph is captured. Any other
-    function that draws random numbers is refused.
+    For where generators cannot be set back: inside torch.compile, and while a CUDA graph is captured. Other functions
+    of torch that draw random numbers are refused.
+
+    Args:
+        batch_norm: whether F.batch_norm is let pass in train mode.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_norm: bool = True) -> None:
         super().__init__()
+        self._batch_norm = batch_norm
         self.masks: list[Tensor] = []
         self._next: int | None = None  # None: the first pass
 
@@ -97,9 +101,15 @@ class RecordedMasks(TorchFunctionMode):
     ) -> Any:
         """Replace dropout; pass everything else on."""
         kwargs = kwargs or {}
-        if func in _BATCHED_DIMS:
-            return self._dropout(_BATCHED_DIMS[func], *args, **kwargs)
-        if func in _REFUSED or (func is F.scaled_dot_product_attention and _attention_dropout(args, kwargs) > 0):
+        if func in _DROPOUTS:
+            return self._dropout(_DROPOUTS[func], *args, **kwargs)
+        if func is F.batch_norm and not self._batch_norm and _argument(args, kwargs, 5, "training", False):
+            raise NotImplementedError(
+                "batch normalisation in train mode cannot be traced, since rows depend on each other: compile f alone "
+                "and call step outside"
+            )
+        attention = func is F.scaled_dot_product_attention and _argument(args, kwargs, 4, "dropout_p", 0.0) > 0
+        if func in _REFUSED or attention or (func in _RECURRENT and _recurrent_dropout(args)):
             name = getattr(func, "__name__", str(func))
             raise NotImplementedError(
                 f"f draws random numbers by {name}, which cannot be repeated under torch.compile or in a CUDA graph: "
@@ -109,12 +119,15 @@ class RecordedMasks(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _dropout(
-        self, dims: int | None, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        self, unbatched: int | None, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if not training or p == 0:
             return input
         if self._next is None:
-            shape = input.shape if dims is None else input.shape[: input.dim() - dims] + (1,) * dims
+            shape = input.shape
+            if unbatched is not None:  # a number a channel
+                kept = 1 if input.dim() == unbatched else 2
+                shape = shape[:kept] + (1,) * (input.dim() - kept)
             keep = torch.rand(shape, device=input.device) >= p
             self.masks.append(keep.to(input.dtype) / (1 - p) if p < 1 else keep.to(input.dtype))
             mask = self.masks[-1]
@@ -124,28 +137,28 @@ class RecordedMasks(TorchFunctionMode):
         return input.mul_(mask) if inplace else input * mask
 
 
-# How many trailing dimensions one number of the mask covers; None: none, every element has its own.
-_BATCHED_DIMS: dict[Any, int | None] = {F.dropout: None, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+# The number of dimensions that an input without a batch dimension has; None: every element has a number of its own.
+_DROPOUTS: dict[Any, int | None] = {F.dropout: None, F.dropout1d: 2, F.dropout2d: -1, F.dropout3d: 4}
+_DRAWING = """
+    alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_ feature_dropout feature_dropout_
+    native_dropout gumbel_softmax rrelu rrelu_ fractional_max_pool2d fractional_max_pool3d
+    bernoulli bernoulli_ binomial multinomial normal normal_ poisson uniform_ exponential_ random_ log_normal_ cauchy_
+    geometric_ rand rand_like randn randn_like randint randint_like randperm
+"""
 _REFUSED: set[Any] = {
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    F.gumbel_softmax,
-    torch.bernoulli,
-    torch.multinomial,
-    torch.normal,
-    torch.rand_like,
-    torch.randint_like,
-    torch.randn_like,
-    torch.Tensor.bernoulli,
-    torch.Tensor.bernoulli_,
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.rand,
-    torch.randn,
-    torch.randint,
-    torch.randperm,
+    getattr(owner, name) for name in _DRAWING.split() for owner in (torch, F, torch.Tensor) if hasattr(owner, name)
+} | {torch.dropout, torch.dropout_, torch.nn.init.uniform_, torch.nn.init.normal_}
+_RECURRENT: set[Any] = {
+    getattr(owner, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for owner in (torch, torch._VF)
 }
 
 
-def _attention_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    return kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+    return kwargs.get(name, args[position] if len(args) > position else default)
+
+
+def _recurrent_dropout(args: tuple[Any, ...]) -> bool:
+    """Whether a recurrent layer drops out between its layers: after its first flag, has_biases."""
+    has_biases = next(index for index, value in enumerate(args) if isinstance(value, bool))
+    layers, dropout, train = args[has_biases + 1 : has_biases + 4]
+    return bool(train and dropout > 0 and layers > 1)

@@ -151,10 +151,15 @@ def draws(rank: int, ranks: int) -> None:
             dist.all_gather_object(every, (mix.lam.tolist(), mix.partner.tolist()))
             assert len({tuple(lam) for lam, _ in every}) == ranks
             assert len({tuple(partner) for _, partner in every}) == ranks
-            assert not set(every[0][0]) & set(every[1][0])
+            first, second = ({x for x in lam if 0 < x < 1} for lam, _ in every[:2])  # Beta(0.3) rounds to 0 and 1, too
+            assert not first & second
         states: list[Any] = [None] * ranks
         dist.all_gather_object(states, torch.get_rng_state().tolist())
         assert states[0] == states[1]  # in step, whatever the number of ranks
+    torch.manual_seed(0)
+    uneven: list[Any] = [None] * ranks
+    dist.all_gather_object(uneven, AMPLoss().sample(8 - 4 * rank, device="cpu").lam.tolist())
+    assert not set(uneven[0]) & set(uneven[1])  # a last batch may be smaller on one rank
     own = AMPLoss(generator=torch.Generator().manual_seed(5)).sample(8, device="cpu")
     every = [None] * ranks
     dist.all_gather_object(every, own.lam.tolist())

@@ -367,6 +367,42 @@ def test_narrow_networks_stay_near_the_definition(backend, dtype, plan):
     torch.testing.assert_close(stats.grad.double(), truth.grad, rtol=0, atol=200 * eps)
 
 
+def test_float16_has_room_for_class_weights():
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).half()
+    hidden, target = torch.randn(16, 8).half(), torch.randint(3, (16,))
+    weight, mix = torch.tensor([1e3, 1.0, 1.0]), Mix(torch.rand(16), torch.randperm(16))
+    _, stats = AMPLoss(weight=weight).step(network, hidden, target, mix=mix, return_stats=True)
+    truth = reference.amp(
+        network.double(), hidden.double(), target, mix.lam.double(), mix.partner, weight=weight.double()
+    )
+    torch.testing.assert_close(stats.grad.double(), truth.grad, rtol=0.02, atol=0.02 * truth.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("plan", ["auto", "merged", "both"])
+def test_a_row_without_finite_logits_at_lambda_adv_keeps_lambda(plan):
+    p = problem()
+    calls = []
+
+    def f(m):
+        calls.append(1)
+        logits = p.network(m)
+        return logits.index_fill(0, torch.tensor([4]), -torch.inf) if len(calls) == 2 else logits
+
+    _, stats, grads = p.step(f, plan=plan, context={}, **WAVY_STEP)
+    assert not stats.mask[4]
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_frozen_encoder_under_inference_mode():
+    p = problem()
+    with torch.inference_mode():
+        hidden = p.encoder(p.x)
+    truth = p.truth(hidden=hidden.clone().detach(), **WAVY_STEP)
+    for plan in ("auto", "merged", "both"):
+        assert_same(p.step(hidden=hidden, plan=plan, **WAVY_STEP), truth)
+
+
 @pytest.mark.parametrize("widened", [False, True])
 def test_float16_gradients_to_hidden_do_not_underflow(widened):
     """∂ℓ/∂m of 2^-22 has two bits in float16, also where f ends in float32."""

@@ -37,7 +37,11 @@ BAD = {
     "an integer part": ({"hidden": (HIDDEN, TARGET)}, TypeError, r"hidden\[1\] must be float16"),
     "a part elsewhere": ({"hidden": (HIDDEN, HIDDEN.to("meta"))}, ValueError, r"hidden\[1\] is on meta"),
     "a target of another size": ({"target": TARGET[1:]}, ValueError, rf"target .* shape \({BATCH},\)"),
-    "a float label": ({"target": TARGET.float()}, ValueError, "target of probabilities"),
+    "a float label": (
+        {"target": TARGET.float()},
+        ValueError,
+        r"must have shape \(B, C\), got .* indices must be int64",
+    ),
     "an int32 target": ({"target": TARGET.int()}, TypeError, "target must be int64"),
     "a label too large": (
         {"target": torch.full((BATCH,), CLASSES)},
@@ -84,7 +88,12 @@ BAD = {
     "f returns NaN": (
         {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([2, 5]), torch.nan)},
         ValueError,
-        f"f returned NaN in 2 of {BATCH} rows, first in row 2",
+        rf"f returned NaN or \+inf in 2 of {BATCH} rows, first in row 2",
+    ),
+    "f returns inf": (
+        {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([7]), torch.inf)},
+        ValueError,
+        rf"f returned NaN or \+inf in 1 of {BATCH} rows, first in row 7",
     ),
     "f detaches": ({"f": lambda m: NETWORK(m.detach())}, ValueError, "f's logits do not depend on hidden"),
     "f ignores hidden": ({"f": lambda m: NETWORK(HIDDEN)}, ValueError, "f's logits do not depend on hidden"),
@@ -130,6 +139,16 @@ def test_eval_mode_checks_as_well():
         criterion.step(lambda m: NETWORK(m[1:]), HIDDEN, TARGET)
     with pytest.raises(ValueError, match="need train mode"):
         criterion.step(NETWORK, HIDDEN, TARGET, return_stats=True)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(1), torch.ones(CLASSES - 1), torch.ones(CLASSES + 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_class_weights_of_another_number_are_named(weight, training):
+    criterion = AMPLoss(weight=weight).train(training)
+    with pytest.raises(
+        ValueError, match=rf"weight must have shape \({CLASSES},\), one a class, got \({len(weight)},\)"
+    ):
+        criterion.step(NETWORK, HIDDEN, TARGET)
 
 
 def test_inference_mode_is_refused_with_a_way_out():

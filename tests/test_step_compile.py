@@ -144,6 +144,21 @@ def test_a_compiled_f_gives_the_numbers_of_the_definition(how, plan):
     assert p.network[2].bias.requires_grad
 
 
+def test_num_items_may_change_from_step_to_step():
+    p = problem()
+    criterion = AMPLoss()
+
+    @torch.compile(fullgraph=True, backend=BACKEND)
+    def step(hidden: Tensor, items: int | float | Tensor) -> tuple[Tensor, Tensor]:
+        one = criterion.step(p.network, hidden, p.target, mix=p.mix, num_items=items)
+        return one, criterion(p.network(hidden), p.target, mix=p.mix, num_items=items)
+
+    hidden = p.encoder(p.x)
+    expected = AMPLoss(reduction="sum").step(p.network, hidden, p.target, mix=p.mix)
+    for items in (11, 12, 13.5, torch.tensor(14)):
+        torch.testing.assert_close(step(hidden, items)[0] * items, expected, check_dtype=False)
+
+
 def test_what_cannot_be_traced_is_refused():
     p = problem()
 
@@ -157,10 +172,13 @@ def test_what_cannot_be_traced_is_refused():
         return step(p.x)
 
     norm = nn.Sequential(p.network[0], nn.BatchNorm1d(16).double(), p.network[2])
+    untracked = nn.Sequential(p.network[0], nn.BatchNorm1d(16, track_running_stats=False).double(), p.network[2])
     drop = nn.Sequential(p.network, nn.Dropout(0.5))
     for network, options, message in (
         (p.network, {"plan": "both"}, "compile f alone"),
         (norm, {}, "compile f alone"),
+        (lambda m: untracked(m), {}, "compile f alone"),
+        (nn.Sequential(p.network[0], nn.RReLU(), p.network[2]), {}, "rrelu"),
         (drop, {"dropout": "redrawn"}, "cannot be traced"),
         (nn.Sequential(p.network, nn.AlphaDropout(0.5)), {}, "alpha_dropout"),
     ):

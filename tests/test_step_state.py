@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 
 import pytest
@@ -107,11 +108,53 @@ def test_recorded_masks_stand_in_for_the_generators():
         lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
         lambda x: F.gumbel_softmax(x),
         lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.1)[0],
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: F.rrelu(x, training=True),
+        lambda x: nn.RReLU()(x),
+        lambda x: x.clone().exponential_(),
+        lambda x: nn.init.uniform_(x.clone()),
+        lambda x: torch.poisson(x.abs()),
+        lambda x: torch.feature_dropout(x, 0.5, True),
+        nn.LSTM(8, 3, num_layers=2, dropout=0.5),
+        nn.Sequential(nn.Flatten(), nn.GRU(8, 3, num_layers=2, dropout=0.5)),
     ],
 )
 def test_other_random_numbers_cannot_be_recorded(draw):
+    x = torch.randn(4, 8)
     with RecordedMasks(), pytest.raises(NotImplementedError, match="f draws random numbers by"):
-        draw(torch.randn(4, 8))
+        draw(x)
+
+
+def test_recurrent_layers_without_dropout_between_them_are_let_pass():
+    lstm, gru = nn.LSTM(8, 3, num_layers=2), nn.GRU(8, 3, num_layers=2, dropout=0.5).eval()
+    x = torch.randn(4, 8)
+    with RecordedMasks() as masks:
+        lstm(x)
+        gru(x)
+    assert not masks.drew
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d")
+@pytest.mark.parametrize(
+    ("layer", "shape", "mask"),
+    [
+        (nn.Dropout1d, (3, 4, 5), (3, 4, 1)),
+        (nn.Dropout1d, (4, 5), (4, 1)),
+        (nn.Dropout2d, (3, 4, 5, 6), (3, 4, 1, 1)),
+        (nn.Dropout2d, (3, 4, 5), (3, 4, 1)),
+        (nn.Dropout3d, (2, 3, 4, 5, 6), (2, 3, 1, 1, 1)),
+        (nn.Dropout3d, (3, 4, 5, 6), (3, 1, 1, 1)),
+    ],
+)
+def test_channels_are_dropped_as_torch_drops_them(layer, shape, mask):
+    x = torch.ones(shape)
+    for _ in range(5):  # torch's own, to know what is asked for
+        dropped = layer(0.5)(x) == 0
+        whole = dropped.reshape(*mask[: mask.index(1)], -1)
+        assert (whole.all(-1) | ~whole.any(-1)).all()
+    with RecordedMasks() as masks:
+        layer(0.5)(x)
+    assert masks.masks[0].shape == mask
 
 
 @pytest.fixture
@@ -190,13 +233,51 @@ def test_batch_statistics_are_those_of_the_whole_batch_and_updated_once(hidden_i
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
-def test_batch_statistics_of_a_compiled_module_are_noticed_every_time():
+@pytest.mark.parametrize("first", ["fresh", "used"])
+def test_batch_statistics_of_a_compiled_module_are_noticed_every_time(first):
     p = problem(seed=2)
     network = nn.Sequential(p.network[0], nn.BatchNorm1d(16).double(), p.network[1], p.network[2])
     fast = torch.compile(network, backend="eager")
+    if first == "used":
+        fast(p.encoder(p.x))
     for f in (fast, lambda m: fast(m)):
         for _ in range(3):
             assert p.step(f, context={}, **WAVY_STEP)[1].plan == "both"
+
+
+def test_batch_statistics_are_noticed_where_a_module_hides_them():
+    p = problem(seed=2)
+    network = nn.Sequential(p.network[0], nn.BatchNorm1d(16).double(), p.network[1], p.network[2])
+
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = (network,)  # not registered
+
+        def forward(self, x):
+            return self.hidden[0](x)
+
+    assert p.step(Hiding(), context={}, **WAVY_STEP)[1].plan == "both"
+
+
+def test_threads_do_not_see_each_others_batch_statistics():
+    plans: dict[int, set[str]] = {}
+
+    def work(index: int) -> None:
+        torch.manual_seed(index)
+        middle = nn.BatchNorm1d(16) if index % 2 else nn.Identity()
+        network = nn.Sequential(nn.Linear(WIDTH, 16), middle, nn.Linear(16, CLASSES))
+        hidden, target = torch.randn(BATCH, WIDTH), torch.randint(CLASSES, (BATCH,))
+        steps = [AMPLoss().step(lambda m: network(m), hidden, target, return_stats=True) for _ in range(40)]
+        plans[index] = {stats.plan for _, stats in steps}
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert plans[1] == plans[3] == {"both"}
+    assert "both" not in plans[0] | plans[2]
 
 
 def test_frozen_batch_statistics_couple_nothing():
