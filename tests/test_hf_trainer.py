@@ -20,6 +20,7 @@ import hf_models
 from transformers import Trainer, TrainerCallback
 
 from fastamp.hf import AMPTrainer, AMPTrainerMixin, sent_loss
+from fastamp.hf.trainer import MixedPass
 
 KEYS = {"mix/lam_shift", "mix/mask_rate", "mix/grad_abs", "mix/delta"}
 PLACES = ["embeddings", 1, "last", "logits", "sent_loss"]
@@ -201,6 +202,21 @@ def test_resuming_without_the_state_of_the_criterion_warns(tmp_path: Path) -> No
     (tmp_path / "checkpoint-1" / "mixing_state.pt").unlink()
     with pytest.warns(UserWarning, match=r"no state of the criterion in .*mixing_state.pt: its generator starts anew"):
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_head_replaced_between_two_trainings_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.nn.Module] = []
+    init = MixedPass.__init__
+    monkeypatch.setattr(MixedPass, "__init__", lambda self, *args: made.append(args[1]) or init(self, *args))
+    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
+    trainer.train()
+    assert len(made) == 1  # for both steps: another would be compiled anew
+    trainer.model.classifier = torch.nn.Linear(16, 3).double()
+    before = trainer.model.classifier.weight.detach().clone()
+    trainer.optimizer = None
+    trainer.train()
+    assert len(made) == 2
+    assert not torch.equal(trainer.model.classifier.weight, before)
 
 
 def test_save_pretrained_is_that_of_the_plain_trainer(tmp_path: Path) -> None:

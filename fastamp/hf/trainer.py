@@ -125,6 +125,8 @@ class AMPTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; a criterion with a state of its own is restored, too."""
         self._loss.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        # Modules of the model may have been replaced since the last call, and a pass holds those that it was made of.
+        self._pass = self._loss.mixed_pass = None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
