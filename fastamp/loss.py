@@ -45,8 +45,8 @@ class AMPLoss(nn.Module):
 
     In eval mode it is nn.CrossEntropyLoss. `criterion(model(x), y)` is SentAMP for any model that ends in an affine
     layer: mixing logits is mixing that layer's input. Where a dropout stands before that layer, this mixes after
-    the dropout, each row under its own mask; to mix before it, as the paper's CNN does, use
-    `fastamp.functional.linear_amp_cross_entropy`.
+    the dropout, each row under its own mask; to mix before it, as the paper's CNN does, use `step`, which mixes at any
+    layer, or `fastamp.functional.linear_amp_cross_entropy`.
 
     Args:
         alpha: λ ~ Beta(alpha, alpha), > 0.
