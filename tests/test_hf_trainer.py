@@ -19,8 +19,9 @@ pytest.importorskip("accelerate")
 import hf_models
 from transformers import Trainer, TrainerCallback
 
-from fastamp.hf import AMPTrainer, AMPTrainerMixin, sent_loss
+from fastamp.hf import AMPTrainer, AMPTrainerMixin, SentLoss, sent_loss
 from fastamp.hf.trainer import MixedPass
+from fastamp.mixing import MixStats
 
 KEYS = {"mix/lam_shift", "mix/mask_rate", "mix/grad_abs", "mix/delta"}
 PLACES = ["embeddings", 1, "last", "logits", "sent_loss"]
@@ -39,6 +40,23 @@ def trainer_for(mix_at: str | int, criterion: Any, folder: Path, model: Any = No
         loss = sent_loss(criterion)
         return Trainer(**common, compute_loss_func=loss, callbacks=[loss])
     return AMPTrainer(**common, criterion=criterion, mix_at=mix_at)
+
+
+def stats_of(criterion: fastamp.AMPLoss) -> list[MixStats]:
+    """A list to which every step of the criterion, at any layer, will append its statistics."""
+    kept: list[MixStats] = []
+
+    def keeping(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if criterion.training:
+                kept.append(result[1])
+            return result
+
+        return call
+
+    criterion.step, criterion.forward = keeping(criterion.step), keeping(criterion.forward)  # type: ignore[method-assign]
+    return kept
 
 
 @pytest.mark.parametrize("mix_at", PLACES)
@@ -149,31 +167,82 @@ def test_logs_are_means_over_the_rows_since_the_last_log(mix_at: str | int, tmp_
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 
-    trainer = trainer_for(mix_at, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, max_steps=4, logging_steps=2)
+    # Large enough steps for some rows to reject theirs, and batches of 8, 8, 8 and 4 rows.
+    criterion = hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.5, grad_clip=None))
+    model = hf_models.build("bert")
+    with torch.no_grad():
+        model.classifier.weight.mul_(4)
+    trainer = trainer_for(mix_at, criterion, tmp_path, model, max_steps=4, logging_steps=2, learning_rate=0.05)
+    trainer.train_dataset = hf_models.Questions(28)
+    kept = stats_of(criterion)
     trainer.add_callback(Reporter())
     trainer.train()
     trainer.evaluate()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 2
-    for entry in steps:
-        assert set(entry) >= KEYS
-        assert entry["mix/mask_rate"] == 1.0
-        assert entry["mix/lam_shift"] == pytest.approx(2e-3 * entry["mix/grad_abs"], rel=0.2)
-        assert entry["mix/delta"] > 0
+    assert [len(stats.lam) for stats in kept] == [8, 8, 8, 4]
+    for entry, window in zip(steps, (kept[:2], kept[2:]), strict=True):
+        rows = [torch.cat([getattr(stats, name).double() for stats in window]) for name in MixStats._fields[:5]]
+        lam, lam_adv, grad, delta, mask = rows
+        expected = {"lam_shift": (lam_adv - lam).abs(), "mask_rate": mask, "grad_abs": grad.abs(), "delta": delta}
+        for name, values in expected.items():
+            assert entry[f"mix/{name}"] == pytest.approx(values.mean().item(), rel=1e-5), name
+    assert mix_at != "embeddings" or {entry["mix/mask_rate"] for entry in steps} != {1.0}
     assert not any(KEYS & set(entry) for entry in trainer.state.log_history if "loss" not in entry)
     assert [set(entry) >= KEYS for entry in seen if "loss" in entry] == [True, True]
 
 
-def test_nothing_is_read_back_between_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
-    reads: list[int] = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
-    for _ in range(3):
-        trainer._loss.record(torch.ones(5))
-    assert not reads
-    assert trainer._loss.pop_logs() == dict.fromkeys(KEYS, 1.0)
-    assert len(reads) == 1
+@pytest.mark.parametrize("mix_at", PLACES)
+def test_plain_mixup_logs_no_gradient_that_it_does_not_compute(mix_at: str | int, tmp_path: Path) -> None:
+    trainer = trainer_for(mix_at, fastamp.AMPLoss(mode="mixup"), tmp_path)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert {key for key in entry if key.startswith("mix/")} == KEYS - {"mix/grad_abs"}
+    assert entry["mix/lam_shift"] == 0
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert "NaN" not in (tmp_path / "state.json").read_text()
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "logits", "sent_loss"])
+def test_nothing_is_read_back_between_logs(
+    mix_at: str | int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criterion = fastamp.AMPLoss()
+    trainer = trainer_for(mix_at, criterion, tmp_path, max_steps=4, logging_steps=2)
+    reads: list[str] = []
+    where: list[str] = []
+
+    def within(place: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            where.append(place)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                where.pop()
+
+        return call
+
+    def counted(name: str) -> Any:
+        read = getattr(torch.Tensor, name)
+
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if where and where[-1] != "elsewhere":
+                reads.append(f"{where[-1]}: {name}")
+            return read(self, *args, **kwargs)
+
+        return call
+
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__", "__index__", "__array__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    loss = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SentLoss))
+    # What the criterion and the model look at is theirs; on the CPU that is more than elsewhere.
+    criterion.step = within("elsewhere", criterion.step)  # type: ignore[method-assign]
+    criterion.forward = within("elsewhere", criterion.forward)  # type: ignore[method-assign]
+    trainer.model.bert.forward = within("elsewhere", trainer.model.bert.forward)
+    trainer.compute_loss = within("step", trainer.compute_loss)
+    loss.pop_logs = within("log", loss.pop_logs)  # type: ignore[method-assign]
+    trainer.train()
+    assert reads == ["log: tolist"] * 2
 
 
 @pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])

@@ -90,7 +90,10 @@ class SentLoss(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         *totals, count = sums.tolist()
-        return {key: total / count for key, total in zip(LOG_KEYS, totals, strict=True)} if count else {}
+        means = {key: total / count for key, total in zip(LOG_KEYS, totals, strict=True)} if count else {}
+        if self.criterion.policy.mode == "mixup":
+            means.pop("mix/grad_abs", None)  # plain Mixup at a layer does not compute ∇λ
+        return means
 
     def on_log(
         self,
@@ -155,8 +158,9 @@ def sent_loss(criterion: AMPLoss) -> SentLoss:
     input, after its dropout. In evaluation and prediction it is plain cross-entropy, whatever mode the criterion is
     in. The summed losses are divided by the Trainer's count of rows, so that accumulated gradients are right.
 
-    As a callback it checks the arguments, adds mix/lam_shift (mean |λ'-λ|), mix/mask_rate, mix/grad_abs and
-    mix/delta to the training logs, and saves and restores a criterion with a generator or a window of its own.
+    As a callback it checks the arguments, adds mix/lam_shift (mean |λ'-λ|), mix/mask_rate, mix/grad_abs (not for
+    mode="mixup") and mix/delta to the training logs, and saves and restores a criterion with a generator or a window
+    of its own.
     Reporters such as TensorBoard come before it and do not see these logs; `AMPTrainer(mix_at="logits")`, which does
     the same, has them everywhere.
 
