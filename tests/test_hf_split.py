@@ -146,6 +146,54 @@ def test_given_positions_are_passed_on_for_every_row() -> None:
         torch.testing.assert_close(f(g(**inputs), **context), truth, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("at", ["embeddings", 1])
+def test_positions_shared_by_all_rows_may_come_first(name: str, at: str | int) -> None:
+    model = hf_models.build(name)
+    inputs = {"position_ids": torch.arange(9).flip(0)[None], **hf_models.batch(model)}
+    g, f = split(model, at)
+    mix = fastamp.Mix(torch.rand(6), torch.tensor([3, 0, 1, 4, 5, 2]))
+    context = f.context(inputs, mix)
+    assert all(len(value) == 6 for value in context.values())
+    fastamp.AMPLoss().step(f, g(**inputs), inputs["labels"], mix=mix, context=context)
+    truth = model(**without_labels(inputs)).logits
+    torch.testing.assert_close(f(g(**inputs), **f.context(inputs)), truth, rtol=0, atol=1e-12)
+    embedded = {"position_ids": inputs["position_ids"], "inputs_embeds": torch.randn(6, 9, 16)}
+    assert all(len(value) == 6 for value in f.context(embedded).values())
+
+
+@pytest.mark.parametrize("at", ["embeddings", 0, 1])
+def test_images_are_cast_as_the_model_casts_them(at: str | int) -> None:
+    model = hf_models.build("vit")
+    inputs = hf_models.batch(model)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        g, f = split(model, at)
+        assert g(**inputs).dtype == dtype
+        assert torch.equal(f(g(**inputs), **f.context(inputs)), model(**without_labels(inputs)).logits)
+
+
+def test_images_of_another_size_are_refused_in_pixels() -> None:
+    model = hf_models.build("vit")
+    g, _ = split(model)
+    for shape in ((6, 3, 12, 12), (6, 3, 9, 12)):
+        with pytest.raises(ValueError, match=r"8 x 12 pixels, got pixel_values of shape \(6, 3, "):
+            g(pixel_values=torch.randn(*shape))
+
+
+def test_interpolated_positions_are_passed_on_or_refused_by_name() -> None:
+    model: Any = hf_models.build("vit", image_size=8)
+    model.train(False)
+    inputs = {"pixel_values": torch.randn(6, 3, 12, 16).double(), "interpolate_pos_encoding": True}
+    truth = model(**inputs).logits
+    for at in (0, 1, "last"):
+        g, f = split(model, at)
+        assert torch.equal(f(g(**inputs), **f.context(inputs)), truth)
+    with pytest.raises(ValueError, match=r"interpolate_pos_encoding=True cannot be passed on .* at=0"):
+        split(model).g(**inputs)
+
+
 def test_parts_follow_the_mode_of_the_model_and_set_it() -> None:
     model = hf_models.build("bert", hidden_dropout_prob=0.5)
     inputs = hf_models.batch(model)
@@ -281,6 +329,13 @@ def test_missing_inputs_are_named() -> None:
     model = hf_models.build("bert")
     with pytest.raises(TypeError, match="input_ids among it; got attention_mask"):
         split(model).g(attention_mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("at", ["embeddings", 1])
+def test_inputs_without_their_names_are_refused(at: str | int) -> None:
+    model = hf_models.build("bert")
+    with pytest.raises(TypeError, match=r"g takes the model's inputs by name: g\(\*\*inputs\)"):
+        split(model, at).g(hf_models.batch(model)["input_ids"])
 
 
 def test_integer_hidden_states_are_refused_by_the_step() -> None:

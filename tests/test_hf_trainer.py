@@ -204,9 +204,7 @@ def test_plain_mixup_logs_no_gradient_that_it_does_not_compute(mix_at: str | int
 
 
 @pytest.mark.parametrize("mix_at", ["embeddings", "logits", "sent_loss"])
-def test_nothing_is_read_back_between_logs(
-    mix_at: str | int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_back_between_logs(mix_at: str | int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     criterion = fastamp.AMPLoss()
     trainer = trainer_for(mix_at, criterion, tmp_path, max_steps=4, logging_steps=2)
     reads: list[str] = []

@@ -79,10 +79,11 @@ class Front(_Part):
             if cut.kind == "pooler":
                 self.pooler = submodule(base, entry.pooler) or submodule(model, entry.head_pooler)
 
-    def forward(self, **inputs: Any) -> Tensor:
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
         """The hidden state to mix.
 
         Args:
+            *args: none; a TypeError says so.
             **inputs: what the model takes, (B, ...) each; labels are ignored.
 
         Returns:
@@ -90,8 +91,11 @@ class Front(_Part):
             projection.
 
         Raises:
-            TypeError: an input that the model needs is missing.
+            TypeError: an input that the model needs is missing, or given without its name.
+            ValueError: in front of a patch projection, images that are not of the model's size.
         """
+        if args:
+            raise TypeError("g takes the model's inputs by name: g(**inputs)")
         follow_mode(self.pairs)
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS and value is not None}
         if self.cut.kind == "word":
@@ -100,6 +104,11 @@ class Front(_Part):
             name = "pixel_values" if self.entry.images else "input_ids"
             if name not in inputs:
                 raise TypeError(f"g takes what the model takes, {name} among it; got {', '.join(inputs) or 'nothing'}")
+            if inputs.get("interpolate_pos_encoding"):
+                raise ValueError(
+                    "interpolate_pos_encoding=True cannot be passed on from behind the patch projection, where "
+                    'at="embeddings" cuts, to f, which adds the positions: cut behind the embedding block, at=0'
+                )
             return self._patches(inputs[name]) if self.entry.images else self.body(inputs[name])
         hidden = self.body(**inputs, **_PLAIN).last_hidden_state
         if self.cut.kind == "pooler":
@@ -110,8 +119,15 @@ class Front(_Part):
     def _patches(self, pixel_values: Tensor) -> Tensor:
         """(B, D, H, W) embedded patches of images."""
         patches: Any = self.body
-        grid = [pixels // patch for pixels, patch in zip(pixel_values.shape[2:], patches.patch_size, strict=True)]
-        return patches(pixel_values).transpose(1, 2).unflatten(2, grid)
+        size, expected = tuple(pixel_values.shape[2:]), tuple(patches.image_size)
+        if size != expected:  # f would say so of patches
+            raise ValueError(
+                f"images must be of {' x '.join(map(str, expected))} pixels, got pixel_values of shape "
+                f"{tuple(pixel_values.shape)}"
+            )
+        grid = [pixels // patch for pixels, patch in zip(size, patches.patch_size, strict=True)]
+        # The model casts in front of the modules that the view holds.
+        return patches(pixel_values.to(patches.projection.weight.dtype)).transpose(1, 2).unflatten(2, grid)
 
 
 class Rest(_Part):
@@ -163,7 +179,8 @@ class Rest(_Part):
 
         Args:
             inputs: the model's inputs, tensors (B, ...), as g takes them.
-            mix: the mix of the batch. None: the context of the unmixed rows.
+            mix: the mix that `AMPLoss.step` is given. None: the context of unmixed rows, and of those only: where the
+                partner of a row is longer, its last tokens would stay masked, and the loss would silently be another.
 
         Returns:
             Keyword arguments for f. An attention mask is the union of both rows' masks; token types and positions
@@ -185,8 +202,9 @@ class Rest(_Part):
             given["position_ids"] = (counted.cumsum(1) * counted).long() + padding
         if "attention_mask" in given:
             given["attention_mask"] = _union(given["attention_mask"], mix)
-        rows = next((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1), 0)
-        if "position_ids" in given and given["position_ids"].shape[0] != rows:
+        if "position_ids" in given and given["position_ids"].shape[0] == 1:
+            counted_in = ("input_ids", "inputs_embeds", "pixel_values", "attention_mask")
+            rows = next((inputs[name].shape[0] for name in counted_in if inputs.get(name) is not None), 1)
             given["position_ids"] = given["position_ids"].expand(rows, -1)
         return given
 
@@ -227,6 +245,9 @@ def split(model: nn.Module, at: str | int = "embeddings") -> Split:
     Both parts are views: they share all parameters and buffers with the model, follow its train or eval mode and
     its moves between devices and dtypes, and run its own forward code. The model itself is not changed. Split again
     after replacing modules of the model.
+
+    Rows of different lengths need the context above: the union of both rows' masks, by the very mix that `step` is
+    given. Without it, or by another mix, the loss is another and nothing notices.
 
     Args:
         model: BertForSequenceClassification, or the same of RoBERTa, DistilBERT, DeBERTa-v2, ELECTRA or ModernBERT,
