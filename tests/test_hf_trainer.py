@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def test_evaluation_is_plain_cross_entropy_and_leaves_the_mode(
 def test_sent_loss_is_the_criterion_by_the_count_of_rows() -> None:
     criterion = hf_models.fixed_mixes(fastamp.AMPLoss())
     loss = sent_loss(criterion)
+    loss._is_callback = True
     logits, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
     expected = criterion(logits, labels, mix=criterion.sample(6, device="cpu"), num_items=24)
     for count in (24, torch.tensor(24), torch.tensor(24.0)):
@@ -271,6 +273,21 @@ def test_resuming_without_the_state_of_the_criterion_warns(tmp_path: Path) -> No
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_resuming_with_another_criterion_is_explained(tmp_path: Path) -> None:
+    def run(criterion: fastamp.AMPLoss, **training: Any) -> Any:
+        return trainer_for("logits", criterion, tmp_path, max_steps=2, **training)
+
+    folder = str(tmp_path / "checkpoint-1")
+    run(fastamp.AMPLoss(generator=torch.Generator().manual_seed(7)), save_strategy="steps", save_steps=1).train()
+    for options in ({"reweight": "moving"}, {"reweight": "moving", "generator": torch.Generator()}):
+        with pytest.raises(
+            ValueError, match=r"(?s)mixing_state.pt holds the state of another criterion than AMPLoss\("
+        ):
+            run(fastamp.AMPLoss(**options)).train(resume_from_checkpoint=folder)
+    with pytest.warns(UserWarning, match=r"mixing_state.pt holds the state of a generator or of a window, which this"):
+        run(fastamp.AMPLoss()).train(resume_from_checkpoint=folder)
+
+
 def test_a_head_replaced_between_two_trainings_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.nn.Module] = []
     init = MixedPass.__init__
@@ -342,6 +359,66 @@ def test_label_smoothing_is_the_criterions_and_applied_once(mix_at: str | int, t
         trainer.train()
         weights.append(hf_models.weights(trainer.model))
     assert torch.equal(*weights)
+
+
+def test_float_labels_one_a_row_are_refused_without_talk_of_counts() -> None:
+    with pytest.raises(TypeError, match=r"torch.float32: transformers' models take float labels"):
+        sent_loss(fastamp.AMPLoss())({"logits": torch.randn(4, 3)}, torch.zeros(4), 4)
+
+
+def test_class_weights_are_divided_by_rows_in_evaluation(tmp_path: Path) -> None:
+    weight = torch.tensor([1.0, 5.0, 0.5])
+    trainer = trainer_for("embeddings", fastamp.AMPLoss(weight=weight), tmp_path, per_device_eval_batch_size=20)
+    predictions = trainer.predict(hf_models.Questions(20))
+    logits, labels = torch.from_numpy(predictions.predictions), torch.from_numpy(predictions.label_ids)
+    expected = F.cross_entropy(logits, labels, weight=weight.double(), reduction="sum") / 20
+    assert predictions.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_half_of_sent_loss_is_noticed(tmp_path: Path) -> None:
+    common = {"args": hf_models.arguments(tmp_path), "train_dataset": hf_models.Questions(32)}
+    loss = sent_loss(fastamp.AMPLoss())
+    with pytest.raises(RuntimeError, match=r"give the Trainer compute_loss_func=loss beside callbacks=\[loss\]"):
+        Trainer(hf_models.build("bert"), **common, callbacks=[loss]).train()
+    loss = sent_loss(fastamp.AMPLoss())
+    with pytest.warns(UserWarning, match=r"nothing is logged .* pass callbacks=\[loss\]") as seen:
+        Trainer(hf_models.build("bert"), **common, compute_loss_func=loss).train()
+    assert len([warning for warning in seen if "callbacks" in str(warning.message)]) == 1  # in two steps
+
+
+def test_a_compute_loss_that_passes_the_criterion_by_is_noticed(tmp_path: Path) -> None:
+    class Theirs(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(**inputs)["loss"]
+
+    class Mine(AMPTrainerMixin, Theirs):
+        pass
+
+    common = {"args": hf_models.arguments(tmp_path), "train_dataset": hf_models.Questions(32)}
+    with pytest.raises(RuntimeError, match="whose own compute_loss does not call that function"):
+        Mine(hf_models.build("bert"), **common, criterion=fastamp.AMPLoss(), mix_at="logits").train()
+    # Its outputs hold the mixed loss, which is all that is needed.
+    Mine(hf_models.build("bert"), **common, criterion=fastamp.AMPLoss(), mix_at=1).train()
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_a_moving_window_warns_of_accumulated_batches(mix_at: str | int, tmp_path: Path) -> None:
+    criterion = fastamp.AMPLoss(reweight="moving")
+    with pytest.warns(UserWarning, match=r"reweight='moving' moves its window at each of the 2 batches"):
+        trainer_for(mix_at, criterion, tmp_path, max_steps=1, gradient_accumulation_steps=2).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer_for(mix_at, fastamp.AMPLoss(reweight="moving"), tmp_path, max_steps=1).train()
+
+
+def test_reentrant_checkpoints_are_refused_where_a_layer_is_mixed(tmp_path: Path) -> None:
+    for kwargs in ({"use_reentrant": True}, {"preserve_rng_state": True}):
+        options: Any = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+        with pytest.raises(ValueError, match=r"set activation_checkpointing_kwargs=\{.*'use_reentrant': False\}"):
+            trainer_for(1, fastamp.AMPLoss(), tmp_path, **options)
+        trainer_for("logits", fastamp.AMPLoss(), tmp_path, **options)
+    options["activation_checkpointing_kwargs"] = {"every_n_layers": 2}
+    trainer_for(1, fastamp.AMPLoss(), tmp_path, **options).train()
 
 
 def test_criteria_that_the_trainer_does_not_count_by_are_refused() -> None:

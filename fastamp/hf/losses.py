@@ -42,6 +42,8 @@ class SentLoss(TrainerCallback):
             )
         self.criterion = criterion
         self.resume_from: str | None = None
+        self.reached = False  # by a step of the training that runs
+        self._is_callback = self._has_warned = False
         self._sums: Tensor | None = None
 
     # As compute_loss_func
@@ -71,6 +73,15 @@ class SentLoss(TrainerCallback):
         if not torch.is_grad_enabled():
             with mode_of(self.criterion, False):
                 return self.criterion(logits, labels, num_items=num_items)
+        self.reached = True
+        if not self._is_callback and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the loss is not among the Trainer's callbacks, so arguments are not checked, nothing is logged and no "
+                "state of the criterion is saved: pass callbacks=[loss] beside compute_loss_func=loss",
+                UserWarning,
+                stacklevel=2,
+            )
         with mode_of(self.criterion, True):
             loss, stats = self.criterion(logits, labels, num_items=num_items, return_stats=True)
         self.record(row_sums(stats))
@@ -116,13 +127,22 @@ class SentLoss(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the arguments and the model; when training resumes, restore the criterion."""
+        self._is_callback, self.reached = True, False
         check_arguments(args, self.criterion)
         check_head(model)
         self.criterion.to(args.device)
         self._sums = None
-        if state.global_step > 0 and self._has_state():
+        if state.global_step > 0:
             self._restore(args, state.global_step)
         check_generators(self.criterion)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """RuntimeError if the criterion took no part in the training: nothing else would show that."""
+        if not self.reached:
+            raise RuntimeError(
+                "a training step has ended without the criterion: give the Trainer compute_loss_func=loss beside "
+                "callbacks=[loss]; a Trainer whose own compute_loss does not call that function cannot train with it"
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the criterion's generator and window beside the Trainer's checkpoint, on every process its own."""
@@ -136,10 +156,27 @@ class SentLoss(TrainerCallback):
     def _restore(self, args: TrainingArguments, step: int) -> None:
         folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint(args, step)]
         paths = [os.path.join(folder, _file_name(args)) for folder in folders if isinstance(folder, str)]
-        for path in paths:
-            if os.path.isfile(path):
-                self.criterion.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-                return
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        if not self._has_state():
+            if path is not None:
+                warnings.warn(
+                    f"{path} holds the state of a generator or of a window, which this criterion has not: it is left "
+                    "aside, and training does not continue as it would have",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return
+        if path is not None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                self.criterion.load_state_dict(state)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} holds the state of another criterion than {self.criterion!r}: {error}. Resume with the "
+                    "generator, reweight and weight that the checkpoint was made with, or delete the file to start the "
+                    "criterion anew"
+                ) from error
+            return
         warnings.warn(
             f"no state of the criterion in {', '.join(paths)}: its generator starts anew. It is saved where "
             "callbacks=[loss] was given; pass TrainingArguments(resume_from_checkpoint=...) if it lies elsewhere",
@@ -162,7 +199,10 @@ def sent_loss(criterion: AMPLoss) -> SentLoss:
     mode="mixup") and mix/delta to the training logs, and saves and restores a criterion with a generator or a window
     of its own.
     Reporters such as TensorBoard come before it and do not see these logs; `AMPTrainer(mix_at="logits")`, which does
-    the same, has them everywhere.
+    the same, has them everywhere. Both arguments are needed: a callback alone is an error after the first step, and
+    a loss function alone a warning.
+
+    Accumulated batches are one batch, but for reweight="moving": its window moves at every one of them.
 
     Args:
         criterion: with reduction="mean". Label smoothing is the criterion's: TrainingArguments.label_smoothing_factor
@@ -183,10 +223,12 @@ def checked_labels(labels: Any) -> Tensor:
     if not isinstance(labels, Tensor):
         raise ValueError("AMP needs labels in every training batch, under the key 'labels'")
     if labels.is_floating_point():
+        rows = labels.shape[0] if labels.dim() > 0 else 1
+        counted = f"the Trainer would count {labels.numel()} items for {rows} rows, and " * (labels.numel() != rows)
         raise TypeError(
-            f"labels are {labels.dtype}: the Trainer would count {labels.numel()} items for {labels.shape[0]} rows, "
-            "and transformers' models take float labels for multi-label classification and change to a sigmoid loss. "
-            "Give integer class indices; for soft labels call fastamp.AMPLoss in a loop of your own"
+            f"labels are {labels.dtype}: {counted}transformers' models take float labels for multi-label "
+            "classification and change to a sigmoid loss. Give integer class indices; for soft labels call "
+            "fastamp.AMPLoss in a loop of your own"
         )
     if labels.dim() != 1 and labels.shape[1:].numel() != 1:
         raise ValueError(f"labels must be (B,) class indices, got shape {tuple(labels.shape)}")
@@ -203,8 +245,14 @@ def checked_items(num_items: Any) -> Any:
     return num_items
 
 
-def check_arguments(args: TrainingArguments, criterion: AMPLoss) -> None:
-    """ValueError for arguments that would be ignored or are not supported."""
+def check_arguments(args: TrainingArguments, criterion: AMPLoss, *, at_a_layer: bool = False) -> None:
+    """ValueError for arguments that would be ignored or are not supported, a warning for those that change the method.
+
+    Args:
+        args: the Trainer's.
+        criterion: the Trainer's.
+        at_a_layer: mixing is done inside the model, by `AMPLoss.step`.
+    """
     smoothing = criterion.policy.label_smoothing
     if args.label_smoothing_factor not in (0, smoothing):
         raise ValueError(
@@ -213,6 +261,31 @@ def check_arguments(args: TrainingArguments, criterion: AMPLoss) -> None:
         )
     if args.n_gpu > 1:
         raise ValueError(f"nn.DataParallel over {args.n_gpu} devices is not supported: launch with torchrun")
+    if at_a_layer:
+        _check_checkpointing(args)
+    if criterion.reweight is not None and args.gradient_accumulation_steps > 1:
+        # This very line, wherever the check is called from, so that Python shows the warning once.
+        warnings.warn(
+            f"reweight={criterion.reweight!r} moves its window at each of the {args.gradient_accumulation_steps} "
+            "batches whose gradients are added up, so that they are not weighted as one large batch would be",
+            UserWarning,
+            stacklevel=1,
+        )
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """ValueError for activation checkpoints that the step's backward pass to the hidden state cannot go through."""
+    # The name was changed within transformers 5.
+    kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+    options = getattr(args, f"{kind}_checkpointing_kwargs", None)
+    if not getattr(args, f"{kind}_checkpointing", False) or not isinstance(options, dict):
+        return  # transformers' own default is use_reentrant=False
+    passed_on = options.keys() - {"every_n_layers", "offload"}
+    if passed_on and options.get("use_reentrant") in (None, True):  # torch takes None for True
+        raise ValueError(
+            f"mixing at a layer needs checkpoints that are not reentrant: set {kind}_checkpointing_kwargs="
+            f"{ {**options, 'use_reentrant': False} } in TrainingArguments"
+        )
 
 
 def check_generators(criterion: AMPLoss) -> None:

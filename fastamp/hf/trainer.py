@@ -91,6 +91,10 @@ class AMPTrainerMixin:
     always. Evaluation and prediction run the model as it is, with plain cross-entropy. Logs, checkpoints and label
     smoothing are as in `sent_loss`; reporters see the logs, too.
 
+    A training step that mixes at a layer has no logits of the rows as they are: the outputs of
+    `compute_loss(..., return_outputs=True)` are then "loss" and "mixing_sums" and nothing else. `log` is collective: of
+    a training step it adds up the sums of all processes, so all of them have to call it, as the Trainer does.
+
     Args:
         *args: as Trainer has them.
         criterion: with reduction="mean".
@@ -111,7 +115,7 @@ class AMPTrainerMixin:
         self._loss = _MixedLoss(criterion)
         trainer: Any = self
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)  # type: ignore[call-arg]
-        check_arguments(trainer.args, criterion)
+        check_arguments(trainer.args, criterion, at_a_layer=mix_at != "logits")
         check_head(unwrapped(trainer.model))
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
         if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
@@ -145,13 +149,14 @@ class AMPTrainerMixin:
             self._pass = self._loss.mixed_pass = MixedPass(self.criterion, model, self.mix_at)
         mix = self.criterion.sample(len(labels), device=labels.device)
         self._pass.prepare(labels, mix, checked_items(num_items_in_batch))
+        self._loss.reached = True
         # accelerate puts autocast into the forward that the mixed pass stands in for.
         autocast = self.accelerator.autocast()  # type: ignore[attr-defined]
         with mode_of(self.criterion, True), autocast, forward_of(self._pass.inner, self._pass.run):
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer.log, with mix/... in the logs of training steps."""
+        """As Trainer.log, with mix/... in the logs of training steps. Collective for these."""
         if "loss" in logs and LOG_KEYS[0] not in logs:
             logs.update(self._loss.pop_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
