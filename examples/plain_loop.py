@@ -40,7 +40,10 @@ def train(corpus: Corpus, *, steps: int, batch_size: int, at: str | int, seed: i
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     criterion = fastamp.AMPLoss()
-    g, f = split(model, at=at)
+    try:
+        g, f = split(model, at=at)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--at") from error
 
     ids, labels = encode(vocabulary, corpus.train)
     model.train()
@@ -67,7 +70,7 @@ def train(corpus: Corpus, *, steps: int, batch_size: int, at: str | int, seed: i
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(steps: int, batch_size: int, at: str, seed: int) -> None:
     """Train with AMP, and print the test error."""
-    place: str | int = int(at) if at.isdigit() else at
+    place: str | int = int(at) if at.removeprefix("-").isdigit() else at
     error = train(load("questions"), steps=steps, batch_size=batch_size, at=place, seed=seed)
     click.echo(f"mixed at {at}: test error {error:.1f}%")
 

