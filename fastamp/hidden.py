@@ -192,7 +192,7 @@ def selected(
 
 def selected_loss(
     logits: Tensor,
-    logits_adv: Tensor | None,
+    logits_adv: Tensor,
     target: Tensor,
     lam: Tensor,
     partner: Tensor,
@@ -203,45 +203,35 @@ def selected_loss(
     all_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, δ and mask of `selected`, the loss differentiable to both sets of logits; same arguments."""
-    return _SelectedLoss.apply(logits, logits_adv, target, lam, partner, weight, policy, ties, all_kept)
+    rows = selected(logits, logits_adv, target, lam, partner, weight, policy, ties, all_kept=all_kept)
+    return chosen_loss(rows, logits, logits_adv), rows.delta, rows.mask
 
 
-class _SelectedLoss(torch.autograd.Function):
-    """Keeps one gradient a row, that of the loss which was taken."""
+def chosen_loss(rows: Selected, logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """(B,) the selected losses, each with the graph of the logits (B, C) that it was taken from."""
+    at_lam, at_adv = with_graph(logits, rows.loss, rows.grad), with_graph(logits_adv, rows.loss, rows.grad_adv)
+    return torch.where(rows.mask, at_adv, at_lam)
 
+
+def with_graph(logits: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
+    """(B,) row losses that are known, with their known gradients (B, C), as a function of their logits (B, C)."""
+    return _WithGraph.apply(logits, loss, grad)
+
+
+class _WithGraph(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        logits_adv: Tensor | None,
-        target: Tensor,
-        lam: Tensor,
-        partner: Tensor,
-        weight: Tensor | None,
-        policy: Policy,
-        ties: tuple[float, float],
-        all_kept: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = selected(logits, logits_adv, target, lam, partner, weight, policy, ties, all_kept=all_kept)
-        taken = rows.mask.unsqueeze(1)
-        ctx.save_for_backward(
-            rows.grad if rows.grad_adv is None else torch.where(taken, rows.grad_adv, rows.grad), taken
-        )
-        ctx.dtypes = logits.dtype, None if logits_adv is None else logits_adv.dtype
-        ctx.mark_non_differentiable(rows.delta, rows.mask)
-        return rows.loss, rows.delta, rows.mask
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad, taken = ctx.saved_tensors
-        grad = grad * upstream.unsqueeze(1)
-        own, theirs = ctx.needs_input_grad[:2]
-        return (
-            torch.where(taken, 0, grad).to(ctx.dtypes[0]) if own else None,
-            torch.where(taken, grad, 0).to(ctx.dtypes[1]) if theirs else None,
-            *[None] * 7,
-        )
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        upstream = upstream.unsqueeze(1)
+        # A row that is not asked for may have no finite gradient.
+        return torch.where(upstream == 0, 0, grad * upstream).to(ctx.dtype), None, None
 
 
 def _wide_logits(logits: Tensor, dtype: torch.dtype, policy: Policy) -> Tensor:

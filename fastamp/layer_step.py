@@ -21,10 +21,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastamp import closed_form
 from fastamp import hidden as hidden_ops
-from fastamp.autograd import once_differentiable
 from fastamp.batch_statistics import BatchStatistics
 from fastamp.checks import check_class_vector, check_outputs, check_target, is_dtensor
-from fastamp.hidden import Selected
+from fastamp.hidden import Selected, with_graph
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
 from fastamp.randomness import RandomStates, RecordedMasks, capturing
@@ -226,12 +225,7 @@ class _Step:
         del mixed_adv
         chosen = self.select(logits, logits_adv)
         if both:
-            loss = torch.where(
-                chosen.mask,
-                _with_graph(logits_adv, chosen.loss, chosen.grad_adv),
-                _with_graph(logits, chosen.loss, chosen.grad),
-            )
-            return loss, self._stats(chosen, slope, lam_adv, "both")
+            return hidden_ops.chosen_loss(chosen, logits, logits_adv), self._stats(chosen, slope, lam_adv, "both")
         rejected = ~chosen.mask & (lam_adv != self.lam)  # a row whose λ did not move is right in either pass
         rows = rejected[:0] if not amp or merge else rejected.nonzero().squeeze(1)  # the one look at the device
         # A compiled f would be compiled anew for every number of rows.
@@ -243,21 +237,21 @@ class _Step:
                 torch.clear_autocast_cache()
             del logits_adv
             logits_sel = again(self.mixed(torch.where(chosen.mask, lam_adv, self.lam)))
-            loss = _with_graph(logits_sel, chosen.loss, _at_choice(chosen))
+            loss = with_graph(logits_sel, chosen.loss, _at_choice(chosen))
             return loss, self._stats(chosen, slope, lam_adv, "merged")
-        loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
+        loss = with_graph(logits_adv, chosen.loss, chosen.grad_adv)
         if not len(rows):
             return loss, self._stats(chosen, slope, lam_adv, "adversarial")
         with statistics.frozen():
             logits_sub = self._logits_of(rows)
-        redone = _with_graph(logits_sub, chosen.loss[rows], chosen.grad[rows])
+        redone = with_graph(logits_sub, chosen.loss[rows], chosen.grad[rows])
         return loss.index_put((rows,), redone), self._stats(chosen, slope, lam_adv, "sub-batch")
 
     def _mixup(self) -> tuple[Tensor, MixStats]:
         logits = self.learn(self.logits(self.mixed(self.lam)))
         at_lam = self.select(logits, None)
         unknown = torch.full_like(self.lam, torch.nan)
-        return _with_graph(logits, at_lam.loss, at_lam.grad), self._stats(at_lam, unknown, self.lam, "mixup")
+        return with_graph(logits, at_lam.loss, at_lam.grad), self._stats(at_lam, unknown, self.lam, "mixup")
 
     def _mixed_with_edges(self) -> tuple[list[Tensor], list[GradientEdge]]:
         """The hidden state mixed at λ, and where its gradient will arrive, even if f writes to its input."""
@@ -326,33 +320,11 @@ class _Step:
             logits_adv = self.logits(mixed_adv)
         chosen = self.select(logits, logits_adv)
         if not amp:
-            loss = _with_graph(logits_adv, chosen.loss, chosen.grad_adv)
+            loss = with_graph(logits_adv, chosen.loss, chosen.grad_adv)
             return loss, self._stats(chosen, slope, lam_adv, "adversarial")
         with masks.again():
             logits_sel = self.logits(self.mixed(torch.where(chosen.mask, lam_adv, self.lam)))
-        return _with_graph(logits_sel, chosen.loss, _at_choice(chosen)), self._stats(chosen, slope, lam_adv, "merged")
-
-
-class _WithGraph(torch.autograd.Function):
-    """Row losses that are known, with their known gradients, as a function of the logits that they are of."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.dtype = logits.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        upstream = upstream.unsqueeze(1)
-        # A row that is not asked for may have no finite gradient.
-        return torch.where(upstream == 0, 0, grad * upstream).to(ctx.dtype), None, None
-
-
-def _with_graph(logits: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
-    return _WithGraph.apply(logits, loss, grad)
+        return with_graph(logits_sel, chosen.loss, _at_choice(chosen)), self._stats(chosen, slope, lam_adv, "merged")
 
 
 def _at_choice(chosen: Selected) -> Tensor:

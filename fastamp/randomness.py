@@ -23,7 +23,7 @@ class RandomStates:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before = self._read()
-        self.drew = False  # whether the pass that `first` enclosed drew any numbers
+        self.drew = False  # whether the pass that this enclosed drew any numbers
 
     def __enter__(self) -> RandomStates:
         return self
@@ -137,7 +137,7 @@ class RecordedMasks(TorchFunctionMode):
         return input.mul_(mask) if inplace else input * mask
 
 
-# The number of dimensions that an input without a batch dimension has; None: every element has a number of its own.
+# How many dimensions an input without a batch dimension has (-1: there is none); None: a number for every element.
 _DROPOUTS: dict[Any, int | None] = {F.dropout: None, F.dropout1d: 2, F.dropout2d: -1, F.dropout3d: 4}
 _DRAWING = """
     alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_ feature_dropout feature_dropout_
