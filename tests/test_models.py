@@ -160,7 +160,7 @@ def test_a_part_compiles():
 
 
 def test_an_unknown_place_is_refused():
-    with pytest.raises(ValueError, match=r"at must be one of 'word', 'sentence'; got 'words'"):
+    with pytest.raises(ValueError, match=r"at must be one of 'word', 'sentence', 'embedding'; got 'words'"):
         small().split("words")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastamp.mixing import Mix
-
-PAD = 0
+from fastamp.models.cut import MaskedRest, Rest, Split, cut_at
+from fastamp.models.words import PAD, check_dropout, check_ids, check_sizes, word_embedding
 
 
 class TextCNN(nn.Module):
@@ -38,6 +37,8 @@ class TextCNN(nn.Module):
         ValueError: a size below 1, a dropout outside [0, 1), or vectors of another shape.
     """
 
+    pad_id = PAD
+
     def __init__(
         self,
         vocab_size: int,
@@ -51,31 +52,14 @@ class TextCNN(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("vocab_size", vocab_size),
-            ("num_classes", num_classes),
-            ("embedding_dim", embedding_dim),
-            ("maps", maps),
-        ):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(vocab_size=vocab_size, num_classes=num_classes, embedding_dim=embedding_dim, maps=maps)
         if not widths or min(widths) < 1:
             raise ValueError(f"widths must be positive integers, at least one, got {tuple(widths)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if vectors is None:
-            table = torch.rand(vocab_size, embedding_dim) * 0.5 - 0.25
-        elif vectors.ndim != 2 or len(vectors) != vocab_size or not vectors.is_floating_point():
-            raise ValueError(
-                f"vectors must be a float tensor of shape ({vocab_size}, D), "
-                f"got {vectors.dtype} of shape {tuple(vectors.shape)}"
-            )
-        else:
-            table = vectors.detach().to(torch.float32, copy=True)
-        table[PAD] = 0
+        check_dropout(dropout)
         self.widths = tuple(widths)
-        self.embedding = nn.Embedding.from_pretrained(table, freeze=freeze, padding_idx=PAD)
-        self.convolutions = nn.ModuleList(nn.Conv1d(table.shape[1], maps, width) for width in self.widths)
+        self.embedding = word_embedding(vocab_size, embedding_dim, vectors, freeze=freeze)
+        self.embedding_dim = self.embedding.embedding_dim
+        self.convolutions = nn.ModuleList(nn.Conv1d(self.embedding_dim, maps, width) for width in self.widths)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(maps * len(self.widths), num_classes)
 
@@ -110,7 +94,9 @@ class TextCNN(nn.Module):
         Args:
             at: "word" mixes the word vectors, under the union of both sentences' masks. Since the convolution is
                 affine, that is mixing its responses: g includes it, and it runs once, on rows that are not mixed.
-                "sentence" mixes the features, before dropout.
+                "sentence" mixes the features, before dropout. "embedding" mixes the word vectors themselves, (B, T, D):
+                slower than "word" and the same where a row has one λ; what mixes each number of a row for itself
+                needs it.
 
         Returns:
             Split(g, f): g(ids) is the hidden state, f(mixed, **context) the logits (B, C), f.context(ids, mix) the
@@ -119,23 +105,24 @@ class TextCNN(nn.Module):
         Raises:
             ValueError: another name.
         """
-        if at == "word":
-            return Split(self.windows, WordRest(self))
-        if at == "sentence":
-            return Split(self.encode, SentenceRest(self))
-        raise ValueError(f"at must be one of 'word', 'sentence'; got {at!r}")
+        return cut_at(
+            {
+                "word": lambda: Split(self.windows, WordRest(self)),
+                "sentence": lambda: Split(self.encode, SentenceRest(self)),
+                "embedding": lambda: Split(self.embed, EmbeddingRest(self, "convolutions")),
+            },
+            at,
+        )
 
     def windows(self, ids: Tensor) -> Tensor:
         """`convolve(embed(ids))`, (B, T, maps * len(widths)), of ids as `encode` takes them."""
-        if ids.dtype != torch.int64:
-            raise TypeError(f"ids must be int64, got {ids.dtype}")
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids must have shape (B, T) with T at least 1, got {tuple(ids.shape)}")
+        check_ids(ids)
         # The number of distinct words depends on the data: asking for it would stall an accelerator.
         return self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word vectors (B, T, D), float32, of token ids (B, T), int64; the padding's is zero."""
+        """Word vectors (B, T, D), float32, of ids as `encode` takes them; the padding's is zero."""
+        check_ids(ids)
         return self.embedding(ids)
 
     def convolve(self, embedded: Tensor) -> Tensor:
@@ -147,9 +134,7 @@ class TextCNN(nn.Module):
         Returns:
             (B, T, maps * len(widths)), float32; entry t is of the window that starts at word t.
         """
-        length = embedded.shape[1]
-        padded = F.pad(embedded, (0, 0, 0, max(self.widths) - 1)).transpose(1, 2)
-        return torch.cat([conv(padded)[:, :, :length] for conv in self._convolutions()], 1).transpose(1, 2)
+        return _convolved(self._convolutions(), embedded)
 
     @staticmethod
     def pool(windows: Tensor, mask: Tensor) -> Tensor:
@@ -174,7 +159,7 @@ class TextCNN(nn.Module):
         length = ids.shape[1]
         words, positions = torch.unique(F.pad(ids, (0, max(self.widths) - 1)), return_inverse=True)
         taps = [tap for conv in self._convolutions() for tap in conv.weight.unbind(2)]  # each (maps, D)
-        products = F.linear(self.embed(words), torch.cat(taps))  # (U, taps * maps)
+        products = F.linear(self.embedding(words), torch.cat(taps))  # (U, taps * maps)
         product = iter(products.unflatten(1, (len(taps), -1)).unbind(1))
         responses = []
         for conv in self._convolutions():
@@ -188,58 +173,35 @@ class TextCNN(nn.Module):
         return [cast("nn.Conv1d", conv) for conv in self.convolutions]
 
 
-class _Rest(nn.Module):
-    """A model from its dropout on; its modules are the model's own, and so its mode is the model's."""
-
-    def __init__(self, model: TextCNN) -> None:
-        super().__init__()
-        self.dropout, self.classifier = model.dropout, model.classifier
-
-    @property
-    def training(self) -> bool:
-        """The model's mode; `train` and `eval` set it through dropout."""
-        return self.dropout.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        pass
+def _convolved(convolutions: Iterable[nn.Module], embedded: Tensor) -> Tensor:
+    """`TextCNN.convolve` by its convolutions."""
+    length, convs = embedded.shape[1], [cast("nn.Conv1d", conv) for conv in convolutions]
+    padded = F.pad(embedded, (0, 0, 0, max(conv.kernel_size[0] for conv in convs) - 1)).transpose(1, 2)
+    return torch.cat([conv(padded)[:, :, :length] for conv in convs], 1).transpose(1, 2)
 
 
-class WordRest(_Rest):
+class EmbeddingRest(MaskedRest):
+    """f of `TextCNN.split("embedding")`."""
+
+    convolutions: nn.ModuleList
+
+    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, C) of word vectors (B, T, D), zero where padded, under a mask (B, T), bool."""
+        windows = _convolved(self.convolutions, embedded)
+        return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
+
+
+class WordRest(MaskedRest):
     """f of `TextCNN.split("word")`."""
-
-    def context(self, ids: Tensor, mix: Mix | None = None) -> dict[str, Tensor]:
-        """What f takes beside the mixed hidden state.
-
-        Args:
-            ids: (B, T), int64, of the unmixed rows.
-            mix: the mix of the batch. None: the context of the unmixed rows.
-
-        Returns:
-            mask (B, T), bool: which positions hold a word in either row.
-        """
-        mask = ids != PAD
-        return {"mask": mask if mix is None else mix.union(mask)}
 
     def forward(self, windows: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, C) of filter responses (B, T, F) under a mask (B, T), bool."""
         return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
 
 
-class SentenceRest(_Rest):
+class SentenceRest(Rest):
     """f of `TextCNN.split("sentence")`."""
-
-    def context(self, ids: Tensor, mix: Mix | None = None) -> dict[str, Tensor]:
-        """Nothing; arguments as `WordRest.context`."""
-        return {}
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, C) of features (B, F)."""
         return self.classifier(self.dropout(features))
-
-
-class Split(NamedTuple):
-    """Both parts of a model: f(g(ids), **f.context(ids)) are its logits."""
-
-    g: Callable[[Tensor], Tensor]
-    f: WordRest | SentenceRest

@@ -1,0 +1,186 @@
+"""A bidirectional LSTM that attends to its words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastamp.models.cut import MaskedRest, Rest, Split, cut_at
+from fastamp.models.words import PAD, check_dropout, check_ids, check_sizes, word_embedding
+
+
+class AttentionBiLSTM(nn.Module):
+    """LSTM of both directions with attention over time, as in Wang et al., EMNLP 2016, and Zhou et al., ACL 2016.
+
+        H = BiLSTM(embedding(ids)),   α = softmax_t(wᵀ tanh(H_t)),   s = Σ_t α_t H_t,
+        logits = W dropout(relu(s)) + b
+
+    The attention is Zhou et al.'s, on the states of both directions side by side. That a ReLU stands behind s, and that
+    sentences are mixed before it, is read off the published code of AMP, whose LSTM has two layers where the paper says
+    one. The logits of a sentence do not depend on how far its batch is padded, and padding gets no attention.
+
+    `split` cuts it in two where it is to be mixed: at its words or at its sentences.
+
+    Args:
+        vocab_size: number of ids V, the padding's 0 included.
+        num_classes: number of classes C.
+        embedding_dim: width D of a word vector; `vectors` overrides it.
+        vectors: (V, D) float word vectors to start from; row 0 is taken as zero. None draws from
+            U(-0.25, 0.25) by the global generator.
+        freeze: do not train the word vectors.
+        hidden_size: width of s: half of it is the forward direction's, half the backward one's.
+        dropout: probability of dropping a feature before the classifier.
+
+    Raises:
+        ValueError: a size below 1, an odd hidden_size, a dropout outside [0, 1), or vectors of another shape.
+    """
+
+    pad_id = PAD
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_classes: int,
+        *,
+        embedding_dim: int = 300,
+        vectors: Tensor | None = None,
+        freeze: bool = False,
+        hidden_size: int = 1024,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check_sizes(
+            vocab_size=vocab_size, num_classes=num_classes, embedding_dim=embedding_dim, hidden_size=hidden_size
+        )
+        check_dropout(dropout)
+        self.embedding = word_embedding(vocab_size, embedding_dim, vectors, freeze=freeze)
+        self.embedding_dim = self.embedding.embedding_dim
+        self.encoder = AttentionEncoder(self.embedding_dim, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, C), float32, of token ids (B, T), int64; see `encode`."""
+        return self.classifier(self.dropout(self.encode(ids).relu()))
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Features of sentences, before the ReLU.
+
+        Args:
+            ids: (B, T), int64, T at least 1; id 0 pads on the right.
+
+        Returns:
+            (B, hidden_size), float32; zero where a row holds no word.
+
+        Raises:
+            TypeError: ids that are not int64.
+            ValueError: ids of another shape.
+        """
+        return self.encoder(self.embed(ids), ids != PAD)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Word vectors (B, T, D), float32, of ids as `encode` takes them; the padding's is zero."""
+        check_ids(ids)
+        return self.embedding(ids)
+
+    def split(self, at: str) -> Split:
+        """The model in two parts, with what is to be mixed between them; see `TextCNN.split` for the use.
+
+        Args:
+            at: "word" and "embedding" mix the word vectors (B, T, D), under the union of both sentences' masks.
+                "sentence" mixes the features (B, hidden_size), before the ReLU.
+
+        Raises:
+            ValueError: another name.
+        """
+
+        def words() -> Split:
+            return Split(self.embed, EmbeddingRest(self, "encoder"))
+
+        return cut_at(
+            {
+                "word": words,
+                "sentence": lambda: Split(self.encode, SentenceRest(self)),
+                "embedding": words,
+            },
+            at,
+        )
+
+
+class AttentionEncoder(nn.Module):
+    """The states of an LSTM of both directions, summed by attention.
+
+    Args:
+        width: D of the input.
+        hidden_size: of the output, even.
+
+    Raises:
+        ValueError: an odd hidden_size.
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        if hidden_size % 2:
+            raise ValueError(f"hidden_size counts both directions and must be even, got {hidden_size}")
+        # Two modules rather than a bidirectional one, which would begin the backward direction in the padding. Packed
+        # sequences keep to the words too, but need the lengths on the host, and are slower on a CPU in training.
+        self.forwards = nn.LSTM(width, hidden_size // 2, batch_first=True)
+        self.backwards = nn.LSTM(width, hidden_size // 2, batch_first=True)
+        self.score = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Features of sentences.
+
+        Args:
+            embedded: (B, T, D), floating point.
+            mask: (B, T), bool; which positions hold a word: those on the left of a row.
+
+        Returns:
+            (B, hidden_size), of the dtype of `embedded`; zero where a row holds no word.
+        """
+        states = self.states(embedded, mask)
+        return torch.bmm(self.attention(states, mask)[:, None], states)[:, 0]
+
+    def states(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """States (B, T, hidden_size) of both directions, the forward one's first; any number at padding."""
+        turned = _turned(mask)
+        forwards, _ = self.forwards(embedded)
+        backwards, _ = self.backwards(_reordered(embedded, turned))
+        return torch.cat([forwards, _reordered(backwards, turned)], 2)
+
+    def attention(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Weights (B, T) of states (B, T, hidden_size), each row's sum 1; exactly zero at padding."""
+        scores = self.score(states.tanh())[:, :, 0]
+        # The least finite number, not -inf: a row without a word would come out as NaN.
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(1)
+        return weights.masked_fill(~mask, 0)
+
+
+def _turned(mask: Tensor) -> Tensor:
+    """(B, T) int64: the place in the row of what stands at t when its words are read from the last to the first."""
+    length = mask.sum(1, keepdim=True)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(place < length, length - 1 - place, place)
+
+
+def _reordered(sequence: Tensor, places: Tensor) -> Tensor:
+    """Rows of (B, T, D) at places (B, T), each in its own order."""
+    return sequence.gather(1, places[:, :, None].expand(-1, -1, sequence.shape[2]))
+
+
+class EmbeddingRest(MaskedRest):
+    """f of `AttentionBiLSTM.split("word")`."""
+
+    encoder: AttentionEncoder
+
+    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, C) of word vectors (B, T, D) under a mask (B, T), bool."""
+        return self.classifier(self.dropout(self.encoder(embedded, mask).relu()))
+
+
+class SentenceRest(Rest):
+    """f of `AttentionBiLSTM.split("sentence")`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of features (B, hidden_size)."""
+        return self.classifier(self.dropout(features.relu()))
