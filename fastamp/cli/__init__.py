@@ -12,6 +12,7 @@ _COMMANDS = {  # each in a module of that name, as `command`
     "train": "Train a classifier with or without mixing.",
     "check": "Check this installation: kernels against the definition.",
     "bench": "Measure speed and memory on this machine.",
+    "paper": "Make the paper's tables and figures.",
     "demo": "Compare plain training, Mixup and AMP in one go.",
 }
 

@@ -1,0 +1,271 @@
+"""`fastamp paper`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import click
+
+from fastamp.data import DATASETS
+from fastamp.paper.display import RunsDisplay, overview
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment, Run
+from fastamp.paper.results import SETTINGS, claim, read
+from fastamp.paper.runner import Options, execute_all, is_kept, threads_for
+from fastamp.training import TrainConfig
+from fastamp.training.recipes import RECIPES
+
+# Fields of TrainConfig that other options set, and which.
+_ELSEWHERE = {"dataset": "datasets", "model": "models", "method": "methods", "seed": "seeds", "fraction": "ratios"}
+_ELSEWHERE |= {
+    name: name.replace("_", "-")
+    for name in ("data_dir", "vectors", "pretrained", "steps", "eval_every", "device", "threads")
+}
+
+
+class _Names(click.ParamType):
+    """Names with commas between them, where a name may hold commas itself."""
+
+    name = "NAME,..."
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = tuple(taken)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        names = []
+        while parts:
+            count = next((n for n in range(len(parts), 0, -1) if ",".join(parts[:n]) in self.taken), None)
+            if count is None:
+                self.fail(f"{parts[0]!r} is not one of {', '.join(self.taken)}", param, ctx)
+            names.append(",".join(parts[:count]))
+            del parts[:count]
+        return tuple(names)
+
+
+class _Ratios(click.ParamType):
+    name = "SHARE,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            ratios = tuple(float(text) for text in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers; write shares of the data, as in 0.03,0.1,1", param, ctx)
+        if not all(0 < ratio <= 1 for ratio in ratios):
+            self.fail(f"{value!r}: a share of the data is above 0 and at most 1", param, ctx)
+        return ratios
+
+
+class _Seeds(click.ParamType):
+    name = "N|A-B|A,B,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        seeds: list[int] = []
+        try:
+            if value.strip().isdecimal():
+                seeds += range(int(value))
+            else:
+                for part in value.split(","):
+                    first, dash, last = part.strip().partition("-")
+                    seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            seeds = []
+        if not seeds:
+            self.fail(f"{value!r} are no seeds; write 5 for 0 to 4, 0-9, or 3,7", param, ctx)
+        return tuple(seeds)
+
+
+class _Setting(click.ParamType):
+    """FIELD=VALUE, the value as the field of TrainConfig is annotated."""
+
+    name = "FIELD=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, equals, text = value.partition("=")
+        fields = get_type_hints(TrainConfig)
+        if not equals:
+            self.fail(f"{value!r} is no FIELD=VALUE", param, ctx)
+        if name in _ELSEWHERE:
+            self.fail(f"{name} is set by --{_ELSEWHERE[name]}", param, ctx)
+        if name not in fields:
+            taken = ", ".join(field for field in fields if field not in _ELSEWHERE)
+            self.fail(f"{name!r} is no field of TrainConfig; takes {taken}", param, ctx)
+        kinds = _kinds(fields[name])
+        for kind in kinds:
+            if kind in _READ:
+                try:
+                    return name, _READ[kind](text)
+                except (ValueError, LookupError):
+                    continue
+        self.fail(f"{name} takes {' or '.join(kind.__name__ for kind in kinds)}, not {text!r}", param, ctx)
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """The types of an annotation; a field that may be None is left at None by not setting it."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return tuple(kind for kind in kinds if kind is not type(None))
+
+
+_READ: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    str: str,
+}
+
+_OPTIONS = (
+    click.option(
+        "--datasets", type=_Names(DATASETS), help=f"{', '.join(DATASETS)}; questions is generated and needs no files."
+    ),
+    click.option("--models", type=_Names(RECIPES), help=f"{', '.join(RECIPES)}."),
+    click.option("--methods", type=_Names(METHODS), help="Names as --dry-run lists them, in the middle of a key."),
+    click.option("--ratios", type=_Ratios(), help="Shares of the training data."),
+    click.option(
+        "--seeds", type=_Seeds(), default="10", help="A number of seeds from 0 on, a range 0-9, or a list 3,7."
+    ),
+    click.option("--steps", type=click.IntRange(1), show_default="the recipe's", help="Updates of every run."),
+    click.option(
+        "--eval-every", type=click.IntRange(1), show_default="the recipe's", help="Steps between evaluations."
+    ),
+    click.option("--data-dir", type=click.Path(file_okay=False), help="Folder with trec/, sst1/, sst2/, subj/, mr/."),
+    click.option(
+        "--vectors", type=click.Path(dir_okay=False), help="GloVe text file, plain or .gz, for the glove models."
+    ),
+    click.option("--pretrained", show_default="the recipe's", help="Name or folder of the encoder, of bert."),
+    click.option("--device", default="cpu", help="As in torch.device: cpu, cuda, cuda:1."),
+    click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time, each in a process."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        show_default="the folder's, else cores / jobs",
+        help="CPU threads of a run. Other threads, other roundings.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        type=_Setting(),
+        multiple=True,
+        help="Any other field of fastamp.training.TrainConfig, as in --set embedding_dim=50.",
+    ),
+    click.option("--retry-failed", is_flag=True, help="Run again what is recorded as failed."),
+    click.option("--dry-run", is_flag=True, help="List the runs and what is done of them; run nothing."),
+    click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The results folder."),
+)
+
+
+@click.group("paper", context_settings={"show_default": True})
+def command() -> None:
+    """Make the paper's tables and figures.
+
+    A table's runs are added to a results folder, where tables share what they have in common; `report` turns it into
+    tables and plots. A command that was interrupted or killed goes on when it is given again, to the same numbers.
+    """
+
+
+def _add(name: str, experiment: Experiment) -> None:
+    """The subcommand of an experiment."""
+
+    def subcommand(**given: Any) -> None:
+        _run(experiment, **given)
+
+    extent = f"By default {', '.join(experiment.datasets)} by {', '.join(experiment.models)}"
+    methods = f"{len(experiment.methods)} methods"
+    ratios = f" and {len(experiment.ratios)} shares of the data" if len(experiment.ratios) > 1 else ""
+    subcommand.__doc__ = f"{experiment.title}.\n\n{extent}, with {methods}{ratios}."
+    for option in reversed(_OPTIONS):
+        subcommand = option(subcommand)
+    command.command(name, short_help=experiment.title)(subcommand)
+
+
+for _name, _experiment in EXPERIMENTS.items():
+    _add(_name, _experiment)
+
+
+def _run(
+    experiment: Experiment,
+    *,
+    datasets: Sequence[str] | None,
+    models: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    ratios: Sequence[float] | None,
+    seeds: Sequence[int],
+    jobs: int,
+    threads: int | None,
+    overrides: Sequence[tuple[str, Any]],
+    retry_failed: bool,
+    dry_run: bool,
+    out: Path,
+    **common: Any,
+) -> None:
+    try:
+        runs = list(experiment.runs(datasets=datasets, models=models, methods=methods, ratios=ratios, seeds=seeds))
+        options = Options(overrides=dict(overrides), threads=threads or threads_for(out, jobs), **common)
+        for run in runs:
+            options.config(run)  # refuses before anything is written
+        if dry_run:
+            _list(runs, out, retry_failed)
+            return
+        with claim(out, options.settings(runs), shlex.join(["fastamp", *sys.argv[1:]])) as writer:
+            for notice in writer.notices:
+                click.echo(notice, err=True)
+            with RunsDisplay() as display:
+                progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)
+            failed = [run.key for run in runs if writer.records[run.key]["status"] == "failed"]
+    except (ValueError, TypeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{overview(progress)}, in {out}; for tables and plots: fastamp paper report {shlex.quote(str(out))}")
+    if failed:
+        click.echo(f"failed: {', '.join(failed)}; errors are in {out}, --retry-failed tries again", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _list(runs: Iterable[Run], out: Path, retry_failed: bool) -> None:
+    records = {line["key"]: line for line in read(out).records} if (out / SETTINGS).exists() else {}
+    left = 0
+    for run in {run.key: run for run in runs}.values():
+        kept = is_kept(run, records, retry_failed)
+        left += not kept
+        click.echo(f"{run.key}: {records[run.key]['status'] if kept else 'to do'}")
+    click.echo(f"{left} to do")
+
+
+@command.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--published",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The paper's cells, tab-separated: experiment, dataset, model, method, ratio, error.",
+)
+def report_command(folder: Path, published: Path | None) -> None:
+    """Tables and plots of a results folder, with the paper's cells beside them.
+
+    Writes report.md and its plots into the folder, whatever of it is finished.
+    """
+    try:
+        # Here, because they need scipy and matplotlib, which the runs do not.
+        from fastamp.paper.published import read_published
+        from fastamp.paper.report import write
+
+        results = read(folder)
+        for notice in results.notices:
+            click.echo(notice, err=True)
+        cells = None if published is None else read_published(published)
+        path = write(folder, results.records, results.settings, published=cells)
+        click.echo(path.read_text(encoding="utf-8"))
+        click.echo(f"written to {path}")
+    except ImportError as error:
+        raise click.ClickException(f"{error}; pip install fastamp[paper]") from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,85 @@
+"""The progress of many runs, on a terminal or as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastamp.paper.runner import Display, Progress
+
+
+def duration(seconds: float) -> str:
+    """As one says it: "40 s", "12 min", "2 h 05 min"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def overview(progress: Progress) -> str:
+    """Runs done and the time left."""
+    parts = [f"{progress.done} of {progress.total} runs"]
+    if progress.failed:
+        parts.append(f"{progress.failed} failed")
+    left = progress.seconds_left()
+    if left is not None and progress.done < progress.total:
+        parts.append(f"about {duration(left)} left")
+    return ", ".join(parts)
+
+
+def outcome(line: Mapping[str, Any]) -> str:
+    """What a run came to."""
+    if line["status"] == "failed":
+        return f"{line['key']}: failed: {line['error']}"
+    result = line["result"]
+    return f"{line['key']}: test error {result['test_error']:.2f}% (dev {result['best_dev_error']:.2f}%)"
+
+
+class RunsDisplay(Display):
+    """A bar and a line for each run under way on a terminal; elsewhere a line for each run that has ended.
+
+    Args:
+        console: where to; the standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._live = Live(console=self._console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> RunsDisplay:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+    def polled(self, progress: Progress) -> None:
+        """Draws anew."""
+        if self._console.is_terminal:
+            self._live.update(_drawn(progress))
+
+    def ended(self, line: Mapping[str, Any], progress: Progress) -> None:
+        """Says what a run came to."""
+        if self._console.is_terminal:
+            self._console.print(Text(outcome(line)))
+            self._live.update(_drawn(progress))
+        else:
+            click.echo(f"{outcome(line)}; {overview(progress)}")
+
+
+def _drawn(progress: Progress) -> Group:
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(ProgressBar(total=max(progress.steps, 1), completed=progress.steps_done, width=40), overview(progress))
+    runs = Table.grid(padding=(0, 2))
+    for run in progress.active:
+        error = "" if run.dev_error is None else f"dev error {run.dev_error:.2f}%"
+        runs.add_row(Text(f"  {run.key}"), f"step {run.step}/{run.steps}", error)
+    return Group(bar, runs)
