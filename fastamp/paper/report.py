@@ -1,0 +1,230 @@
+"""The report of a results folder: tables in Markdown, and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastamp.paper.plan import EXPERIMENTS, Experiment
+from fastamp.paper.published import CITATION, LOW_RESOURCE_REDUCTION_UP_TO, REDUCTION_UP_TO, PublishedCell
+from fastamp.paper.statistics import ENOUGH_PAIRS, by_cell, finished, paired
+from fastamp.paper.views import (
+    MISSING,
+    TOO_FEW,
+    UNEVEN,
+    Comparison,
+    Run,
+    View,
+    comparison_table,
+    comparisons,
+    error_table,
+    method_label,
+    model_label,
+    ratio_label,
+    reading,
+    views,
+)
+
+FILE = "report.md"
+CROSS_VALIDATED = ("subj", "mr")
+
+
+def write(
+    folder: str | os.PathLike[str],
+    records: Iterable[Run],
+    settings: Mapping[str, Any],
+    *,
+    experiments: Mapping[str, Experiment] = EXPERIMENTS,
+    published: Mapping[PublishedCell, float] | None = None,
+    plots: bool = True,
+) -> Path:
+    """Writes report.md and its plots into a results folder.
+
+    Args:
+        folder: where to; made if there is none.
+        records: lines of results.jsonl, in any order.
+        settings: settings.json.
+        experiments: which there are.
+        published: the paper's cells, from `published.read_published`.
+        plots: False draws none, and needs no matplotlib.
+
+    Returns:
+        the path of report.md.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a record of another format, or a run that is there twice.
+    """
+    folder, records = Path(folder), list(records)
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, list[tuple[str, str]]] = {}
+    if plots:
+        from fastamp.paper import plots as plotting
+
+        for view in views(finished(records), settings, experiments):
+            images[view.name] = plotting.draw(view, folder)
+    path = folder / FILE
+    text = render(records, settings, experiments=experiments, published=published, images=images)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def render(
+    records: Iterable[Run],
+    settings: Mapping[str, Any],
+    *,
+    experiments: Mapping[str, Experiment] = EXPERIMENTS,
+    published: Mapping[PublishedCell, float] | None = None,
+    images: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+) -> str:
+    """The report in Markdown: the same for the same records in any order.
+
+    Args:
+        records: lines of results.jsonl.
+        settings: settings.json.
+        experiments: which there are; shown are those that were run.
+        published: the paper's cells, to stand beside ours.
+        images: (file, caption) of the plots, by experiment.
+
+    Raises:
+        ValueError: a record of another format, or a run that is there twice.
+    """
+    records = list(records)
+    runs = finished(records)
+    done = {run["key"] for run in runs}
+    failed = sorted({(r["key"], r["error"]) for r in records if r["status"] == "failed" and r["key"] not in done})
+    shown = views(runs, settings, experiments)
+    compared = {view.name: comparisons(view) for view in shown}
+    blocks = ["# Results", *_header(runs, failed, settings)]
+    if shown:
+        blocks += ["## The paper's claims", _claims(runs), "## How to read the tables", _notes(runs)]
+    for view in shown:
+        blocks += _section(view, compared[view.name], published, (images or {}).get(view.name, ()))
+    if failed:
+        blocks += ["## Failed runs", "\n".join(f"- `{key}`: {error}" for key, error in failed)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _header(runs: Sequence[Run], failed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> list[str]:
+    seconds = sum(run["seconds"] for run in runs)
+    lines = [
+        f"{len(runs)} runs are done, {len(failed)} failed; {seconds / 3600:.1f} hours of runs, side by side or not."
+    ]
+    if not runs:
+        return [lines[0]]
+    lines = [f"- {lines[0]}", *(f"- Machine: {line}" for line in _tally(map(_machine, runs)))]
+    steps = _tally(f"{run['result']['steps']} steps" for run in runs)
+    lines.append(f"- Length: {', '.join(steps)}" + (". **Not the same for all runs.**" if len(steps) > 1 else ""))
+    for name, value in settings.items():
+        if name not in ("format", "commands", "steps") and value not in (None, {}, []):
+            lines.append(f"- {name}: `{json.dumps(value, ensure_ascii=False, sort_keys=True)}`")
+    blocks = ["\n".join(lines)]
+    if settings.get("commands"):
+        blocks += ["Commands:", "\n".join(f"    {command}" for command in settings["commands"])]
+    return blocks
+
+
+def _machine(run: Run) -> str:
+    machine = run["machine"]
+    return f"{machine['device']}, torch {machine['torch']}, fastamp {machine['fastamp']}, threads {machine['threads']}"
+
+
+def _tally(values: Iterable[str]) -> list[str]:
+    """The different values, with their number of runs where there are several."""
+    counts = Counter(values)
+    return [value + (f" ({n} runs)" if len(counts) > 1 else "") for value, n in sorted(counts.items())]
+
+
+def _claims(runs: Sequence[Run]) -> str:
+    """The abstract's claims, and the same numbers here."""
+    values = by_cell(runs)
+    found = [
+        (place, pair)
+        for place in values
+        if place.method in ("word-amp", "sent-amp")
+        and (pair := paired(values[place], values.get(replace(place, method=place.method.replace("amp", "mixup")), {})))
+        and pair.improvement is not None
+    ]
+    text = (
+        f"Its abstract states that AMP reduces the error rate over Mixup variants by up to {REDUCTION_UP_TO}%, and in "
+        f"low-resource conditions by up to {LOW_RESOURCE_REDUCTION_UP_TO}% ({CITATION})."
+    )
+    if not found:
+        return f"{text} No runs here compare AMP with Mixup of the same level."
+    improvements = [pair.improvement or 0.0 for _, pair in found]
+    place, best = found[improvements.index(max(improvements))]
+    where = (
+        f"{place.dataset}, {model_label(place.model)}, {ratio_label(place.ratio)} of the training data, "
+        f"{method_label(place.method)}"
+    )
+    beyond = sum(pair.reading == "better" and pair.enough for _, pair in found)
+    return (
+        f"{text} Here, over {len(found)} comparisons of AMP with Mixup of the same level, the largest relative "
+        f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the "
+        f"median {median(improvements):+.1f}%; {beyond} of them are better beyond noise. The largest of "
+        "several noisy numbers is above zero even where nothing acts."
+    )
+
+
+def _notes(runs: Sequence[Run]) -> str:
+    notes = [
+        "Errors are percentages of misclassified test sentences: lower is better. They are those of the model at the "
+        "step of least dev error.",
+        "`a ± s (n)`: mean and sample standard deviation over n seeds. s is the noise of one run, not of the mean. A "
+        "seed decides initial weights, order, dropout and mixing, and dev data and subsets where they are drawn.",
+        f"`{MISSING}`: no run. {UNEVEN}: a row without the table's largest number of seeds in every cell; compare it "
+        "in the comparisons only, which take the seeds that both sides have.",
+        "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
+        "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
+        "Reading: **better** or **worse** where the interval leaves out zero, else within noise.",
+        f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05, and the interval is too "
+        "narrow: it leaves out zero for noise alone in 50%, 27% and 17% of cases at n = 2, 3 and 5 (9% at 10), by "
+        "simulation. Such a reading is a hint.",
+        "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
+        "for the number of comparisons in its table (false discovery rate, Benjamini and Hochberg).",
+    ]
+    folds = sorted({run["dataset"] for run in runs if run["dataset"] in CROSS_VALIDATED}, key=CROSS_VALIDATED.index)
+    if folds:
+        fixed = all(run["config"].get("fold") is not None for run in runs if run["dataset"] in CROSS_VALIDATED)
+        notes.append(
+            f"{' and '.join(folds)}: sets for ten-fold cross-validation. "
+            + (
+                "Every run tests on the fold that its settings name."
+                if fixed
+                else "A seed is a fold too (seed mod 10): s holds the folds' differences, the comparisons do not."
+            )
+        )
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def _section(
+    view: View,
+    found: Sequence[Comparison],
+    published: Mapping[PublishedCell, float] | None,
+    images: Sequence[tuple[str, str]],
+) -> list[str]:
+    blocks = [f"## {view.name}: {view.experiment.title}"]
+    absent = [
+        f"{field} {', '.join(f'{value:g}' if field == 'ratio' else value for value in missing)}"
+        for field in ("dataset", "model", "method", "ratio")
+        if (missing := [v for v in getattr(view.experiment, f"{field}s") if v not in view.present(field)])
+    ]
+    if absent:
+        blocks.append(f"Not run: {'; '.join(absent)}.")
+    blocks += ["Test error at the step of least dev error, mean ± std (n):", error_table(view, published)]
+    if found:
+        blocks += ["### Comparisons", comparison_table(found)]
+    blocks += [
+        "### Least test error, selected on test data",
+        "The published code's metric: the least test error over all evaluations of a run. It selects the model by the "
+        "test data and so is too low; not to be set against other work's test errors.",
+        error_table(view, metric="least_test_error", paper=False),
+    ]
+    blocks += [f"![{caption}]({file})\n\n*{caption}*" for file, caption in images]
+    return blocks

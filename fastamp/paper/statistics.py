@@ -1,0 +1,185 @@
+"""What the runs of a table come to: means, paired differences, intervals and p-values, by scipy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+CONFIDENCE = 0.95
+ENOUGH_PAIRS = 6  # the fewest that can differ at p < 0.05: 2 / 2^5 = 0.0625, 2 / 2^6 = 0.031
+# Errors are 100 k / n. Differences are rounded to so many decimals, for equal ones to be equal: to ranks, 10.4 - 10.2
+# and 0.2 are otherwise two values, and the sign of a rounding error decides which comes first.
+_DECIMALS = 9
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is averaged over seeds; its fields are `plan.Run`'s."""
+
+    dataset: str
+    model: str
+    method: str
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors of a cell, in percent.
+
+    Attributes:
+        n: number of seeds.
+        mean: over the seeds.
+        std: sample standard deviation over the seeds (n - 1 degrees of freedom); None for one seed.
+    """
+
+    n: int
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A method against a baseline, over the seeds that both have.
+
+    Attributes:
+        n: number of such seeds.
+        unequal: number of them at which the two differ; the others do not count in the test.
+        difference: mean of method - baseline, in points of percent; below zero the method is better.
+        interval: bootstrap interval of `difference` at `CONFIDENCE`; None for one pair.
+        p: of the Wilcoxon signed-rank test, two-sided; 1 where no pair differs.
+        improvement: (m_baseline - m_method) / m_baseline in percent, of the means over these seeds; None for a
+            baseline without errors.
+    """
+
+    n: int
+    unequal: int
+    difference: float
+    interval: tuple[float, float] | None
+    p: float
+    improvement: float | None
+
+    @property
+    def reading(self) -> str:
+        """One of "better", "worse", "within noise" (the interval holds zero), and "one seed" (there is none)."""
+        if self.interval is None:
+            return "one seed"
+        low, high = self.interval
+        return "better" if high < 0 else "worse" if low > 0 else "within noise"
+
+    @property
+    def enough(self) -> bool:
+        """Whether p could be below 0.05 at all."""
+        return self.unequal >= ENOUGH_PAIRS
+
+
+def finished(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that are done, sorted by cell and seed.
+
+    Args:
+        records: lines of results.jsonl.
+
+    Raises:
+        ValueError: a line of another format, or a run that is there twice.
+    """
+    runs: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        if record.get("format") != 1:
+            raise ValueError(f"a result has format {record.get('format')!r}; takes 1")
+        if record["status"] != "done":
+            continue
+        if record["key"] in runs:
+            raise ValueError(f"two results of the run {record['key']}")
+        runs[record["key"]] = record
+    return sorted(runs.values(), key=lambda r: (r["dataset"], r["model"], r["method"], r["ratio"], r["seed"]))
+
+
+def cell(record: Mapping[str, Any]) -> Cell:
+    """The cell that a run belongs to."""
+    return Cell(record["dataset"], record["model"], record["method"], record["ratio"])
+
+
+def by_cell(runs: Iterable[Mapping[str, Any]], metric: str = "test_error") -> dict[Cell, dict[int, float]]:
+    """A metric of runs that are done, by cell and seed.
+
+    Args:
+        runs: what `finished` gives.
+        metric: a field of `TrainResult`.
+    """
+    values: dict[Cell, dict[int, float]] = {}
+    for run in runs:
+        values.setdefault(cell(run), {})[run["seed"]] = run["result"][metric]
+    return values
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and sample standard deviation of at least one value."""
+    if not values:
+        raise ValueError("values must hold at least one")
+    return Summary(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Bootstrap interval of the mean at `CONFIDENCE`, the same at every call; None for fewer than two values.
+
+    Bias-corrected and accelerated (Efron, 1987); where that is not defined, by percentiles. Of few values it is too
+    narrow: over n draws of Gaussian noise about zero it leaves zero out in 50%, 27%, 17%, 9% and 7% of cases for
+    n = 2, 3, 5, 10 and 20 (2000 simulations each).
+    """
+    if len(values) < 2:
+        return None
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    for method in ("BCa", "percentile"):
+        found = stats.bootstrap(
+            (np.asarray(values),),
+            np.mean,
+            n_resamples=_RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method=method,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        if math.isfinite(found.low) and math.isfinite(found.high):
+            break
+    return float(found.low), float(found.high)
+
+
+def signed_rank_p(differences: Sequence[float]) -> float:
+    """Two-sided p of the Wilcoxon signed-rank test; 1 where all differences are zero.
+
+    Zeros are dropped, as Wilcoxon does. The rest is exact up to 13 differences, and up to 50 of distinct sizes; beyond
+    that p is the normal approximation's.
+    """
+    unequal = [difference for difference in differences if difference != 0]
+    return float(stats.wilcoxon(unequal).pvalue) if unequal else 1.0
+
+
+def paired(method: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """Compares the errors of two cells, by seed; None where they have no seed in common."""
+    seeds = sorted(method.keys() & baseline.keys())
+    if not seeds:
+        return None
+    differences = [round(method[seed] - baseline[seed], _DECIMALS) for seed in seeds]
+    of_baseline = float(np.mean([baseline[seed] for seed in seeds]))
+    difference = float(np.mean(differences))
+    return Paired(
+        n=len(seeds),
+        unequal=sum(d != 0 for d in differences),
+        difference=difference,
+        interval=interval(differences),
+        p=signed_rank_p(differences),
+        improvement=-100 * difference / of_baseline if of_baseline else None,
+    )
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number: false discovery rate by Benjamini and Hochberg (1995).
+
+    It holds for comparisons that are independent or positively dependent.
+    """
+    return [float(q) for q in stats.false_discovery_control(p_values, method="bh")] if p_values else []

@@ -1,0 +1,272 @@
+"""Which experiments a results folder shows, and their tables in Markdown."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from fastamp.data import DATASETS
+from fastamp.paper.plan import METHODS, Experiment
+from fastamp.paper.published import PublishedCell
+from fastamp.paper.statistics import Cell, Paired, adjusted, by_cell, paired, summary
+from fastamp.training.recipes import RECIPES
+
+Run = Mapping[str, Any]  # a line of results.jsonl
+
+OTHER = "other"
+MISSING = "–"
+NOT_AT_HAND = "not at hand"
+UNEVEN = "†"
+TOO_FEW = "‡"
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class View:
+    """An experiment, and those of its runs that are done.
+
+    Attributes:
+        name: of the experiment; "other" holds runs outside every experiment's extent.
+        experiment: with the extent of the runs where one was asked for that is not its own.
+        runs: what `statistics.finished` gave.
+    """
+
+    name: str
+    experiment: Experiment
+    runs: tuple[Run, ...]
+
+    def present(self, field: str) -> list[Any]:
+        """The values of a field of `Cell` that any run has, in the plan's order."""
+        there = {run[field] for run in self.runs}
+        return [value for value in getattr(self.experiment, f"{field}s") if value in there]
+
+    def ordered(self) -> list[Cell]:
+        """The extent's cells of which any run is done, by data set, model, ratio and method."""
+        there = by_cell(self.runs)
+        cells = (
+            Cell(dataset, model, method, ratio)
+            for dataset in self.present("dataset")
+            for model in self.present("model")
+            for ratio in self.present("ratio")
+            for method in self.present("method")
+        )
+        return [cell for cell in cells if cell in there]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against its baseline at one place of a table."""
+
+    method: Cell
+    baseline: Cell
+    paired: Paired
+    q: float
+
+
+def views(runs: Sequence[Run], settings: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> list[View]:
+    """The experiments to show.
+
+    They are those that `settings["commands"]` ran. A single one has all runs of the folder, whatever its extent. If no
+    command is known, they are those with runs that no other shows. Runs that are left over are shown together.
+
+    Args:
+        runs: what `statistics.finished` gave.
+        settings: of the folder.
+        experiments: by name.
+    """
+    asked = _asked(settings, experiments)
+    if len(asked) == 1 and runs:
+        return [View(asked[0], _extended(experiments[asked[0]], runs), tuple(runs))]
+    held = {name: [run for run in runs if _holds(experiments[name], run)] for name in asked or experiments}
+    if not asked:
+        keys = {name: {run["key"] for run in those} for name, those in held.items()}
+        order = list(keys)
+        for name in order:
+            # One of several that hold the same runs stays: the first in the plan's order.
+            if any(
+                keys[name] < keys[other] or (keys[name] == keys[other] and order.index(other) < order.index(name))
+                for other in order
+            ):
+                del held[name]
+    found = [View(name, experiments[name], tuple(those)) for name, those in held.items() if those]
+    shown = {run["key"] for view in found for run in view.runs}
+    rest = {(run["dataset"], run["model"], run["method"]) for run in runs if run["key"] not in shown}
+    if rest:
+        # With the runs at other ratios, for a curve over the ratios to be whole.
+        those = tuple(run for run in runs if (run["dataset"], run["model"], run["method"]) in rest)
+        comparisons = dict.fromkeys(pair for experiment in experiments.values() for pair in experiment.comparisons)
+        empty = Experiment("Runs outside the extent of the experiments", (), (), (), (), comparisons=tuple(comparisons))
+        columns = "ratio" if len({run["ratio"] for run in those}) > 1 else "dataset"
+        found.append(View(OTHER, replace(_extended(empty, those), columns=columns), those))
+    return found
+
+
+def _asked(settings: Mapping[str, Any], experiments: Iterable[str]) -> list[str]:
+    """The experiments that the folder's commands name behind the word `paper`."""
+    commands = [shlex.split(command) for command in settings.get("commands", ())]
+    named = {after for words in commands for word, after in pairwise(words) if word == "paper"}
+    return [name for name in experiments if name in named]
+
+
+def _holds(experiment: Experiment, run: Run) -> bool:
+    return all(run[field] in getattr(experiment, f"{field}s") for field in ("dataset", "model", "method", "ratio"))
+
+
+def _extended(experiment: Experiment, runs: Iterable[Run]) -> Experiment:
+    """The experiment with the runs' names behind its own, in the order of their registries."""
+
+    def both(field: str, known: Iterable[str]) -> tuple[str, ...]:
+        there, own = {run[field] for run in runs}, getattr(experiment, f"{field}s")
+        order = (*own, *known, *sorted(there))
+        return tuple(value for value in dict.fromkeys(order) if value in there or value in own)
+
+    return replace(
+        experiment,
+        datasets=both("dataset", DATASETS),
+        models=both("model", RECIPES),
+        methods=both("method", METHODS),
+        ratios=tuple(sorted({*experiment.ratios, *(run["ratio"] for run in runs)})),
+    )
+
+
+def model_label(name: str) -> str:
+    """The paper's name of a backbone."""
+    return RECIPES[name].label if name in RECIPES else name
+
+
+def method_label(name: str) -> str:
+    """The paper's name of a method."""
+    return METHODS[name].label if name in METHODS else name
+
+
+def ratio_label(ratio: float) -> str:
+    """A share in percent."""
+    return f"{100 * ratio:g}%"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are aligned to the left, the others to the right."""
+    rule = [":--"] * left + ["--:"] * (len(header) - left)
+    lines = (header, rule, *rows)
+    return "\n".join("| " + " | ".join(field.replace("|", r"\|") for field in line) + " |" for line in lines)
+
+
+def error_table(
+    view: View,
+    published: Mapping[PublishedCell, float] | None = None,
+    *,
+    metric: str = "test_error",
+    paper: bool = True,
+) -> str:
+    """Mean, standard deviation and number of seeds of every cell.
+
+    Args:
+        view: what to show; at least one run.
+        published: the paper's cells, to stand beside ours.
+        metric: a field of `TrainResult`.
+        paper: with the paper's cells, or the word that they are not at hand.
+    """
+    by_ratio = view.experiment.columns == "ratio"
+    values = by_cell(view.runs, metric)
+    several = len(view.present("ratio")) > 1
+    columns: list[Any] = view.present("ratio" if by_ratio else "dataset")
+    printed = {c.cell: error for c, error in (published or {}).items() if c.experiment == view.name} if paper else {}
+    most = max(len(seeds) for seeds in values.values())
+
+    header = ["Data set"] if by_ratio else ["Training data"] if several else []
+    header += ["Model", "Method"]
+    left = len(header)
+    for column in columns:
+        label = ratio_label(column) if by_ratio else column
+        header += [label, f"{label}, paper"] if printed else [label]
+    if paper and not printed:
+        header.append("paper")
+
+    rows = []
+    for outer in view.present("dataset" if by_ratio else "ratio"):
+        for model in view.present("model"):
+            for method in view.present("method"):
+                cells = [Cell(outer, model, method, c) if by_ratio else Cell(c, model, method, outer) for c in columns]
+                counts = {len(values[c]) for c in cells if c in values}
+                if not counts:
+                    continue
+                first = [outer] if by_ratio else [ratio_label(outer)] if several else []
+                first += [model_label(model), method_label(method) + (f" {UNEVEN}" if counts != {most} else "")]
+                for c in cells:
+                    first.append(_cell(values[c].values()) if c in values else MISSING)
+                    if printed:
+                        first.append(f"{printed[c]:.2f}" if c in printed else MISSING)
+                rows.append([*first, NOT_AT_HAND] if paper and not printed else first)
+    return markdown(header, rows, left)
+
+
+def _cell(errors: Iterable[float]) -> str:
+    found = summary(list(errors))
+    return f"{found.mean:.2f} ({found.n})" if found.std is None else f"{found.mean:.2f} ± {found.std:.2f} ({found.n})"
+
+
+def comparisons(view: View) -> list[Comparison]:
+    """The experiment's comparisons at every place where both sides have a seed in common."""
+    values = by_cell(view.runs)
+    found = []
+    for place in dict.fromkeys(replace(c, method="") for c in view.ordered()):
+        for method, baseline in view.experiment.comparisons:
+            ours, theirs = replace(place, method=method), replace(place, method=baseline)
+            pair = paired(values.get(ours, {}), values.get(theirs, {}))
+            if pair is not None:
+                found.append((ours, theirs, pair))
+    q_values = adjusted([pair.p for *_, pair in found])
+    return [Comparison(*those, q) for those, q in zip(found, q_values, strict=True)]
+
+
+def comparison_table(found: Sequence[Comparison]) -> str:
+    """The comparisons, each with its reading, and how many have which."""
+    several = len({c.method.ratio for c in found}) > 1
+    columns: dict[str, Callable[[Comparison], str]] = {
+        "Data set": lambda c: c.method.dataset,
+        "Model": lambda c: model_label(c.method.model),
+        **({"Training data": lambda c: ratio_label(c.method.ratio)} if several else {}),
+        "Method": lambda c: method_label(c.method.method),
+        "against": lambda c: method_label(c.baseline.method),
+        "Reading": lambda c: reading(c.paired),
+        "Difference, points [95%]": lambda c: _difference(c.paired),
+        "Relative improvement": lambda c: MISSING if c.paired.improvement is None else f"{c.paired.improvement:+.1f}%",
+        "p": lambda c: _p(c.paired.p) + ("" if c.paired.enough else f" {TOO_FEW}"),
+        "q": lambda c: _p(c.q),
+        "n": lambda c: f"{c.paired.n}" + (f", {c.paired.unequal} differ" if c.paired.unequal < c.paired.n else ""),
+    }
+    rows = [[show(c) for show in columns.values()] for c in found]
+    counts = Counter(c.paired.reading for c in found)
+    tally = ", ".join(
+        f"{counts[word]} {word}" for word in ("better", "worse", "within noise", "one seed") if counts[word]
+    )
+    below = sum(c.q < SIGNIFICANT for c in found)
+    return (
+        f"{markdown(list(columns), rows, list(columns).index('Reading') + 1)}\n\n"
+        f"Of {len(found)} comparisons: {tally}. With q < {SIGNIFICANT}: {below}."
+    )
+
+
+def reading(pair: Paired) -> str:
+    """In bold what is not noise; with a caution where the seeds are too few for the interval to say so."""
+    if pair.reading not in ("better", "worse"):
+        return pair.reading
+    return f"**{pair.reading}**" if pair.enough else f"{pair.reading}, but few seeds {TOO_FEW}"
+
+
+def _difference(pair: Paired) -> str:
+    if pair.interval is None:
+        return _signed(pair.difference)
+    return f"{_signed(pair.difference)} [{_signed(pair.interval[0])}, {_signed(pair.interval[1])}]"
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # + 0.0: no minus before a zero
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
