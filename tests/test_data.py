@@ -115,17 +115,6 @@ def test_clean_str_sst_leaves_treebank_tokens_whole():
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "lower", "size"),
-    [("sst1", True, 17836), ("mr", True, 18765), ("trec", False, 9592), ("trec", True, 8764)],
-)
-def test_vocabulary_sizes_are_those_of_the_papers_table_1(name, lower, size):
-    corpus = load(name, data_dir=DATA_DIR, lower=lower)
-    splits = (corpus.train, corpus.dev, corpus.test)
-    assert len(Vocabulary.build(*(split.sentences for split in splits)).words) == size
-
-
-@needs_data
-@pytest.mark.parametrize(
     ("name", "sizes", "classes"),
     [
         ("trec", (4907, 545, 500), 6),
@@ -162,8 +151,6 @@ def test_held_out_splits_follow_the_seed_and_partition_the_file(tmp_path):
 def test_unknown_dataset_missing_folder_and_too_few_examples_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown dataset 'imdb'; takes one of questions, trec"):
         load("imdb")
-    with pytest.raises(ValueError, match="'trec' is read from files: give data_dir"):
-        load("trec")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "trec" / "train.tsv"))):
         load("trec", data_dir=tmp_path)
     with pytest.raises(ValueError, match="3 examples are too few"):
@@ -280,20 +267,27 @@ def test_malformed_vectors_are_refused_by_file_and_line(tmp_path, content, line,
     assert reason in str(error.value)
 
 
+def test_vectors_are_read_once_for_a_file_and_its_words(tmp_path):
+    path = write(tmp_path / "v", GLOVE)
+    first = read_vectors(path, ["the", "NATO"])
+    assert read_vectors(str(tmp_path / "." / "v"), ("NATO", "the")) is first
+    assert read_vectors(path, ["the"]).rows.keys() == {"the"}
+
+
+def test_changed_vectors_are_read_anew(tmp_path):
+    path = write(tmp_path / "v", "the 1 2 3\n")
+    assert read_vectors(path, ["the"]).table.tolist() == [[1, 2, 3]]
+    write(path, "the 4 5 6\n")  # of the same length
+    os.utime(path, ns=(0, 0))
+    assert read_vectors(path, ["the"]).table.tolist() == [[4, 5, 6]]
+    write(path, "the 7 8 9 1\n")
+    os.utime(path, ns=(0, 0))  # at the same time
+    assert read_vectors(path, ["the"]).table.tolist() == [[7, 8, 9, 1]]
+
+
 def test_missing_vectors_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*none\.txt"):
         read_vectors(tmp_path / "none.txt", ["a"])
-
-
-@needs_data
-def test_glove_subset_covers_trec_as_its_readme_says():
-    path = DATA_DIR / "vectors" / "glove.6B.50d.subset.txt.gz"
-    corpus = load("trec", data_dir=DATA_DIR)
-    sentences = [s for split in (corpus.train, corpus.dev, corpus.test) for s in split.sentences]
-    vectors = read_vectors(path, {word for sentence in sentences for word in sentence})
-    covered = coverage(sentences, vectors)
-    assert vectors.dim == 50
-    assert (round(covered.types, 1), round(covered.tokens, 2)) == (97.5, 99.56)
 
 
 def test_every_dataset_has_a_name_per_class():

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastamp.data import questions
+from fastamp.data.hub import read_hub
+from fastamp.data.splits import FOLDS, hold_out, leave_fold_out, stratified_subset
 from fastamp.data.tokens import clean_str, clean_str_sst
 from fastamp.data.tsv import read_tsv
-
-HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenised sentences and their labels, of equal length."""
+    """Tokenised sentences and their labels, of equal length.
+
+    Attributes:
+        sentences: tokens of every sentence.
+        labels: class of every sentence.
+        texts: the sentences as they were read, for another tokeniser; () where they are not at hand.
+    """
 
     sentences: tuple[tuple[str, ...], ...]
     labels: tuple[int, ...]
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of sentences."""
@@ -30,7 +37,11 @@ class Split:
 
     def take(self, indices: Sequence[int]) -> Split:
         """The sentences at `indices`, in that order."""
-        return Split(tuple(self.sentences[i] for i in indices), tuple(self.labels[i] for i in indices))
+        return Split(
+            tuple(self.sentences[i] for i in indices),
+            tuple(self.labels[i] for i in indices),
+            tuple(self.texts[i] for i in indices) if self.texts else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Corpus:
 @dataclass(frozen=True)
 class _Source:
     label_names: tuple[str, ...]
-    files: tuple[str, ...] = ()  # none: generated
+    parts: tuple[str, ...] = ()  # of which there is data; none: generated
     tokenise: Callable[..., list[str]] = clean_str
 
 
@@ -81,51 +92,101 @@ _SOURCES = {
 DATASETS = tuple(_SOURCES)
 
 
-def load(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0, lower: bool = True) -> Corpus:
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    lower: bool = True,
+    fold: int | None = None,
+    fraction: float = 1.0,
+) -> Corpus:
     """Loads a corpus by name.
 
     `questions` is generated and the same whatever the seed. The others are read from `data_dir`/`name`/: trec
-    has train.tsv and test.tsv, sst1 and sst2 also dev.tsv, subj and mr only all.tsv. What has no file is
-    drawn by `seed`: 10% of all as test, then 10% of the rest as dev.
+    has train.tsv and test.tsv, sst1 and sst2 also dev.tsv, subj and mr only all.tsv.
+
+    Without `data_dir` they come from the Hugging Face hub, at a fixed revision, through the package `datasets`, which
+    downloads them once. The hub's sentences may be tokenised otherwise than the files', and SUBJ's come in another
+    order and so in other folds; `Corpus.fingerprint` tells such data apart.
+
+    subj and mr are for 10-fold cross-validation: the test examples are those of `fold`. Which examples make up a fold
+    is fixed by their number and the constant FOLD_SEED of `fastamp.data.splits`, whatever `seed` is.
+
+    Where there is no dev file, 10% of the training examples are drawn as dev by `seed`. A `fraction` below 1 then
+    leaves, of the training examples only, a subset in which the classes keep their shares, drawn by `seed` too: each
+    class keeps at least one example, and the subset of a smaller fraction is part of that of a larger one.
 
     Args:
         name: one of `DATASETS`.
-        data_dir: the folder that holds the corpora; not used by `questions`.
-        seed: of the splits that have no file.
+        data_dir: the folder that holds the corpora; None reads from the hub. Not used by `questions`.
+        seed: of what is drawn.
         lower: lower-case the tokens.
+        fold: the fold to test on, 0 to 9, for subj and mr only; None takes seed % 10.
+        fraction: share of the training examples to keep, in (0, 1].
 
     Returns:
         the tokenised corpus.
 
     Raises:
-        ValueError: an unknown name, no `data_dir` where one is needed, a missing or malformed file, or too
-            few examples to hold some out.
+        TypeError: a `fold` or `fraction` of another type.
+        ValueError: an unknown name, a `fold` out of range or of a set that has test examples of its own, a `fraction`
+            out of range, a missing or malformed file, too few examples to hold some out, a class without a training
+            example, or, with `data_dir` None, a hub that cannot be read.
     """
     if name not in _SOURCES:
         raise ValueError(f"unknown dataset {name!r}; takes one of {', '.join(DATASETS)}")
     source = _SOURCES[name]
+    _check(name, fold, fraction)
 
     def split(texts: Sequence[str], labels: Sequence[int]) -> Split:
-        return Split(tuple(tuple(source.tokenise(text, lower=lower)) for text in texts), tuple(labels))
+        sentences = tuple(tuple(source.tokenise(text, lower=lower)) for text in texts)
+        return Split(sentences, tuple(labels), tuple(texts))
 
-    if not source.files:
-        train, dev, test = (split(texts, labels) for texts, labels in questions.generate())
-        return Corpus(name, source.label_names, train, dev, test)
-    if data_dir is None:
-        raise ValueError(f"dataset {name!r} is read from files: give data_dir, the folder that holds {name}/")
-    folder = Path(data_dir) / name
-    parts = {part: split(*read_tsv(folder / f"{part}.tsv", len(source.label_names))) for part in source.files}
+    parts = {part: split(texts, labels) for part, (texts, labels) in _read(name, source, data_dir).items()}
     generator = torch.Generator().manual_seed(seed)
-    if "all" in parts:  # one seeded split; a cross-validation over folds would replace this branch
-        parts["train"], parts["test"] = _hold_out(parts["all"], generator, folder)
-    if "dev" not in parts:
-        parts["train"], parts["dev"] = _hold_out(parts["train"], generator, folder)
-    return Corpus(name, source.label_names, parts["train"], parts["dev"], parts["test"])
+    try:
+        if "all" in parts:
+            kept, held = leave_fold_out(len(parts["all"]), seed % FOLDS if fold is None else fold)
+            parts["train"], parts["test"] = parts["all"].take(kept), parts["all"].take(held)
+        train = parts["train"]
+        if "dev" not in parts:
+            kept, held = hold_out(len(train), generator)
+            train, parts["dev"] = train.take(kept), train.take(held)
+    except ValueError as error:
+        raise ValueError(f"dataset {name!r}: {error}") from None
+    present = set(train.labels)
+    for label, label_name in enumerate(source.label_names):
+        if label not in present:
+            raise ValueError(f"dataset {name!r}: no training example of class {label} ({label_name})")
+    if fraction < 1:
+        train = train.take(stratified_subset(train.labels, fraction, generator))
+    return Corpus(name, source.label_names, train, parts["dev"], parts["test"])
 
 
-def _hold_out(split: Split, generator: torch.Generator, folder: Path) -> tuple[Split, Split]:
-    held = round(HELD_OUT * len(split))
-    if not 0 < held < len(split):
-        raise ValueError(f"{folder}: {len(split)} examples are too few to hold out {HELD_OUT:.0%}")
-    order = torch.randperm(len(split), generator=generator).tolist()
-    return split.take(sorted(order[held:])), split.take(sorted(order[:held]))
+def _check(name: str, fold: int | None, fraction: float) -> None:
+    if fold is not None:
+        if isinstance(fold, bool) or not isinstance(fold, int):
+            raise TypeError(f"fold must be an int or None, got {fold!r}")
+        if _SOURCES[name].parts != ("all",):
+            raise ValueError(
+                f"dataset {name!r} has test examples of its own, and no folds; fold must be None, got {fold}"
+            )
+        if not 0 <= fold < FOLDS:
+            raise ValueError(f"fold must be from 0 to {FOLDS - 1}, got {fold}")
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+        raise TypeError(f"fraction must be a number, got {fraction!r}")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+
+
+def _read(
+    name: str, source: _Source, data_dir: str | os.PathLike[str] | None
+) -> Mapping[str, tuple[Sequence[str], Sequence[int]]]:
+    """Texts and labels of every part."""
+    if not source.parts:
+        return dict(zip(("train", "dev", "test"), questions.generate(), strict=True))
+    if data_dir is None:
+        return read_hub(name)
+    folder = Path(data_dir) / name
+    return {part: read_tsv(folder / f"{part}.tsv", len(source.label_names)) for part in source.parts}

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, cast
 
@@ -58,17 +59,31 @@ def read_vectors(path: str | os.PathLike[str], words: Collection[str]) -> WordVe
     The first line sets the width. Every line must have as many values; only those of words asked for are
     parsed. A word may hold spaces, as a few in GloVe 840B do. Of a word's several lines the first counts.
 
+    A large file takes long to read, so the last two results are kept for the life of the process, and given again for
+    the same words while the file's size and time of change stay the same.
+
     Args:
         path: the file.
         words: the words to keep; a word in upper case is also looked up in lower case.
 
     Returns:
-        the vectors found, float32.
+        the vectors found, float32; other callers may hold the same object, so copy what you want to change.
 
     Raises:
         ValueError: the file is missing, unreadable, empty or malformed; names the file and the line.
     """
     path = Path(path)
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    return _read(path, identity, frozenset(words))
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, identity: tuple[int, ...], words: frozenset[str]) -> WordVectors:
+    # `identity` only tells another or a changed file at `path` from the one whose vectors are kept.
     wanted = {word.encode() for word in words} | {word.lower().encode() for word in words}
     rows: dict[str, int] = {}
     values: list[list[float]] = []

@@ -1,0 +1,210 @@
+"""Folds, held-out examples and subsets of the training data."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastamp.data import Corpus, Split, load
+from fastamp.data.splits import leave_fold_out, stratified_subset
+
+DATA_DIR = Path(os.environ.get("FASTAMP_DATA_DIR", Path(__file__).parents[2] / "shared/data"))
+needs_data = pytest.mark.skipif(
+    not (DATA_DIR / "trec" / "train.tsv").exists(), reason=f"no corpora in {DATA_DIR}; set FASTAMP_DATA_DIR"
+)
+RATIOS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # of the paper's Table 3
+
+
+def write_mr(folder: Path, n: int = 103) -> Path:
+    lines = (f"{int(i >= n // 2)}\tt{i} !\n" for i in range(n))  # sorted by class, as the real one
+    return _write(folder / "mr" / "all.tsv", lines)
+
+
+def write_trec(folder: Path, sizes: tuple[int, ...], test: int = 12) -> Path:
+    """`sizes[c]` training examples of class c, their order shuffled."""
+    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    _write(folder / "trec" / "test.tsv", (f"{i % 6}\ttest{i}\n" for i in range(test)))
+    return _write(folder / "trec" / "train.tsv", (f"{labels[i]}\tt{n}\n" for n, i in enumerate(order)))
+
+
+def _write(path: Path, lines) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("label\ttext\n" + "".join(lines))
+    return path.parent.parent
+
+
+def words(split: Split) -> list[str]:
+    return [sentence[0] for sentence in split.sentences]
+
+
+# Folds
+
+
+def test_ten_folds_partition_the_set_and_train_dev_test_partition_it_in_each(tmp_path):
+    folder = write_mr(tmp_path)
+    everything = sorted(f"t{i}" for i in range(103))
+    corpora = [load("mr", data_dir=folder, fold=fold) for fold in range(10)]
+    assert sorted(word for corpus in corpora for word in words(corpus.test)) == everything
+    for corpus in corpora:
+        assert sorted(words(corpus.train) + words(corpus.dev) + words(corpus.test)) == everything
+        assert len(corpus.test) in (10, 11)
+        assert len(corpus.dev) == 9
+        assert set(corpus.test.labels) == {0, 1}
+
+
+def test_a_fold_does_not_depend_on_the_seed_but_dev_does(tmp_path):
+    folder = write_mr(tmp_path)
+    first, second = (load("mr", data_dir=folder, seed=seed, fold=3) for seed in (0, 1))
+    assert first.test == second.test
+    assert first.dev != second.dev
+
+
+def test_without_a_fold_the_seed_names_it(tmp_path):
+    folder = write_mr(tmp_path)
+    for seed in (4, 14):
+        assert load("mr", data_dir=folder, seed=seed) == load("mr", data_dir=folder, seed=seed, fold=4)
+    assert load("mr", data_dir=folder, seed=4).test == load("mr", data_dir=folder, seed=14).test
+
+
+def test_folds_are_the_same_in_every_version_and_on_every_platform():
+    assert [leave_fold_out(20, fold)[1] for fold in (0, 9)] == [[2, 10], [0, 7]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("questions", {"fold": 0}, ValueError, "'questions' has test examples of its own, and no folds"),
+        (
+            "trec",
+            {"fold": 1},
+            ValueError,
+            "'trec' has test examples of its own, and no folds; fold must be None, got 1",
+        ),
+        ("mr", {"fold": 10}, ValueError, "fold must be from 0 to 9, got 10"),
+        ("mr", {"fold": -1}, ValueError, "fold must be from 0 to 9, got -1"),
+        ("mr", {"fold": "1"}, TypeError, "fold must be an int or None, got '1'"),
+        ("mr", {"fold": True}, TypeError, "fold must be an int or None, got True"),
+        ("mr", {"fraction": 0}, ValueError, "fraction must be above 0 and at most 1, got 0"),
+        ("mr", {"fraction": 1.1}, ValueError, "fraction must be above 0 and at most 1, got 1.1"),
+        ("mr", {"fraction": float("nan")}, ValueError, "fraction must be above 0 and at most 1, got nan"),
+        ("mr", {"fraction": "0.1"}, TypeError, "fraction must be a number, got '0.1'"),
+        ("mr", {"fraction": True}, TypeError, "fraction must be a number, got True"),
+    ],
+)
+def test_a_fold_or_fraction_that_cannot_be_is_refused_by_name(tmp_path, name, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        load(name, data_dir=write_mr(tmp_path), **options)
+
+
+# Fractions
+
+
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=80),
+    fractions=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
+    seed=st.integers(0, 9),
+)
+def test_a_subset_has_its_size_every_class_and_every_smaller_subset(labels, fractions, seed):
+    small, large = (stratified_subset(labels, f, torch.Generator().manual_seed(seed)) for f in fractions)
+    assert set(small) <= set(large)
+    for kept, fraction in ((small, fractions[0]), (large, fractions[1])):
+        assert kept == sorted(set(kept))
+        assert {labels[i] for i in kept} == set(labels)
+        assert len(kept) == max(round(fraction * len(labels)), len(set(labels)))
+
+
+@pytest.mark.parametrize("fraction", RATIOS)
+def test_classes_keep_their_shares(fraction):
+    sizes = (400, 300, 90, 6, 1)
+    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
+    kept = Counter(labels[i] for i in stratified_subset(labels, fraction, torch.Generator().manual_seed(0)))
+    assert all(abs(kept[c] - max(1, fraction * size)) <= 1 for c, size in enumerate(sizes))
+
+
+def test_a_subset_of_a_class_is_drawn_at_random_and_by_the_seed():
+    labels = [0] * 200 + [1] * 200
+    drawn = [stratified_subset(labels, 0.1, torch.Generator().manual_seed(seed)) for seed in range(50)]
+    assert len(set(map(tuple, drawn))) == 50
+    counts = Counter(i for kept in drawn for i in kept)
+    assert len(counts) > 390  # each is missed by all 50 with a probability of 0.5%
+    assert max(counts.values()) < 20
+
+
+def test_a_fraction_leaves_dev_and_test_as_they_are_and_keeps_the_files_order(tmp_path):
+    folder = write_trec(tmp_path, (60, 60, 5, 40, 30, 30))
+    whole = load("trec", data_dir=folder, seed=3)
+    previous: set[str] = set()
+    for fraction in RATIOS:
+        corpus = load("trec", data_dir=folder, seed=3, fraction=fraction)
+        assert (corpus.dev, corpus.test) == (whole.dev, whole.test)
+        assert len(corpus.train) == max(round(fraction * len(whole.train)), 6)
+        assert set(corpus.train.labels) == set(range(6))
+        kept = words(corpus.train)
+        assert previous <= set(kept)
+        assert kept == [word for word in words(whole.train) if word in set(kept)]
+        previous = set(kept)
+    assert corpus == whole
+    assert (
+        load("trec", data_dir=folder, seed=3, fraction=0.1).train
+        != load("trec", data_dir=folder, seed=4, fraction=0.1).train
+    )
+
+
+def test_a_fraction_of_the_questions_is_taken_too():
+    whole, part = load("questions"), load("questions", fraction=0.1, seed=1)
+    assert len(part.train) == round(0.1 * len(whole.train))
+    assert (part.dev, part.test) == (whole.dev, whole.test)
+
+
+def test_a_class_without_a_training_example_is_refused_by_name(tmp_path):
+    folder = write_trec(tmp_path, (20, 20, 0, 20, 20, 20))
+    with pytest.raises(ValueError, match=re.escape("dataset 'trec': no training example of class 2 (ABBR)")):
+        load("trec", data_dir=folder, fraction=0.5)
+
+
+def test_too_few_examples_are_refused_by_the_sets_name(tmp_path):
+    with pytest.raises(ValueError, match="dataset 'mr': 9 examples are too few for 10 folds"):
+        load("mr", data_dir=write_mr(tmp_path, 9))
+    with pytest.raises(ValueError, match="dataset 'trec': 4 examples are too few to hold out 10%"):
+        load("trec", data_dir=write_trec(tmp_path, (4,)))
+
+
+# Texts
+
+
+def test_the_raw_texts_go_with_the_sentences(tmp_path):
+    corpus = load("mr", data_dir=write_mr(tmp_path), fraction=0.3)
+    for split in (corpus.train, corpus.dev, corpus.test):
+        assert [text.split() for text in split.texts] == [list(tokens) for tokens in split.sentences]
+    assert corpus.dev.take([2, 0]).texts == (corpus.dev.texts[2], corpus.dev.texts[0])
+
+
+def test_a_split_may_lack_its_texts_and_the_fingerprint_does_not_see_them():
+    bare = Split((("a",), ("b",)), (0, 1))
+    assert bare.take([1]) == Split((("b",),), (1,), ())
+    full = Split(bare.sentences, bare.labels, ("A", "B"))
+    digests = {Corpus("x", ("0", "1"), split, split, split).fingerprint() for split in (bare, full)}
+    assert len(digests) == 1
+
+
+# The real sets
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "seed", "digest"),
+    [
+        ("trec", 0, "c98b80d1e3c23951"),
+        ("trec", 3, "64bf27d5fa75fcd7"),
+        ("sst1", 0, "7bb533db71de28e2"),
+        ("sst2", 3, "47f8881c168ab2c9"),
+    ],
+)
+def test_splits_are_the_same_in_every_version(name, seed, digest):
+    assert load(name, data_dir=DATA_DIR, seed=seed).fingerprint().startswith(digest)
