@@ -93,18 +93,15 @@ class AttentionBiLSTM(nn.Module):
         Raises:
             ValueError: another name.
         """
+        head = {"dropout": self.dropout, "classifier": self.classifier}
 
         def words() -> Split:
-            return Split(self.embed, EmbeddingRest(self, "encoder"))
+            return Split(self.embed, EmbeddingRest(**head, encoder=self.encoder))
 
-        return cut_at(
-            {
-                "word": words,
-                "sentence": lambda: Split(self.encode, SentenceRest(self)),
-                "embedding": words,
-            },
-            at,
-        )
+        def sentences() -> Split:
+            return Split(self.encode, SentenceRest(**head))
+
+        return cut_at({"word": words, "sentence": sentences, "embedding": words}, at)
 
 
 class AttentionEncoder(nn.Module):
@@ -171,6 +168,8 @@ def _reordered(sequence: Tensor, places: Tensor) -> Tensor:
 class EmbeddingRest(MaskedRest):
     """f of `AttentionBiLSTM.split("word")`."""
 
+    dropout: nn.Dropout
+    classifier: nn.Linear
     encoder: AttentionEncoder
 
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
@@ -180,6 +179,9 @@ class EmbeddingRest(MaskedRest):
 
 class SentenceRest(Rest):
     """f of `AttentionBiLSTM.split("sentence")`."""
+
+    dropout: nn.Dropout
+    classifier: nn.Linear
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, C) of features (B, hidden_size)."""

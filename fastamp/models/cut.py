@@ -15,22 +15,18 @@ class Rest(nn.Module):
     """f of a split: a model from a cut on. Its modules are the model's own, and so its mode is the model's.
 
     Args:
-        model: has modules named `dropout` and `classifier`.
-        *names: other modules of the model that the rest uses.
+        **modules: what f uses of the model; the first one's mode is the model's.
     """
 
-    dropout: nn.Module
-    classifier: nn.Module
-
-    def __init__(self, model: nn.Module, *names: str) -> None:
+    def __init__(self, **modules: nn.Module) -> None:
         super().__init__()
-        for name in (*names, "dropout", "classifier"):
-            setattr(self, name, getattr(model, name))
+        for name, module in modules.items():
+            setattr(self, name, module)
 
     @property
     def training(self) -> bool:
-        """The model's mode; `train` and `eval` set it through dropout."""
-        return self.dropout.training
+        """The model's mode; `train` and `eval` set it through the modules."""
+        return next(self.children()).training
 
     @training.setter
     def training(self, mode: bool) -> None:

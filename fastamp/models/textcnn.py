@@ -105,11 +105,12 @@ class TextCNN(nn.Module):
         Raises:
             ValueError: another name.
         """
+        head = {"dropout": self.dropout, "classifier": self.classifier}
         return cut_at(
             {
-                "word": lambda: Split(self.windows, WordRest(self)),
-                "sentence": lambda: Split(self.encode, SentenceRest(self)),
-                "embedding": lambda: Split(self.embed, EmbeddingRest(self, "convolutions")),
+                "word": lambda: Split(self.windows, WordRest(**head)),
+                "sentence": lambda: Split(self.encode, SentenceRest(**head)),
+                "embedding": lambda: Split(self.embed, EmbeddingRest(**head, convolutions=self.convolutions)),
             },
             at,
         )
@@ -183,6 +184,8 @@ def _convolved(convolutions: Iterable[nn.Module], embedded: Tensor) -> Tensor:
 class EmbeddingRest(MaskedRest):
     """f of `TextCNN.split("embedding")`."""
 
+    dropout: nn.Dropout
+    classifier: nn.Linear
     convolutions: nn.ModuleList
 
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
@@ -194,6 +197,9 @@ class EmbeddingRest(MaskedRest):
 class WordRest(MaskedRest):
     """f of `TextCNN.split("word")`."""
 
+    dropout: nn.Dropout
+    classifier: nn.Linear
+
     def forward(self, windows: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, C) of filter responses (B, T, F) under a mask (B, T), bool."""
         return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
@@ -201,6 +207,9 @@ class WordRest(MaskedRest):
 
 class SentenceRest(Rest):
     """f of `TextCNN.split("sentence")`."""
+
+    dropout: nn.Dropout
+    classifier: nn.Linear
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, C) of features (B, F)."""
