@@ -95,7 +95,10 @@ def _draw_errors(view: View, folder: Path) -> Image:
     figure.supxlabel("test error at the step of least dev error, %", fontsize=9)
     path = folder / f"{view.name}-errors.png"
     figure.savefig(path, dpi=DPI)
-    return path.name, "Test error by method: seeds (dots), their mean and its 95% bootstrap interval (bars)."
+    return path.name, (
+        "Test error by method: seeds (dots), their mean and its 95% bootstrap interval (bars). Bars that overlap do "
+        "not say that two methods are alike: the comparisons take out what seeds have in common."
+    )
 
 
 def _error_line(panel: Axes, y: int, errors: Sequence[float]) -> None:
@@ -129,10 +132,12 @@ def _draw_ratios(view: View, folder: Path) -> Image:
                     if (bounds := interval(errors)) is not None:
                         panel.plot([ratio * aside] * 2, bounds, color=look["color"], linewidth=1)
             panel.set_xscale("log")
-            panel.set_xticks(view.present("ratio"), [ratio_label(ratio) for ratio in view.present("ratio")], fontsize=8)
+            ratios = view.present("ratio")
+            panel.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios], fontsize=8, rotation=60)
             panel.minorticks_off()
             panel.set_title(f"{dataset}, {model_label(model)}", fontsize=9)
             panel.grid(color="0.92")
+            panel.set_axisbelow(True)
     figure.supxlabel("share of the training data", fontsize=9)
     figure.supylabel("test error, %", fontsize=9)
     _legend(figure, panels.flat, columns=3)
@@ -166,6 +171,7 @@ def _draw_curves(view: View, runs: Sequence[Run], path: Path) -> Image | None:
                 _band(panel, points, look)
             panel.set_title(f"{level}s mixed: {title}", fontsize=9)
             panel.grid(color="0.92")
+            panel.set_axisbelow(True)
     figure.supxlabel("λ, the share of the first sentence", fontsize=9)
     figure.supylabel("loss against the mixed label, nats", fontsize=9)
     _legend(figure, panels.flat, columns=3)
@@ -184,6 +190,7 @@ def _draw_policy(view: View, runs: Sequence[Run], path: Path) -> Image | None:
     of_level = {level: methods for level, methods in of_level.items() if methods}
     if not of_level:
         return None
+    crowded = any(len(methods) > len(_COLOURS) for methods in of_level.values())
     columns = {"mix/mask": "rows that take λ', %", "mix/grad_abs": "mean |∂ℓ/∂λ|, nats"}
     longest = max(len(method_label(method)) for methods in of_level.values() for method in methods)
     most = max(map(len, of_level.values()))
@@ -199,14 +206,17 @@ def _draw_policy(view: View, runs: Sequence[Run], path: Path) -> Image | None:
                             if key in record:
                                 value = record[key] * (100 if key == "mix/mask" else 1)
                                 points.setdefault(record["step"], []).append(value)
-                _band(panel, points, look)
+                _band(panel, points, look, band=not crowded)
             panel.set_title(f"{levels[level]}: {title}", fontsize=9)
             panel.tick_params(labelsize=8)
             panel.grid(color="0.92")
+            panel.set_axisbelow(True)
+        row[0].set_ylim(-3, 103)
         row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     figure.supxlabel("step", fontsize=9)
     figure.savefig(path, dpi=DPI)
-    return path.name, f"The policy over training, {_place(runs)}: mean over seeds, band ± one standard deviation."
+    band = "" if crowded else ", band ± one standard deviation"
+    return path.name, f"The policy over training, {_place(runs)}: mean over seeds{band}."
 
 
 def _methods(view: View, runs: Iterable[Run]) -> list[str]:
@@ -219,20 +229,21 @@ def _place(runs: Sequence[Run]) -> str:
     return f"{runs[0]['dataset']}, {model_label(runs[0]['model'])}{ratio}"
 
 
-def _band(panel: Axes, points: Points, look: Mapping[str, Any]) -> None:
-    """The mean at every x, and one sample standard deviation to both sides where there are several values."""
+def _band(panel: Axes, points: Points, look: Mapping[str, Any], *, band: bool = True) -> None:
+    """The mean at every x, and in the band one sample standard deviation to both sides, none for single values."""
     if not points:
         return
     xs = sorted(points)
     found = [summary(points[x]) for x in xs]
     means, stds = np.array([s.mean for s in found]), np.array([s.std or 0.0 for s in found])
     panel.plot(xs, means, linewidth=1.3, **look)
-    panel.fill_between(xs, means - stds, means + stds, color=look["color"], alpha=0.12, linewidth=0)
+    if band:
+        panel.fill_between(xs, means - stds, means + stds, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
-    """One legend for all panels, below them."""
+    """One legend for all panels, above them."""
     entries = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)

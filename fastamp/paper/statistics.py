@@ -12,8 +12,8 @@ from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
 ENOUGH_PAIRS = 6  # the fewest that can differ at p < 0.05: 2 / 2^5 = 0.0625, 2 / 2^6 = 0.031
-# Errors are 100 k / n. Differences are rounded to so many decimals, for equal ones to be equal: to ranks, 10.4 - 10.2
-# and 0.2 are otherwise two values, and the sign of a rounding error decides which comes first.
+# Errors are 100 k / n. Differences and bounds are rounded to so many decimals: otherwise 10.4 - 10.2 and 0.2 have two
+# ranks, and a bound that is zero but for a rounding error leaves zero out.
 _DECIMALS = 9
 _RESAMPLES = 9999
 
@@ -146,7 +146,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
         ).confidence_interval
         if math.isfinite(found.low) and math.isfinite(found.high):
             break
-    return float(found.low), float(found.high)
+    return round(float(found.low), _DECIMALS), round(float(found.high), _DECIMALS)
 
 
 def signed_rank_p(differences: Sequence[float]) -> float:

@@ -1,0 +1,184 @@
+"""Statistics of runs: numbers known by hand, degenerate samples, and what is refused."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from fastamp.paper import statistics
+from fastamp.paper.statistics import (
+    Cell,
+    adjusted,
+    by_cell,
+    finished,
+    interval,
+    paired,
+    signed_rank_p,
+    summary,
+)
+
+
+def line(method: str = "none", seed: int = 0, percent: float = 10.0, **fields) -> dict:
+    key = f"trec/cnn-rand/{method}/1/{seed}"
+    run = {"format": 1, "status": "done", "key": key, "dataset": "trec", "model": "cnn-rand", "method": method}
+    return {
+        **run,
+        "ratio": 1.0,
+        "seed": seed,
+        "result": {"test_error": percent, "least_test_error": percent - 1},
+        **fields,
+    }
+
+
+def test_mean_and_sample_deviation():
+    found = summary([10.0, 11.0, 12.0, 15.0])
+    assert (found.n, found.mean) == (4, 12.0)
+    assert found.std == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3))
+
+
+def test_one_seed_has_a_mean_only():
+    found = summary([10.0])
+    assert (found.n, found.mean, found.std) == (1, 10.0, None)
+    assert interval([10.0]) is None
+
+
+def test_no_value_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        summary([])
+
+
+def test_paired_difference_and_relative_improvement_by_hand():
+    pair = paired({0: 9.0, 1: 10.0, 2: 8.0}, {0: 10.0, 1: 12.0, 2: 8.0})
+    assert (pair.n, pair.unequal, pair.difference) == (3, 2, -1.0)
+    assert pair.improvement == pytest.approx(100 * (10 - 9) / 10)
+    low, high = pair.interval
+    assert -2 <= low < -1 < high <= 0
+
+
+def test_only_seeds_of_both_sides_are_compared():
+    pair = paired({0: 9.0, 1: 9.0, 7: 50.0}, {0: 10.0, 1: 10.0, 8: 90.0})
+    assert (pair.n, pair.difference, pair.improvement) == (2, -1.0, 10.0)
+    assert paired({0: 9.0}, {1: 9.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "reading"), [(-1.0, "better"), (1.0, "worse")], ids=["less error", "more error"]
+)
+def test_reading_follows_the_interval(difference, reading):
+    baseline = {seed: 10.0 + seed for seed in range(8)}
+    method = {seed: error + difference + 0.1 * (seed % 3) for seed, error in baseline.items()}
+    assert paired(method, baseline).reading == reading
+
+
+def test_differences_of_both_signs_are_noise():
+    baseline = dict.fromkeys(range(8), 10.0)
+    method = {seed: 10.0 + (1 if seed % 2 else -1) for seed in range(8)}
+    assert paired(method, baseline).reading == "within noise"
+
+
+def test_one_pair_has_no_interval():
+    pair = paired({0: 9.0}, {0: 10.0})
+    assert (pair.interval, pair.reading, pair.p) == (None, "one seed", 1.0)
+
+
+def test_equal_errors_are_noise_with_p_one():
+    pair = paired(dict.fromkeys(range(5), 10.0), dict.fromkeys(range(5), 10.0))
+    assert (pair.unequal, pair.difference, pair.interval, pair.p, pair.reading) == (0, 0, (0, 0), 1.0, "within noise")
+
+
+def test_a_constant_difference_has_an_interval_of_no_width():
+    pair = paired({seed: seed + 10.2 for seed in range(6)}, {seed: seed + 10.4 for seed in range(6)})
+    assert pair.interval == (-0.2, -0.2)
+    assert pair.reading == "better"
+
+
+def test_baseline_without_errors_has_no_relative_improvement():
+    assert paired({0: 1.0}, {0: 0.0}).improvement is None
+
+
+def test_wilcoxon_of_a_known_sample():
+    # Ranks of 1, -2, 3, 4, 5: the negative ones sum to 2, and 3 of 32 sign patterns reach at most 2 ({}, {1}, {2}).
+    assert signed_rank_p([1.0, -2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 * 3 / 32)
+
+
+def test_wilcoxon_is_exact_with_ties_and_drops_zeros():
+    # Five equal signs of tied differences: the most extreme 2 of 32 patterns.
+    assert signed_rank_p([0.2, 0.2, 0.2, 0.6, 0.2, 0.0]) == pytest.approx(2 / 32)
+
+
+@pytest.mark.parametrize(("n", "enough"), [(5, False), (6, True)])
+def test_fewer_than_six_pairs_cannot_have_a_small_p(n, enough):
+    pair = paired({seed: 0.0 for seed in range(n)}, {seed: 1.0 + seed for seed in range(n)})
+    assert pair.p == pytest.approx(2 / 2**n)
+    assert pair.enough == enough == (pair.p < 0.05)
+
+
+def test_seeds_that_do_not_differ_do_not_count_towards_enough():
+    baseline = {seed: 10.0 + seed for seed in range(8)}
+    pair = paired({**baseline, **{seed: 0.0 for seed in range(5)}}, baseline)
+    assert (pair.n, pair.unequal, pair.enough) == (8, 5, False)
+
+
+def test_rounding_of_differences_does_not_break_ties():
+    # In float64 10.4 - 10.2, 8.2 - 8.0 and 0.6 - 0.4 are three numbers; as errors they are one.
+    baseline = {0: 10.2, 1: 8.0, 2: 0.4, 3: 7.0}
+    method = {0: 10.4, 1: 8.2, 2: 0.6, 3: 6.8}
+    pair = paired(method, baseline)
+    # All four ranks are 2.5: the one negative sum of 2.5 is reached by 1 + 4 of 16 patterns.
+    assert pair.p == pytest.approx(2 * 5 / 16)
+
+
+def test_bootstrap_is_the_same_at_every_call():
+    values = [0.3, -1.2, 0.8, -0.1, 0.5, -0.4]
+    assert interval(values) == interval(values)
+    low, high = interval(values)
+    assert min(values) <= low < sum(values) / len(values) < high <= max(values)
+
+
+def test_percentiles_where_bca_is_not_defined(monkeypatch):
+    bootstrap = statistics.stats.bootstrap
+
+    def undefined(*args, method, **options):
+        found = bootstrap(*args, method="percentile", **options)
+        return SimpleNamespace(confidence_interval=SimpleNamespace(low=math.nan, high=1)) if method == "BCa" else found
+
+    monkeypatch.setattr(statistics.stats, "bootstrap", undefined)
+    assert interval([1.0, 2.0]) == (1.0, 2.0)
+
+
+def test_bound_of_zero_is_not_moved_by_rounding():
+    # The mean of 0.1, 0.2 and -0.3 is 1e-17 or so in float64, and 0 as errors.
+    low, high = interval([0.1, 0.2, -0.3] * 2)
+    assert low == round(low, 9)
+    assert high == round(high, 9)
+
+
+def test_adjusted_p_values_by_hand():
+    # Benjamini and Hochberg: p_(i) m / i, made monotone from the largest down.
+    assert adjusted([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
+    assert adjusted([]) == []
+
+
+def test_runs_by_cell_and_seed():
+    runs = finished([line(seed=1, percent=12.0), line(seed=0, percent=11.0), line("sent-amp", percent=9.0)])
+    assert by_cell(runs) == {
+        Cell("trec", "cnn-rand", "none"): {0: 11.0, 1: 12.0},
+        Cell("trec", "cnn-rand", "sent-amp"): {0: 9.0},
+    }
+    assert by_cell(runs, "least_test_error")[Cell("trec", "cnn-rand", "sent-amp")] == {0: 8.0}
+
+
+def test_failed_runs_have_no_error():
+    assert finished([line(status="failed", error="diverged")]) == []
+
+
+def test_a_run_that_is_there_twice_is_refused():
+    with pytest.raises(ValueError, match="two results of the run trec/cnn-rand/none/1/0"):
+        finished([line(), line(percent=11.0)])
+
+
+def test_another_format_is_refused():
+    with pytest.raises(ValueError, match="format 2; takes 1"):
+        finished([line(format=2)])
