@@ -1,0 +1,63 @@
+"""The paper's five backbones as named training recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastamp.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a backbone is trained.
+
+    Attributes:
+        label: the paper's name for it.
+        fields: fields of `TrainConfig`.
+        needs: the field that has no default and must be given: "vectors", or None.
+    """
+
+    label: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+
+
+# Adam with L2 1e-8 throughout. What the paper leaves open is TrainConfig's default.
+_CNN = {"model": "textcnn", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
+_LSTM = {"model": "bilstm", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
+_BERT = {"model": "bert", "batch_size": 24, "lr": 1e-5, "l2": 1e-8, "steps": 8000, "pretrained": "bert-base-uncased"}
+
+RECIPES: dict[str, Recipe] = {
+    "cnn-rand": Recipe("CNN-rand", _CNN),
+    "cnn-glove": Recipe("CNN-glove", _CNN, needs="vectors"),
+    "cnn-glove-fixed": Recipe("CNN-glove, fixed vectors", {**_CNN, "freeze_vectors": True}, needs="vectors"),
+    "lstm-rand": Recipe("LSTM-rand", _LSTM),
+    "lstm-glove": Recipe("LSTM-glove", _LSTM, needs="vectors"),
+    "lstm-glove-fixed": Recipe("LSTM-glove, fixed vectors", {**_LSTM, "freeze_vectors": True}, needs="vectors"),
+    "bert": Recipe("BERT", _BERT),
+}
+
+# Kim (2014) keeps the case of TREC's questions.
+_BY_DATASET: dict[str, dict[str, Any]] = {"trec": {"lower": False}}
+
+
+def recipe(name: str, **fields: Any) -> TrainConfig:
+    """The configuration of a backbone by name.
+
+    Args:
+        name: one of `RECIPES`.
+        **fields: fields of `TrainConfig`; these win. One that is None leaves the recipe's.
+
+    Raises:
+        TypeError: a field that TrainConfig does not have, or a value of another type.
+        ValueError: an unknown name, a missing field that the recipe needs, or a value out of range.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; takes one of {', '.join(RECIPES)}")
+    chosen = RECIPES[name]
+    given = {key: value for key, value in fields.items() if value is not None}
+    if chosen.needs is not None and chosen.needs not in given:
+        raise ValueError(f"{name} needs {chosen.needs}")
+    return TrainConfig(**{**chosen.fields, **_BY_DATASET.get(given.get("dataset", ""), {}), **given})
