@@ -60,7 +60,7 @@ for _level, _label in _LEVELS.items():
         f"{_level}-amp@redrawn": _method(
             f"{_label}AMP, dropout redrawn between the passes", f"{_level}-amp", pass_dropout="redrawn"
         ),
-        f"{_level}-amp@eps=0,redrawn": _method(
+        f"{_level}-amp@eps=0+redrawn": _method(
             f"{_label}AMP, ε = 0, dropout redrawn (the worse of two dropout draws)",
             f"{_level}-amp",
             step_size=0.0,
@@ -70,13 +70,13 @@ for _level, _label in _LEVELS.items():
             f"{_label}Mixup as in the published code", f"{_level}-mixup", preset="official"
         ),
         f"{_level}-amp@official": _method(f"{_label}AMP as in the published code", f"{_level}-amp", preset="official"),
-        f"{_level}-amp@official,no-reweight": _method(
+        f"{_level}-amp@official+no-reweight": _method(
             f"{_label}AMP as in the published code, without its re-weighting",
             f"{_level}-amp",
             preset="official",
             reweight="none",
         ),
-        f"{_level}-amp@official,shared": _method(
+        f"{_level}-amp@official+shared": _method(
             f"{_label}AMP as in the published code, dropout shared",
             f"{_level}-amp",
             preset="official",
@@ -188,11 +188,11 @@ _ALPHA_ROWS = tuple(
 _CONTROLS = (
     *(f"@eps={epsilon:g}" for epsilon in STEP_SIZES[1:]),
     "@redrawn",
-    "@eps=0,redrawn",
+    "@eps=0+redrawn",
     "@paper",
     "@official",
-    "@official,no-reweight",
-    "@official,shared",
+    "@official+no-reweight",
+    "@official+shared",
 )
 _CONTROL_ROWS = (
     "none",
@@ -262,9 +262,9 @@ EXPERIMENTS: dict[str, Experiment] = {
                 for pair in (
                     (f"{level}-amp", f"{level}-mixup"),
                     *((f"{level}-amp{c}", f"{level}-mixup") for c in _CONTROLS if "official" not in c),
-                    (f"{level}-amp@redrawn", f"{level}-amp@eps=0,redrawn"),
+                    (f"{level}-amp@redrawn", f"{level}-amp@eps=0+redrawn"),
                     *((f"{level}-amp{c}", f"{level}-mixup@official") for c in _CONTROLS if "official" in c),
-                    (f"{level}-amp@official", f"{level}-amp@official,no-reweight"),
+                    (f"{level}-amp@official", f"{level}-amp@official+no-reweight"),
                 )
             ),
             ("double-softmax", "none"),
