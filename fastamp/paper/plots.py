@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastamp.paper.statistics import Cell, by_cell, interval, summary
-from fastamp.paper.views import Run, View, method_label, model_label, ratio_label
+from fastamp.paper.views import Comparison, Run, View, method_label, model_label, ratio_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,26 +18,30 @@ if TYPE_CHECKING:
 DPI = 130
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then again with another line.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_READING_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "within noise": "0.55", "one seed": "0.55"}
 _LINES = ("-", "--", ":", "-.")
 
 Image = tuple[str, str]  # file name, caption
 Points = Mapping[float, Sequence[float]]  # the seeds' values at every x
 
 
-def draw(view: View, folder: Path) -> list[Image]:
+def draw(view: View, found: Sequence[Comparison], folder: Path) -> list[Image]:
     """Draws all that a view's runs give, as PNG files.
 
     Args:
         view: an experiment with at least one run.
+        found: its comparisons.
         folder: where to.
 
     Returns:
         file names in `folder`, and captions.
 
     Raises:
-        ImportError: matplotlib is not installed; `pip install fastamp[plot]` gives it.
+        ImportError: matplotlib is not installed.
     """
     images = [_draw_ratios(view, folder) if view.experiment.columns == "ratio" else _draw_errors(view, folder)]
+    if any(comparison.paired.interval is not None for comparison in found):
+        images.append(_draw_differences(view, found, folder))
     for dataset in view.present("dataset"):
         for model in view.present("model"):
             runs = [run for run in view.runs if (run["dataset"], run["model"]) == (dataset, model)]
@@ -53,9 +57,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install fastamp[plot], or ask for a report without plots"
-        ) from error
+        raise ImportError("plots need matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -108,6 +110,43 @@ def _error_line(panel: Axes, y: int, errors: Sequence[float]) -> None:
     if bounds is not None:
         panel.plot(bounds, [y, y], color=_COLOURS[1], linewidth=2)
     panel.plot([mean], [y], "D", color=_COLOURS[1], markersize=4)
+
+
+def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> Image:
+    """The paired differences: a panel for every place of the table, a line for every comparison."""
+    pairs = list(dict.fromkeys((c.method.method, c.baseline.method) for c in found))
+    labels = [f"{method_label(method)} - {method_label(baseline)}" for method, baseline in pairs]
+    by_ratio = view.experiment.columns == "ratio"
+    columns = list(dict.fromkeys(c.method.ratio if by_ratio else c.method.dataset for c in found))
+    lines = list(dict.fromkeys((c.method.dataset if by_ratio else c.method.ratio, c.method.model) for c in found))
+    width = 0.075 * max(map(len, labels)) + (1.5 if by_ratio else 2.6) * len(columns)
+    figure = _figure(width, len(lines) * (0.7 + 0.2 * len(pairs)) + 0.6)
+    panels = figure.subplots(len(lines), len(columns), squeeze=False, sharey=True, sharex="row" if by_ratio else False)
+    for comparison in found:
+        place, pair = comparison.method, comparison.paired
+        row = lines.index((place.dataset if by_ratio else place.ratio, place.model))
+        panel = panels[row][columns.index(place.ratio if by_ratio else place.dataset)]
+        y = pairs.index((place.method, comparison.baseline.method))
+        colour = _READING_COLOURS[pair.reading]
+        if pair.interval is not None:
+            panel.plot(pair.interval, [y, y], color=colour, linewidth=2)
+        panel.plot([pair.difference], [y], "D", color=colour, markersize=4, fillstyle="full" if pair.enough else "none")
+        share = "" if place.ratio == 1 else f", {ratio_label(place.ratio)}"
+        panel.set_title(f"{place.dataset}, {model_label(place.model)}{share}", fontsize=7 if by_ratio else 9)
+    for panel in panels.flat:
+        panel.axvline(0, color="0.2", linewidth=0.8)
+        panel.set_yticks(range(len(pairs)), labels, fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.grid(axis="x", color="0.9")
+        panel.set_axisbelow(True)
+    panels[0][0].set_ylim(len(pairs) - 0.5, -0.5)
+    figure.supxlabel("difference of test errors over the same seeds, points; left of zero is better", fontsize=9)
+    path = folder / f"{view.name}-differences.png"
+    figure.savefig(path, dpi=DPI)
+    return path.name, (
+        "The comparisons: paired difference and its 95% bootstrap interval, in blue better, in orange worse, in grey "
+        "within noise. Hollow: too few seeds that differ."
+    )
 
 
 def _draw_ratios(view: View, folder: Path) -> Image:

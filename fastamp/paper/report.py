@@ -68,7 +68,7 @@ def write(
         from fastamp.paper import plots as plotting
 
         for view in views(finished(records), settings, experiments):
-            images[view.name] = plotting.draw(view, folder)
+            images[view.name] = plotting.draw(view, comparisons(view), folder)
     path = folder / FILE
     text = render(records, settings, experiments=experiments, published=published, images=images)
     path.write_text(text, encoding="utf-8")

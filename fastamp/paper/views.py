@@ -234,7 +234,9 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         "against": lambda c: method_label(c.baseline.method),
         "Reading": lambda c: reading(c.paired),
         "Difference, points [95%]": lambda c: _difference(c.paired),
-        "Relative improvement": lambda c: MISSING if c.paired.improvement is None else f"{c.paired.improvement:+.1f}%",
+        "Relative improvement": lambda c: (
+            MISSING if c.paired.improvement is None else f"{_signed(c.paired.improvement, 1)}%"
+        ),
         "p": lambda c: _p(c.paired.p) + ("" if c.paired.enough else f" {TOO_FEW}"),
         "q": lambda c: _p(c.q),
         "n": lambda c: f"{c.paired.n}" + (f", {c.paired.unequal} differ" if c.paired.unequal < c.paired.n else ""),
@@ -264,8 +266,8 @@ def _difference(pair: Paired) -> str:
     return f"{_signed(pair.difference)} [{_signed(pair.interval[0])}, {_signed(pair.interval[1])}]"
 
 
-def _signed(points: float) -> str:
-    return f"{round(points, 2) + 0.0:+.2f}"  # + 0.0: no minus before a zero
+def _signed(number: float, decimals: int = 2) -> str:
+    return f"{round(number, decimals) + 0.0:+.{decimals}f}"  # + 0.0: no minus before a zero
 
 
 def _p(p: float) -> str:
