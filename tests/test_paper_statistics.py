@@ -108,6 +108,13 @@ def test_wilcoxon_is_exact_with_ties_and_drops_zeros():
     assert signed_rank_p([0.2, 0.2, 0.2, 0.6, 0.2, 0.0]) == pytest.approx(2 / 32)
 
 
+@pytest.mark.parametrize("n", [1, 4, 13, 14, 20])
+@pytest.mark.parametrize("ties", [False, True])
+def test_wilcoxon_is_scipys(n, ties):
+    differences = [(-1.0) ** (i * i // 3) * ((i % 4 if ties else i) + 1) for i in range(n)]
+    assert signed_rank_p(differences) == pytest.approx(statistics.stats.wilcoxon(differences).pvalue)
+
+
 @pytest.mark.parametrize(("n", "enough"), [(5, False), (6, True)])
 def test_fewer_than_six_pairs_cannot_have_a_small_p(n, enough):
     pair = paired({seed: 0.0 for seed in range(n)}, {seed: 1.0 + seed for seed in range(n)})

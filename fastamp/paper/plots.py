@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 130
+_LEAST_WIDTH = 4.5  # inches, for the words below the panels
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then again with another line.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _READING_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "within noise": "0.55", "one seed": "0.55"}
@@ -58,7 +59,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(max(width, _LEAST_WIDTH), height), layout="constrained")
 
 
 def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -108,14 +109,14 @@ def _error_line(panel: Axes, y: int, errors: Sequence[float]) -> None:
     panel.plot(errors, [y + 0.25] * len(errors), "o", color="0.45", markersize=3, alpha=0.6, markeredgewidth=0)
     mean, bounds = summary(errors).mean, interval(errors)
     if bounds is not None:
-        panel.plot(bounds, [y, y], color=_COLOURS[1], linewidth=2)
+        panel.plot(bounds, [y, y], color=_COLOURS[1], linewidth=2, solid_capstyle="butt")
     panel.plot([mean], [y], "D", color=_COLOURS[1], markersize=4)
 
 
 def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> Image:
     """The paired differences: a panel for every place of the table, a line for every comparison."""
     pairs = list(dict.fromkeys((c.method.method, c.baseline.method) for c in found))
-    labels = [f"{method_label(method)} - {method_label(baseline)}" for method, baseline in pairs]
+    labels = [f"{method_label(method)} against {method_label(baseline)}" for method, baseline in pairs]
     by_ratio = view.experiment.columns == "ratio"
     columns = list(dict.fromkeys(c.method.ratio if by_ratio else c.method.dataset for c in found))
     lines = list(dict.fromkeys((c.method.dataset if by_ratio else c.method.ratio, c.method.model) for c in found))
@@ -129,7 +130,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
         y = pairs.index((place.method, comparison.baseline.method))
         colour = _READING_COLOURS[pair.reading]
         if pair.interval is not None:
-            panel.plot(pair.interval, [y, y], color=colour, linewidth=2)
+            panel.plot(pair.interval, [y, y], color=colour, linewidth=2, solid_capstyle="butt")
         panel.plot([pair.difference], [y], "D", color=colour, markersize=4, fillstyle="full" if pair.enough else "none")
         share = "" if place.ratio == 1 else f", {ratio_label(place.ratio)}"
         panel.set_title(f"{place.dataset}, {model_label(place.model)}{share}", fontsize=7 if by_ratio else 9)
@@ -140,7 +141,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
     panels[0][0].set_ylim(len(pairs) - 0.5, -0.5)
-    figure.supxlabel("difference of test errors over the same seeds, points; left of zero is better", fontsize=9)
+    figure.supxlabel("difference of test errors, points; left of zero is better", fontsize=9)
     path = folder / f"{view.name}-differences.png"
     figure.savefig(path, dpi=DPI)
     return path.name, (
@@ -169,7 +170,7 @@ def _draw_ratios(view: View, folder: Path) -> Image:
                 panel.plot([ratio * aside for ratio in found], means, marker="o", markersize=3.5, linewidth=1.2, **look)
                 for ratio, errors in found.items():
                     if (bounds := interval(errors)) is not None:
-                        panel.plot([ratio * aside] * 2, bounds, color=look["color"], linewidth=1)
+                        panel.plot([ratio * aside] * 2, bounds, color=look["color"], linewidth=1, solid_capstyle="butt")
             panel.set_xscale("log")
             ratios = view.present("ratio")
             panel.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios], fontsize=8, rotation=60)
