@@ -19,6 +19,9 @@ class AttentionBiLSTM(nn.Module):
     sentences are mixed before it, is read off the published code of AMP, whose LSTM has two layers where the paper says
     one. The logits of a sentence do not depend on how far its batch is padded, and padding gets no attention.
 
+    On a GPU cuDNN's LSTM has a backward pass in train mode only, and torch.compile breaks its graph at an LSTM:
+    compile f of the split at "sentence", or none.
+
     `split` cuts it in two where it is to be mixed: at its words or at its sentences.
 
     Args:

@@ -59,11 +59,13 @@ class Split(NamedTuple):
 
 
 class Model(Protocol):
-    """What every model here is, beside an nn.Module.
+    """What every model here is, beside an nn.Module. `AMPLoss.step` takes its parts:
 
-    g, f = model.split("word")
-    mix = criterion.sample(len(y), device=y.device)
-    loss = criterion.step(f, g(ids), y, mix=mix, context=f.context(ids, mix))
+        g, f = model.split("word")
+        mix = criterion.sample(len(y), device=y.device)
+        loss = criterion.step(f, g(ids), y, mix=mix, context=f.context(ids, mix))
+
+    The logits of a sentence depend neither on how far its batch is padded nor on the other rows.
     """
 
     @property

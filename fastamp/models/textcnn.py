@@ -135,7 +135,7 @@ class TextCNN(nn.Module):
         Returns:
             (B, T, maps * len(widths)), float32; entry t is of the window that starts at word t.
         """
-        return _convolved(self._convolutions(), embedded)
+        return _convolved(self.convolutions, embedded)
 
     @staticmethod
     def pool(windows: Tensor, mask: Tensor) -> Tensor:
