@@ -117,7 +117,7 @@ def test_a_comparison_gives_difference_interval_improvement_and_p():
     assert re.fullmatch(r"-1\.10 \[-1\.\d\d, -1\.0\d\]", found[5])
     assert found[6] == "+9.6%"  # 1.1 of 11.4
     assert found[7:] == ["0.008", "0.008", "8"]  # 2 / 2^8
-    assert "Of 1 comparisons: 1 better. With q < 0.05: 1." in text
+    assert "Comparisons: 1 better; of all 1, 1 with q < 0.05." in text
 
 
 def test_few_seeds_are_a_hint_only():
@@ -148,21 +148,21 @@ def test_claims_of_the_abstract_stand_beside_ours():
     text = render([*pair_of_methods(), *pair_of_methods(gain=-2.0, dataset="sst2")], ran("table2"))
     assert "up to 31.3%" in text
     assert "up to 17.5%" in text
-    assert "over 2 comparisons" in text
+    assert "Mixup of the same level here: 2." in text
     assert "+9.6% (trec, CNN-rand, 100% of the training data, SentAMP, n = 8; **better**)" in text
-    assert "1 of them are better beyond noise" in text
+    assert "Better beyond noise: 1." in text
 
 
 def test_failed_runs_are_listed_unless_done_later():
     text = render([done(), failed("sent-amp", 3), failed("none", 0)], ran("table2"))
     assert text.count("DivergedError") == 1
     assert "- `trec/cnn-rand/sent-amp/1/3`: DivergedError: the loss is nan" in text
-    assert "1 runs are done, 1 failed" in text
+    assert "Runs: 1 done, 1 failed; 0:01:00 h" in text
 
 
 def test_nothing_done_is_said():
-    assert render([failed()], SETTINGS).startswith("# Results\n\n0 runs are done, 1 failed")
-    assert "0 runs are done, 0 failed" in render([], SETTINGS)
+    assert render([failed()], SETTINGS).startswith("# Results\n\nRuns: 0 done, 1 failed")
+    assert "Runs: 0 done, 0 failed" in render([], SETTINGS)
 
 
 def test_header_names_machines_lengths_and_commands():

@@ -67,7 +67,8 @@ def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {
         method: {
             "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)],
+            # AMP's line is broken, for Mixup's to show where they coincide.
+            "linestyle": _LINES[(i // len(_COLOURS) + ("-amp" in method)) % len(_LINES)],
             "label": method_label(method),
         }
         for i, method in enumerate(methods)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,10 +113,8 @@ def render(
 
 
 def _header(runs: Sequence[Run], failed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> list[str]:
-    seconds = sum(run["seconds"] for run in runs)
-    lines = [
-        f"{len(runs)} runs are done, {len(failed)} failed; {seconds / 3600:.1f} hours of runs, side by side or not."
-    ]
+    spent = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
+    lines = [f"Runs: {len(runs)} done, {len(failed)} failed; {spent} h of runs, side by side or not"]
     if not runs:
         return [lines[0]]
     lines = [f"- {lines[0]}", *(f"- Machine: {line}" for line in _tally(map(_machine, runs)))]
@@ -152,7 +151,7 @@ def _claims(runs: Sequence[Run]) -> str:
         and pair.improvement is not None
     ]
     text = (
-        f"Its abstract states that AMP reduces the error rate over Mixup variants by up to {REDUCTION_UP_TO}%, and in "
+        f"The abstract states that AMP reduces the error rate over Mixup variants by up to {REDUCTION_UP_TO}%, and in "
         f"low-resource conditions by up to {LOW_RESOURCE_REDUCTION_UP_TO}% ({CITATION})."
     )
     if not found:
@@ -165,10 +164,10 @@ def _claims(runs: Sequence[Run]) -> str:
     )
     beyond = sum(pair.reading == "better" and pair.enough for _, pair in found)
     return (
-        f"{text} Here, over {len(found)} comparisons of AMP with Mixup of the same level, the largest relative "
-        f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the "
-        f"median {median(improvements):+.1f}%; {beyond} of them are better beyond noise. The largest of "
-        "several noisy numbers is above zero even where nothing acts."
+        f"{text} Comparisons of AMP with Mixup of the same level here: {len(found)}. Their largest relative "
+        f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the median "
+        f"{median(improvements):+.1f}%. Better beyond noise: {beyond}. The largest of several noisy numbers tends to be "
+        "above zero even where nothing acts."
     )
 
 
@@ -226,5 +225,5 @@ def _section(
         "test data and so is too low; not to be set against other work's test errors.",
         error_table(view, metric="least_test_error", paper=False),
     ]
-    blocks += [f"![{caption}]({file})\n\n*{caption}*" for file, caption in images]
+    blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
     return blocks

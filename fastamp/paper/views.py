@@ -249,7 +249,7 @@ def comparison_table(found: Sequence[Comparison]) -> str:
     below = sum(c.q < SIGNIFICANT for c in found)
     return (
         f"{markdown(list(columns), rows, list(columns).index('Reading') + 1)}\n\n"
-        f"Of {len(found)} comparisons: {tally}. With q < {SIGNIFICANT}: {below}."
+        f"Comparisons: {tally}; of all {len(found)}, {below} with q < {SIGNIFICANT}."
     )
 
 
