@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,8 +27,6 @@ _ELSEWHERE |= {
 
 
 class _Names(click.ParamType):
-    """Names with commas between them, where a name may hold commas itself."""
-
     name = "NAME,..."
 
     def __init__(self, taken: Iterable[str]) -> None:
@@ -38,15 +35,11 @@ class _Names(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        parts = [part.strip() for part in value.split(",")]
-        names = []
-        while parts:
-            count = next((n for n in range(len(parts), 0, -1) if ",".join(parts[:n]) in self.taken), None)
-            if count is None:
-                self.fail(f"{parts[0]!r} is not one of {', '.join(self.taken)}", param, ctx)
-            names.append(",".join(parts[:count]))
-            del parts[:count]
-        return tuple(names)
+        names = tuple(text.strip() for text in value.split(","))
+        for name in names:
+            if name not in self.taken:
+                self.fail(f"{name!r} is not one of {', '.join(self.taken)}", param, ctx)
+        return names
 
 
 class _Ratios(click.ParamType):
@@ -174,11 +167,20 @@ def command() -> None:
     """
 
 
+class _Recorded(click.Command):
+    """A command that keeps its own text as `ctx.obj`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = shlex.join(["fastamp", "paper", str(self.name), *args])
+        return super().parse_args(ctx, args)
+
+
 def _add(name: str, experiment: Experiment) -> None:
     """The subcommand of an experiment."""
 
-    def subcommand(**given: Any) -> None:
-        _run(experiment, **given)
+    @click.pass_obj
+    def subcommand(text: str, **given: Any) -> None:
+        _run(experiment, text, **given)
 
     extent = f"By default {', '.join(experiment.datasets)} by {', '.join(experiment.models)}"
     methods = f"{len(experiment.methods)} methods"
@@ -186,7 +188,7 @@ def _add(name: str, experiment: Experiment) -> None:
     subcommand.__doc__ = f"{experiment.title}.\n\n{extent}, with {methods}{ratios}."
     for option in reversed(_OPTIONS):
         subcommand = option(subcommand)
-    command.command(name, short_help=experiment.title)(subcommand)
+    command.command(name, cls=_Recorded, short_help=experiment.title)(subcommand)
 
 
 for _name, _experiment in EXPERIMENTS.items():
@@ -195,6 +197,7 @@ for _name, _experiment in EXPERIMENTS.items():
 
 def _run(
     experiment: Experiment,
+    text: str,
     *,
     datasets: Sequence[str] | None,
     models: Sequence[str] | None,
@@ -217,17 +220,18 @@ def _run(
         if dry_run:
             _list(runs, out, retry_failed)
             return
-        with claim(out, options.settings(runs), shlex.join(["fastamp", *sys.argv[1:]])) as writer:
+        with claim(out, options.settings(runs), text) as writer:
             for notice in writer.notices:
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
                 progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)
-            failed = [run.key for run in runs if writer.records[run.key]["status"] == "failed"]
     except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; what is finished is in {out}, and the same command goes on") from None
     click.echo(f"{overview(progress)}, in {out}; for tables and plots: fastamp paper report {shlex.quote(str(out))}")
-    if failed:
-        click.echo(f"failed: {', '.join(failed)}; errors are in {out}, --retry-failed tries again", err=True)
+    if progress.failed:
+        click.echo("what failed is recorded with its error, and tried again only with --retry-failed", err=True)
         raise click.exceptions.Exit(1)
 
 

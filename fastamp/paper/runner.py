@@ -188,19 +188,26 @@ class _Worker:
         """The record of the run, which has ended, or whose process has."""
         try:
             line: dict[str, Any] = self.connection.recv()
-            return line
+            if "key" in line:
+                return line
         except (EOFError, OSError):
             self.process.join()
-        code = self.process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        hint = ", perhaps for want of memory" if how.endswith("SIGKILL") else ""
-        return record(self.job, "failed", time.monotonic() - self.began, error=f"its process {how}{hint}", traceback="")
+            line = {"error": f"its process {_end(self.process.exitcode or 0)}", "traceback": ""}
+        return record(self.job, "failed", time.monotonic() - self.began, **line)
 
     def end(self) -> None:
         """Ends the process at once."""
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+def _end(code: int) -> str:
+    """How a process ended, by its exit code."""
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
 
 
 class _Execution:

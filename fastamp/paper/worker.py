@@ -45,7 +45,10 @@ class Job:
 
 
 def work(connection: Connection) -> None:
-    """Receives jobs and sends their records, until the other end is closed or the parent process is gone."""
+    """Receives jobs and sends their records, until the other end is closed or the parent process is gone.
+
+    A job that cannot be read has no record; what is sent is its `failure`.
+    """
     # The parent alone answers an interrupt from the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -54,7 +57,16 @@ def work(connection: Connection) -> None:
             job = connection.recv()
         except EOFError:
             return
-        connection.send(execute(job))
+        except Exception as error:  # a job brings the imports of its parts, and one may be broken
+            connection.send(failure(error))
+        else:
+            connection.send(execute(job))
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """An exception, as a failed run's record tells it."""
+    first = (str(error).splitlines() or [""])[0]
+    return {"error": f"{type(error).__name__}: {first}", "traceback": "".join(traceback.format_exception(error))}
 
 
 def _end_with_parent() -> None:
@@ -110,8 +122,7 @@ def execute(job: Job) -> dict[str, Any]:
             }
         status = "done"
     except Exception as error:  # of one run: the others go on
-        first = (str(error).splitlines() or [""])[0]
-        fields = {"error": f"{type(error).__name__}: {first}", "traceback": traceback.format_exc()}
+        fields = failure(error)
         status = "failed"
     return record(job, status, time.monotonic() - began, **fields)
 

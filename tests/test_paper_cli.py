@@ -1,0 +1,276 @@
+"""`fastamp paper`: every table and figure by its command, on small settings."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from fastamp.cli import main
+from fastamp.paper.display import RunsDisplay, duration
+from fastamp.paper.plan import EXPERIMENTS, METHODS
+from fastamp.paper.results import LINES, read
+from fastamp.paper.runner import Active, Progress
+
+SMALL = "--steps 6 --eval-every 3 --seeds 2 --threads 1 --set embedding_dim=8 --set hidden_size=8"
+ASKED = {
+    "table2": "--datasets trec,sst2 --models cnn-rand",
+    "table3": "--datasets trec --ratios 0.1,1 --methods sent-mixup,sent-amp",
+    "table4": "--datasets trec --methods sent-mixup,sent-amp,sent-amp@alpha=0.2",
+    "table5": "--datasets trec --methods none,word-maxop,sent-maxop,sent-amp",
+    "figure2": "",
+    "controls": "--methods none,double-softmax,sent-amp@eps=0+redrawn,sent-amp@official",
+}
+NEW_RUNS = {"table2": 24, "table3": 8, "table4": 2, "table5": 6, "figure2": 0, "controls": 6}
+
+together = pytest.mark.xdist_group("paper cli")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, ["paper", *map(str, arguments)])
+
+
+def write_corpora(folder: Path) -> None:
+    """Small corpora in place of TREC and SST-2, and 8-dimensional vectors of most of their words."""
+    words = [f"w{i}" for i in range(40)]
+    generator = torch.Generator().manual_seed(0)
+    for name, classes, parts in (("trec", 6, ("train", "test")), ("sst2", 2, ("train", "dev", "test"))):
+        (folder / name).mkdir()
+        for part in parts:
+            drawn = torch.randint(40, (72, 7), generator=generator).tolist()
+            lines = [f"{i % classes}\t{' '.join(words[j] for j in row)}\n" for i, row in enumerate(drawn)]
+            (folder / name / f"{part}.tsv").write_text("label\ttext\n" + "".join(lines))
+    values = torch.randn(30, 8, generator=generator).tolist()
+    lines = [f"{word} {' '.join(map(str, row))}\n" for word, row in zip(words, values, strict=False)]
+    (folder / "vectors.txt").write_text("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, dict[str, Result], list[object]]:
+    """A folder with the small runs of every table and figure, what each command said, and the options of all."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_corpora(folder)
+    options = [*SMALL.split(), "--data-dir", folder, "--vectors", folder / "vectors.txt", "--out", folder / "out"]
+    said = {name: invoke(name, *options, *asked.split()) for name, asked in ASKED.items()}
+    return folder / "out", said, options
+
+
+@pytest.fixture(scope="module")
+def report(made) -> tuple[Path, str]:
+    folder, _, _ = made
+    result = invoke("report", folder)
+    assert result.exit_code == 0, result.output
+    assert f"written to {folder / 'report.md'}" in result.output
+    return folder, (folder / "report.md").read_text()
+
+
+@together
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_table_and_figure_has_a_command_and_shares_runs_with_the_others(made, name):
+    _, said, _ = made
+    assert said[name].exit_code == 0, said[name].output
+    assert len(re.findall(r"test error \d+\.\d\d% \(dev", said[name].output)) == NEW_RUNS[name], said[name].output
+    assert re.search(r"^(\d+) of \1 runs, in ", said[name].output, re.MULTILINE)
+
+
+@together
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_table_and_figure_is_in_the_report(report, name):
+    folder, text = report
+    assert f"## {name}: {EXPERIMENTS[name].title}" in text
+    section = text.split(f"## {name}: ")[1].split("\n## ")[0]
+    assert METHODS["sent-amp" if name != "controls" else "double-softmax"].label in section
+    images = re.findall(r"\]\((\S+\.png)\)", section)
+    assert images
+    assert all((folder / image).stat().st_size > 1000 for image in images)
+
+
+@together
+def test_lines_stand_for_the_runs_that_were_asked_for(made):
+    folder, _, _ = made
+    configs = {line["key"]: line["config"] for line in read(folder).records}
+    assert len(configs) == sum(NEW_RUNS.values())
+    assert {"sst2/cnn-rand/nonlinear-mixup/1/1", "trec/cnn-rand/sent-amp@eps=0+redrawn/1/1"} <= configs.keys()
+    assert configs["trec/lstm-glove/sent-mixup/0.1/0"]["fraction"] == 0.1
+    assert configs["trec/lstm-glove/sent-amp@alpha=0.2/1/0"]["alpha"] == 0.2
+    settings = read(folder).settings
+    assert (settings["steps"], settings["eval_every"], settings["threads"]) == (6, 3, 1)
+    assert settings["overrides"] == {"embedding_dim": 8, "hidden_size": 8}
+    assert len(settings["commands"]) == len(EXPERIMENTS)
+    assert settings["commands"][0].startswith("fastamp paper table2 --steps 6 ")
+
+
+@together
+def test_the_same_command_again_runs_nothing_and_needs_no_threads(made):
+    folder, _, options = made
+    before = (folder / LINES).read_bytes()
+    place = options.index("--threads")
+    result = invoke("figure2", *options[:place], *options[place + 2 :], "--jobs", 2)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("10 of 10 runs, in ")
+    assert (folder / LINES).read_bytes() == before
+
+
+@together
+def test_a_dry_run_lists_what_is_done_and_to_do_and_writes_nothing(made, tmp_path):
+    folder, _, options = made
+    before = (folder / "settings.json").read_bytes()
+    result = invoke("figure2", *options, "--seeds", "1-2", "--methods", "none,sent-amp", "--dry-run")
+    assert result.output.splitlines() == [
+        "trec/cnn-rand/none/1/1: done",
+        "trec/cnn-rand/sent-amp/1/1: done",
+        "trec/cnn-rand/none/1/2: to do",
+        "trec/cnn-rand/sent-amp/1/2: to do",
+        "2 to do",
+    ]
+    assert (folder / "settings.json").read_bytes() == before
+    result = invoke("figure2", "--dry-run", "--out", tmp_path / "new")
+    assert result.output.splitlines()[-1] == "50 to do"
+    assert not (tmp_path / "new").exists()
+
+
+@together
+def test_another_configuration_is_refused(made):
+    folder, _, options = made
+    before = (folder / "settings.json").read_bytes()
+    result = invoke("figure2", *options, "--set", "lr=0.5", "--steps", 7)
+    assert result.exit_code == 1
+    assert "different: steps 7 (there 6), lr 0.5 (there the recipe's)" in result.output
+    assert (folder / "settings.json").read_bytes() == before
+
+
+def test_a_failed_run_is_told_ends_in_code_1_and_is_retried_on_request(tmp_path):
+    arguments = [*SMALL.split(), "--datasets", "questions", "--seeds", "3-3", "--methods", "none", "--set", "lr=1e30"]
+    arguments += ["--out", tmp_path / "out"]
+    for extra in ([], ["--retry-failed"], []):
+        result = invoke("figure2", *arguments, *extra)
+        assert result.exit_code == 1
+        assert "1 of 1 runs, 1 failed, in " in result.output
+        assert "tried again only with --retry-failed" in result.output
+    lines = [json.loads(line) for line in (tmp_path / "out" / LINES).read_text().splitlines()]
+    assert [(line["seed"], line["status"]) for line in lines] == [(3, "failed")] * 2
+    assert lines[1]["error"].startswith("DivergedError")
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastamp.cli.paper.execute_all", interrupted)
+    result = invoke("figure2", *SMALL.split(), "--datasets", "questions", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "the same command goes on" in result.output
+
+
+def test_without_a_subcommand_it_lists_the_titles():
+    output = "".join(invoke().output.split())
+    for name, experiment in EXPERIMENTS.items():
+        assert "".join(f"{name}{experiment.title}".split()) in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--models lstm", "'lstm' is not one of cnn-rand, cnn-glove"),
+        ("--methods sent-amp,amp", "'amp' is not one of none, word-mixup"),
+        ("--methods sent-amp,", "'' is not one of none"),
+        ("--datasets imdb", "'imdb' is not one of questions, trec"),
+        ("--seeds 7-3", "'7-3' are no seeds; write 5 for 0 to 4, 0-9, or 3,7"),
+        ("--seeds 0", "'0' are no seeds"),
+        ("--seeds a", "'a' are no seeds"),
+        ("--seeds 3,-1", "'3,-1' are no seeds"),
+        ("--ratios 0,1", "'0,1': a share of the data is above 0 and at most 1"),
+        ("--ratios nan", "'nan': a share of the data is above 0 and at most 1"),
+        ("--ratios all", "'all' is no list of numbers"),
+        ("--set lr", "'lr' is no FIELD=VALUE"),
+        ("--set alpa=3", "'alpa' is no field of TrainConfig; takes fold, "),
+        ("--set seed=3", "seed is set by --seeds"),
+        ("--set data_dir=x", "data_dir is set by --data-dir"),
+        ("--set lr=fast", "lr takes float, not 'fast'"),
+        ("--set clip_norm=no", "clip_norm takes float, not 'no'"),
+        ("--set batch_size=1.5", "batch_size takes int, not '1.5'"),
+        ("--set lower=yes", "lower takes bool, not 'yes'"),
+        ("--set dropout=2", "dropout must be below 1, got 2.0"),
+        ("--models cnn-glove", "cnn-glove needs vectors: give --vectors"),
+        ("--models cnn-glove --vectors gone.txt --datasets questions", "gone.txt cannot be read: No such file"),
+        ("--datasets questions,trec --data-dir gone", "gone/trec/train.tsv: No such file"),
+        ("--jobs 0", "0 is not in the range x>=1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("figure2", *arguments.split(), "--out", "out")
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [0, 1, 2]), ("0-2", [0, 1, 2]), ("3,7", [3, 7]), ("0-1,5,1", [0, 1, 5]), ("4-4", [4])]
+)
+def test_seeds_are_a_number_a_range_or_a_list(tmp_path, text, seeds):
+    arguments = ("--seeds", text, "--methods", "none", "--dry-run", "--out", tmp_path / "out")
+    lines = invoke("figure2", *arguments).output.splitlines()
+    assert lines[:-1] == [f"trec/cnn-rand/none/1/{seed}: to do" for seed in seeds]
+
+
+def test_fields_are_read_as_they_are_annotated(tmp_path, monkeypatch):
+    taken = {}
+
+    def keep(runs, options, *rest, **more):
+        taken.update(options.overrides)
+        raise ValueError("kept")
+
+    monkeypatch.setattr("fastamp.cli.paper.execute_all", keep)
+    settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none", "fold": "2"}
+    sets = [argument for pair in settings.items() for argument in ("--set", "=".join(pair))]
+    result = invoke("figure2", "--datasets", "questions", "--methods", "sent-amp", *sets, "--out", tmp_path / "out")
+    assert "kept" in result.output
+    assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none", "fold": 2}
+    assert [type(value) for value in taken.values()] == [bool, float, int, str, int]
+
+
+# Display
+
+
+def progress(**fields) -> Progress:
+    return Progress(**{"total": 4, "done": 1, "failed": 0, "steps": 400, "steps_done": 150, "began": 0.0, **fields})
+
+
+def test_a_terminal_shows_runs_under_way_and_what_has_ended(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+    out = io.StringIO()
+    with RunsDisplay(Console(file=out, force_terminal=True, width=150)) as display:
+        display.polled(progress(active=(Active("trec/cnn-rand/none/1/0", 50, 100, 12.5), Active("b", 0, 100, None))))
+        display._live.refresh()
+        display.ended({"key": "c", "status": "failed", "error": "[odd] text"}, progress(done=2, failed=1))
+        display._live.refresh()
+    shown = out.getvalue()
+    assert re.search(r"trec/cnn-rand/none/1/0 .*step .*50.*dev error .*12\.5", shown)
+    assert "c: failed: [odd] text" in shown
+    # 250 of 400 steps at half a step a second
+    assert re.search(r"2 of .*4 runs.*1.* failed, about .*8.* min left", shown)
+
+
+def test_elsewhere_every_run_that_has_ended_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+    line = {"key": "c", "status": "done", "result": {"test_error": 10.4, "best_dev_error": 9.123}}
+    with RunsDisplay(Console(force_terminal=False)) as display:
+        display.polled(progress())
+        display.ended(line, progress())
+        display.ended(line, progress(done=4))
+    assert capsys.readouterr().out.splitlines() == [
+        "c: test error 10.40% (dev 9.12%); 1 of 4 runs, about 8 min left",
+        "c: test error 10.40% (dev 9.12%); 4 of 4 runs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (99.4, "99 s"), (99.6, "2 min"), (5940, "99 min"), (7500, "2 h 05 min")]
+)
+def test_durations_are_said_as_one_says_them(seconds, text):
+    assert duration(seconds) == text

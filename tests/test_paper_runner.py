@@ -1,0 +1,428 @@
+"""The results folder, and runs in parallel processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from fastamp.paper import runner, worker
+from fastamp.paper.plan import METHODS, Method, Run
+from fastamp.paper.results import LINES, RUNS, claim, read
+from fastamp.paper.runner import Display, Options, execute_all
+from fastamp.paper.worker import Job
+from fastamp.training import Listener, train
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+    "steps": 6,
+    "eval_every": None,
+    "threads": 1,
+    "overrides": {"lr": 0.5},
+    "data": {"trec": "a"},
+    "vectors": None,
+    "pretrained": None,
+}
+SMALL = {"embedding_dim": 8, "lr": 1e-3, "checkpoint_every": 5}
+OPTIONS = Options(steps=60, eval_every=5, overrides=SMALL)
+
+
+def run_of(method: str, seed: int = 0) -> Run:
+    return Run("questions", "cnn-rand", method, 1.0, seed)
+
+
+RUNS_ASKED = [run_of("none"), run_of("sent-amp")]
+
+
+def line_of(key: str, status: str = "done", **fields) -> dict:
+    return {"status": status, "key": key, **fields}
+
+
+def whole_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+
+
+def numbers(folder: Path) -> dict[str, dict]:
+    """What finished runs say, by key, without what time and place decide."""
+
+    def timeless(record: dict) -> dict:
+        return {name: value for name, value in record.items() if name not in ("steps_per_s", "resumed_from")}
+
+    return {
+        line["key"]: {
+            "config": line["config"],
+            "result": timeless(line["result"]),
+            "history": [timeless(record) for record in line["history"]],
+            "curves": line["curves"],
+        }
+        for line in read(folder).records
+        if line["status"] == "done"
+    }
+
+
+def execute(folder: Path, runs, options=OPTIONS, **arguments):
+    with claim(folder, options.settings(runs), "a test") as writer:
+        return execute_all(runs, options, writer, **arguments)
+
+
+# The folder
+
+
+def test_lines_are_read_back_and_the_newest_of_a_key_counts(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a", "failed"))
+        writer.append(line_of("b", note="ü"))
+        writer.append(line_of("a", note="again"))
+    results = read(tmp_path)
+    assert results.records == (
+        {"format": 1, **line_of("a", note="again")},
+        {"format": 1, **line_of("b", note="ü")},
+    )
+    assert results.notices == ()
+    assert results.settings == {"format": 1, **SETTINGS, "commands": ["first"]}
+
+
+def test_a_run_that_is_done_gets_no_second_line(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+        with pytest.raises(ValueError, match="a is done already"):
+            writer.append(line_of("a"))
+    line = (tmp_path / LINES).read_text()
+    (tmp_path / LINES).write_text(2 * line)
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2: a is done in an earlier line already"):
+        read(tmp_path)
+
+
+def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_runner(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+    whole = (tmp_path / LINES).read_bytes()
+    (tmp_path / LINES).write_bytes(whole + b'{"format": 1, "key": "b", "st')
+    results = read(tmp_path)
+    assert [line["key"] for line in results.records] == ["a"]
+    assert "the last line is torn, and left out" in results.notices[0]
+    assert (tmp_path / LINES).read_bytes() != whole
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        assert "the last line was torn, and is cut off" in writer.notices[0]
+        assert (tmp_path / LINES).read_bytes() == whole
+        writer.append(line_of("b"))
+    assert [line["key"] for line in read(tmp_path).records] == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"key": "a"}', '{"format": 1, "key": "a", "status": "?"}'])
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+    with open(tmp_path / LINES, "a") as file:
+        file.write(damage + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"), claim(tmp_path, SETTINGS, "first"):
+        pass
+
+
+def test_a_folder_of_another_configuration_is_refused_and_the_differences_named(tmp_path):
+    with claim(tmp_path, {**SETTINGS, "vectors": "v"}, "first"):
+        pass
+    other = {
+        **SETTINGS,
+        "steps": None,
+        "threads": 2,
+        "overrides": {"alpha": 0.2},
+        "data": {"trec": "b", "mr": "c"},
+        "vectors": "w",
+    }
+    message = (
+        r"different: steps the recipe's \(there 6\), threads 2 \(there 1\), alpha 0.2 \(there the recipe's\), "
+        r"lr the recipe's \(there 0.5\), data of trec, vectors$"
+    )
+    with pytest.raises(ValueError, match=message), claim(tmp_path, other, "second"):
+        pass
+    assert read(tmp_path).settings["commands"] == ["first"]
+
+
+def test_data_vectors_and_commands_may_be_added(tmp_path):
+    for settings, command in (
+        (SETTINGS, "first"),
+        ({**SETTINGS, "data": {"mr": "c"}, "vectors": "v", "pretrained": "bert"}, "second"),
+        (SETTINGS, "first"),
+    ):
+        with claim(tmp_path, settings, command):
+            pass
+    settings = read(tmp_path).settings
+    assert settings["data"] == {"trec": "a", "mr": "c"}
+    assert (settings["vectors"], settings["pretrained"]) == ("v", "bert")
+    assert settings["commands"] == ["first", "second"]
+
+
+def test_a_second_runner_is_refused_while_the_first_works(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        with pytest.raises(ValueError, match="another process works in"), claim(tmp_path, SETTINGS, "second"):
+            pass
+        writer.append(line_of("a"))
+        assert len(read(tmp_path).records) == 1
+    with claim(tmp_path, SETTINGS, "second"):
+        pass
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no results folder: it has no settings\.json"):
+        read(tmp_path)
+    (tmp_path / LINES).write_text("")
+    with pytest.raises(ValueError, match=r"without a settings\.json"), claim(tmp_path, SETTINGS, "first"):
+        pass
+    with pytest.raises(ValueError, match="is not a folder"), claim(tmp_path / LINES, SETTINGS, "first"):
+        pass
+    (tmp_path / "settings.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match=r"settings\.json has format 2; takes 1"):
+        read(tmp_path)
+    (tmp_path / "settings.json").write_text('{"format": 1, "steps": 3}')
+    with pytest.raises(ValueError, match=r"settings\.json is damaged: it has no eval_every, threads"):
+        read(tmp_path)
+
+
+# Configurations
+
+
+def test_a_methods_own_fields_win_over_those_of_all_runs():
+    options = Options(overrides={"alpha": 0.7}, steps=9)
+    assert options.config(run_of("sent-amp@alpha=0.2")).alpha == 0.2
+    config = options.config(Run("questions", "cnn-rand", "sent-amp", 0.5, 3))
+    assert (config.alpha, config.steps, config.fraction, config.seed) == (0.7, 9, 0.5, 3)
+
+
+def test_vectors_and_encoders_go_to_the_models_that_use_them():
+    options = Options(vectors="glove.txt", pretrained="encoder")
+    configs = [options.config(Run("questions", model, "none", 1.0, 0)) for model in ("cnn-rand", "lstm-glove", "bert")]
+    assert [config.vectors for config in configs] == [None, "glove.txt", None]
+    assert [config.pretrained for config in configs] == [None, None, "encoder"]
+
+
+def test_what_a_model_needs_is_asked_for_by_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"cnn-glove needs vectors: give --vectors"):
+        Options().config(Run("questions", "cnn-glove", "none", 1.0, 0))
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bert needs the package transformers"):
+        Options().config(Run("questions", "bert", "none", 1.0, 0))
+
+
+def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path):
+    runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-glove", "bert")]
+    settings = []
+    for folder, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "vectors.txt"
+        path.write_text(text)
+        settings.append(Options(vectors=str(path), pretrained=str(path.parent)).settings(runs))
+    assert settings[0] == settings[1]
+    assert settings[0]["vectors"] != settings[2]["vectors"]
+    assert settings[0]["pretrained"] != settings[2]["pretrained"]
+    assert Options(vectors=str(path)).settings(runs)["pretrained"] == "bert-base-uncased"
+    with pytest.raises(ValueError, match=r"gone\.txt cannot be read: No such file"):
+        Options(vectors=str(tmp_path / "gone.txt")).settings(runs[:1])
+
+
+# Runs. Every process costs seconds, so a folder serves several tests, all in one worker of pytest's.
+
+together = pytest.mark.xdist_group("paper runner")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder of undisturbed runs, one after the other, the first of which diverges."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "broken", Method("Diverges", {"method": "none", "lr": 1e30}))
+        progress = execute(folder, [run_of("broken"), *RUNS_ASKED])
+    assert (progress.total, progress.done, progress.failed, progress.active) == (3, 3, 1, ())
+    assert progress.steps_done == progress.steps == 3 * 60
+    return folder
+
+
+@together
+def test_a_run_that_diverges_is_recorded_as_failed_and_the_others_go_on(whole):
+    failed, *done = read(whole).records
+    assert (failed["key"], failed["status"]) == ("questions/cnn-rand/broken/1/0", "failed")
+    assert failed["error"].startswith("DivergedError: ")
+    assert "lr is 1e+30" in failed["error"]
+    assert "Traceback" in failed["traceback"]
+    assert [(line["key"], line["status"]) for line in done] == [(run.key, "done") for run in RUNS_ASKED]
+
+
+@together
+def test_a_line_says_what_the_run_was_and_what_it_came_to(whole):
+    line = read(whole).records[2]
+    assert [line[name] for name in ("dataset", "model", "method", "ratio", "seed")] == [
+        "questions",
+        "cnn-rand",
+        "sent-amp",
+        1.0,
+        0,
+    ]
+    assert line["config"] == OPTIONS.config(RUNS_ASKED[1]).to_dict()
+    assert [record["step"] for record in line["history"]] == list(range(5, 61, 5))
+    assert all(0 < record["mix/lam_shift"] <= 2.001e-3 for record in line["history"])
+    assert line["result"]["test_error"] == next(
+        record["test_error"] for record in line["history"] if record["step"] == line["result"]["best_step"]
+    )
+    assert len(line["curves"]["lam"]) == len(line["curves"]["sentence"]["mean"]) == 21
+    assert line["machine"]["threads"] == 1
+    assert line["seconds"] > 0
+    assert not (whole / RUNS).exists()
+
+
+@together
+def test_finished_runs_are_not_repeated_and_failed_ones_on_request(whole, tmp_path):
+    for name in ("settings.json", LINES):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    leftover = tmp_path / RUNS / RUNS_ASKED[0].key
+    leftover.mkdir(parents=True)
+    progress = execute(tmp_path, RUNS_ASKED)
+    assert (progress.done, progress.steps) == (2, 0)
+    assert not (tmp_path / RUNS).exists()
+    assert (tmp_path / LINES).read_bytes() == (whole / LINES).read_bytes()
+
+    records = {line["key"]: line for line in read(tmp_path).records}
+    broken = run_of("broken")
+    assert [runner.is_kept(run, records, False) for run in (broken, *RUNS_ASKED)] == [True, True, True]
+    assert [runner.is_kept(run, records, True) for run in (broken, *RUNS_ASKED)] == [False, True, True]
+    assert not runner.is_kept(run_of("none", seed=1), records, False)
+
+
+@together
+def test_a_worker_that_is_killed_fails_its_run_alone_and_the_number_of_jobs_changes_no_number(
+    whole, tmp_path, monkeypatch
+):
+    class KillOne(Display):
+        killed = 0
+
+        def polled(self, progress):
+            if not self.killed:
+                self.killed = multiprocessing.active_children()[0].pid
+                os.kill(self.killed, signal.SIGKILL)
+
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+    progress = execute(tmp_path, RUNS_ASKED, jobs=2, display=KillOne())
+    assert (progress.done, progress.failed) == (2, 1)
+    assert not multiprocessing.active_children()
+    (failed,) = (line for line in read(tmp_path).records if line["status"] == "failed")
+    assert failed["error"] == "its process was killed by SIGKILL, perhaps for want of memory"
+    assert failed["machine"].keys() == {"device", "torch", "fastamp", "threads"}
+    progress = execute(tmp_path, RUNS_ASKED, jobs=2, retry_failed=True)
+    assert (progress.done, progress.failed) == (2, 0)
+    assert len(whole_lines(tmp_path)) == 3
+    assert numbers(tmp_path) == numbers(whole)
+
+
+class Unreadable:
+    """Cannot be unpickled, as where a package is broken."""
+
+    def __reduce__(self):
+        return int, ("unreadable",)
+
+
+@together
+def test_a_job_that_the_worker_cannot_read_is_a_failed_run_with_its_traceback(tmp_path):
+    process = runner._Worker()
+    try:
+        job = Job(run_of("none"), OPTIONS.config(run_of("none")), tmp_path)
+        process.job, process.began = job, time.monotonic()
+        process.connection.send(Unreadable())
+        line = process.take()
+    finally:
+        process.end()
+    assert (line["key"], line["status"]) == (job.run.key, "failed")
+    assert line["error"] == "ValueError: invalid literal for int() with base 10: 'unreadable'"
+    assert "Traceback" in line["traceback"]
+
+
+@together
+def test_an_interrupt_ends_all_workers_at_once(tmp_path, monkeypatch):
+    class Interrupt(Display):
+        def polled(self, progress):
+            assert [run.key for run in progress.active] == [run.key for run in RUNS_ASKED]
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path, RUNS_ASKED, jobs=2, display=Interrupt())
+    assert not multiprocessing.active_children()
+    assert read(tmp_path).records == ()
+
+
+@together
+def test_a_runner_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_lines(whole, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from test_paper_runner import RUNS_ASKED, execute
+if __name__ == "__main__":
+    execute(Path(sys.argv[1]), RUNS_ASKED)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    folder = tmp_path / "out"
+    under_way = folder / RUNS / RUNS_ASKED[1].key
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(script), str(folder)], env=environment) as process:
+        deadline = time.monotonic() + 90
+        while not (under_way / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    # The worker holds this lock as long as it lives.
+    with FileLock(under_way / worker.LOCK, timeout=10):
+        pass
+    assert (under_way / "last.pt").exists()
+    assert [line["key"] for line in read(folder).records] == [RUNS_ASKED[0].key]
+    with open(folder / LINES, "a") as file:
+        file.write('{"format": 1, "key": "')
+    execute(folder, RUNS_ASKED)
+    assert [line["key"] for line in whole_lines(folder)] == [run.key for run in RUNS_ASKED]
+    resumed = read(folder).records[1]
+    assert resumed["status"] == "done", resumed
+    assert resumed["result"]["resumed_from"] >= 5
+    assert numbers(folder) == numbers(whole)
+    assert not (folder / RUNS).exists()
+
+
+# A worker's part, in this process
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test catches it."""
+
+
+class KillAt(Listener):
+    def stepped(self, step, loss):
+        if step == 8:
+            raise Killed
+
+
+@pytest.mark.parametrize(("device", "resumed_from"), [("cpu", 5), ("cuda:3", 0)])
+def test_a_run_under_way_on_another_device_is_started_over(tmp_path, device, resumed_from):
+    run = run_of("sent-amp")
+    config = Options(steps=10, eval_every=5, overrides=SMALL).config(run)
+    with pytest.raises(Killed):
+        train(config, tmp_path, listener=KillAt())
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "device": device}))
+    line = worker.execute(Job(run, config, tmp_path))
+    assert line["status"] == "done", line
+    assert line["result"]["resumed_from"] == resumed_from
+    assert [record["step"] for record in line["history"]] == [5, 10]
+
+
+def test_a_device_that_cannot_be_used_is_a_failed_run(tmp_path):
+    run = run_of("none")
+    line = worker.execute(Job(run, Options(device="cuda:99").config(run), tmp_path))
+    assert line["status"] == "failed"
+    assert line["error"].startswith("ValueError: device 'cuda:99' cannot be used")
+    assert line["machine"]["device"] == "cuda:99"
