@@ -166,8 +166,8 @@ def _claims(runs: Sequence[Run]) -> str:
     return (
         f"{text} Comparisons of AMP with Mixup of the same level here: {len(found)}. Their largest relative "
         f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the median "
-        f"{median(improvements):+.1f}%. Better beyond noise: {beyond}. The largest of several noisy numbers tends to be "
-        "above zero even where nothing acts."
+        f"{median(improvements):+.1f}%. Better beyond noise: {beyond}. The largest of several noisy numbers tends to "
+        "be above zero even where nothing acts."
     )
 
 
