@@ -103,9 +103,14 @@ def test_wilcoxon_of_a_known_sample():
     assert signed_rank_p([1.0, -2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 * 3 / 32)
 
 
-def test_wilcoxon_is_exact_with_ties_and_drops_zeros():
+def test_wilcoxon_is_exact_with_ties():
     # Five equal signs of tied differences: the most extreme 2 of 32 patterns.
-    assert signed_rank_p([0.2, 0.2, 0.2, 0.6, 0.2, 0.0]) == pytest.approx(2 / 32)
+    assert signed_rank_p([0.2, 0.2, 0.2, 0.6, 0.2]) == pytest.approx(2 / 32)
+
+
+def test_wilcoxon_drops_zeros_before_it_ranks():
+    # Ranks 1, 2, -3, 4: at most 3 is reached by {}, {1}, {2}, {3}, {1, 2} of 16. Ranked with zeros it were 4 of 16.
+    assert signed_rank_p([0.0, 1.0, 2.0, -3.0, 4.0]) == pytest.approx(2 * 5 / 16)
 
 
 @pytest.mark.parametrize("n", [1, 4, 13, 14, 20])
