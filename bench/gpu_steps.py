@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -20,9 +21,11 @@ from triton.testing import do_bench_cudagraph
 from fastamp import functional
 from fastamp.benchmarking import DTYPES, NETWORKS, SHAPES, BenchConfig, machine, print_results, run, write
 from fastamp.conformance import TOLERANCES, Report, Row, cases, check, print_report
+from fastamp.training import TrainConfig, train
 
 ROUNDS = {"head": 40, "layers": 20}
 QUICK_NETWORKS = ("textcnn",)
+CARRIED = Path(__file__).parents[1] / "carry" / "data"
 # Hidden rows of 100 MB in bf16 to 800 MB in fp32: beyond any cache.
 HIDDEN_SHAPES, QUICK_HIDDEN_SHAPES = ((512, 128, 768), (2048, 128, 768)), ((16, 128, 768),)
 
@@ -147,10 +150,37 @@ def ops(out: Path, device: str, quick: bool) -> bool:
     return True
 
 
+def training(out: Path, device: str, quick: bool) -> bool:
+    """Updates a second of the paper's TextCNN at batch 50, eagerly and captured; TREC's where carry/data has it."""
+    trec = CARRIED / "trec"
+    data = {"dataset": "trec", "data_dir": str(CARRIED), "lower": False} if trec.is_dir() else {"dataset": "questions"}
+    steps = 20 if quick else 1000
+    rows = []
+    for method in ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp"):
+        for capture in (False, True)[: 1 if device == "cpu" else 2]:
+            config = TrainConfig(
+                **data,
+                method=method,
+                steps=steps,
+                eval_every=steps,
+                checkpoint_every=steps,
+                device=device,
+                capture=capture,
+            )
+            with tempfile.TemporaryDirectory() as scratch:
+                result = train(config, Path(scratch) / "run")
+            row = {"dataset": config.dataset, "method": method, "capture": capture, "steps_per_s": result.steps_per_s}
+            rows.append(row | {"test_error": result.test_error})
+            print(json.dumps(rows[-1]), flush=True)
+            facts = {"device": machine.device_name(torch.device(device)), **machine.versions()}
+            (out / "training.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    return True
+
+
 def main() -> None:
     """Runs one step; code 1 if it found something wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["machine", "check", "warm", "ops", "head", "layers"])
+    parser.add_argument("step", choices=["machine", "check", "warm", "ops", "head", "layers", "training"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases of check, rounds and networks")
@@ -162,6 +192,7 @@ def main() -> None:
         "ops": lambda: ops(given.out, given.device, given.quick),
         "head": lambda: bench(given.out, given.device, "head", given.quick),
         "layers": lambda: bench(given.out, given.device, "layers", given.quick),
+        "training": lambda: training(given.out, given.device, given.quick),
     }
     good = steps[given.step]()
     raise SystemExit(0 if good else 1)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastamp.data import Split, Vocabulary
+from fastamp.data import Vocabulary
 from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, train
-from fastamp.training.task import Batches, Examples, error_rate
+from fastamp.training.batches import Batches, Examples, error_rate
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("steps_per_s", "seconds", "window_seconds", "metrics_offset")
@@ -105,7 +105,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_
     assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("method", ["none", "sent-amp", "word-amp"])
+@pytest.mark.parametrize("method", ["none", "sent-amp", "word-amp", "nonlinear-mixup"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path, corpus, monkeypatch, method, when):
     config = short(corpus, method=method)
@@ -199,11 +199,17 @@ def test_every_method_learns_the_questions(tmp_path, method):
     *evaluations, final = records(tmp_path / "out")
     assert [record["step"] for record in evaluations] == [200, 400]
     mixing = {key for record in evaluations for key in record if key.startswith("mix/")}
-    assert mixing == (set() if method == "none" else {"mix/lam", "mix/lam_shift", "mix/mask"})
-    for record in evaluations[method == "none" :] if method != "none" else []:
-        assert 0.3 < record["mix/lam"] < 0.7
-        assert (record["mix/lam_shift"] > 0) == method.endswith("-amp")
-        assert record["mix/lam_shift"] <= 2e-3 + 1e-7
+    adversarial = method.endswith(("-amp", "-maxop"))
+    if method.startswith(("word-", "sent-")):
+        names = {"mix/lam", "mix/lam_shift", "mix/mask"} | ({"mix/grad_abs", "mix/delta"} if adversarial else set())
+        assert mixing == names
+        for record in evaluations:
+            assert 0.3 < record["mix/lam"] < 0.7
+            assert (record["mix/lam_shift"] > 0) == adversarial
+            assert record["mix/lam_shift"] <= 2e-3 + 1e-7
+            assert not adversarial or record["mix/grad_abs"] > 0
+    else:
+        assert not mixing
     best = min(evaluations, key=lambda record: record["dev_error"])
     assert final["final"] is True
     assert (final["best_step"], final["test_error"]) == (best["step"], best["test_error"])
@@ -246,8 +252,7 @@ def test_a_diverging_run_stops_and_says_so(tmp_path, corpus):
 
 def test_an_epoch_holds_every_row_once_and_batches_are_trimmed():
     sentences = tuple(tuple("abcdefg"[: 1 + i % 7]) for i in range(23))
-    split = Split(sentences, tuple(range(23)))
-    examples = Examples.encode(split, Vocabulary.build(sentences), torch.device("cpu"))
+    examples = Examples.of(Vocabulary.build(sentences).encode(sentences), range(23), torch.device("cpu"))
     batches = Batches(examples, 5, seed=0)
     drawn = iter(batches)
     for _ in range(3):
@@ -262,7 +267,8 @@ def test_an_epoch_holds_every_row_once_and_batches_are_trimmed():
 @pytest.mark.parametrize("position", [0, 2, 5, 7])
 def test_batches_continue_from_a_saved_position(position):
     sentences = tuple((str(i),) for i in range(23))
-    examples = Examples.encode(Split(sentences, tuple(range(23))), Vocabulary(map(str, range(23))), torch.device("cpu"))
+    ids = Vocabulary(map(str, range(23))).encode(sentences)
+    examples = Examples.of(ids, range(23), torch.device("cpu"))
     batches = Batches(examples, 5, seed=0)
     drawn = iter(batches)
     for _ in range(position):
@@ -274,10 +280,10 @@ def test_batches_continue_from_a_saved_position(position):
 
 
 def test_error_rate_counts_over_chunks_of_any_size(monkeypatch):
-    monkeypatch.setattr("fastamp.training.task.EVAL_BATCH", 4)
+    monkeypatch.setattr("fastamp.training.batches.EVAL_BATCH", 4)
     sentences = tuple(("x",) * (1 + i % 5) for i in range(10))
-    split = Split(sentences, tuple(i % 3 for i in range(10)))
-    examples = Examples.encode(split, Vocabulary(["x"]), torch.device("cpu")).by_length()
+    ids = Vocabulary(["x"]).encode(sentences)
+    examples = Examples.of(ids, [i % 3 for i in range(10)], torch.device("cpu")).by_length()
     assert error_rate(lambda ids: torch.eye(3)[0].expand(len(ids), 3), examples) == 60.0
 
 
@@ -325,7 +331,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, damage):
         train(short(corpus), tmp_path / "out")
 
 
-@pytest.mark.parametrize("change", ["step", "model", "rng", "metrics_offset"])
+@pytest.mark.parametrize("change", ["step", "objective", "mixing", "rng", "metrics_offset"])
 def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(tmp_path, corpus, change):
     train(short(corpus), tmp_path / "out")
     last = tmp_path / "out" / "last.pt"

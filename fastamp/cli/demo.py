@@ -19,6 +19,7 @@ from fastamp.cli.train import TrainDisplay
 from fastamp.conformance import check, print_report
 from fastamp.training import DivergedError, TrainConfig, TrainResult, train
 from fastamp.training.checkpoint import load_tensors
+from fastamp.training.curves import mixed_losses
 from fastamp.training.task import Task
 
 METHODS = ("none", "sent-mixup", "sent-amp")
@@ -43,16 +44,9 @@ def loss_against_lambda(logits: Tensor, labels: Tensor, lam: Tensor, generator: 
     Returns:
         (L,) float64, nats.
     """
-    logits = logits.double()
-    total = torch.zeros(len(lam), dtype=torch.float64)
-    for _ in range(PAIRINGS):
-        partner = torch.randperm(len(labels), generator=generator)
-        for i, coefficient in enumerate(lam.double()):
-            logp = torch.lerp(logits[partner], logits, coefficient).log_softmax(1)
-            own = logp.gather(1, labels[:, None]).mean()
-            other = logp.gather(1, labels[partner][:, None]).mean()
-            total[i] -= coefficient * own + (1 - coefficient) * other
-    return total / PAIRINGS
+    pairings = [torch.randperm(len(labels), generator=generator) for _ in range(PAIRINGS)]
+    curves = [mixed_losses(lambda mixed: mixed, logits.double(), labels, pairing, lam).mean(1) for pairing in pairings]
+    return torch.stack(curves).mean(0)
 
 
 def _curve(config: TrainConfig, run: Path, lam: Tensor) -> list[float]:

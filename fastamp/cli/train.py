@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 
 from fastamp.data import DATASETS
-from fastamp.training import METHODS, MODELS, DivergedError, Listener, TrainConfig, TrainResult, train
+from fastamp.training import METHODS, MODELS, DivergedError, Listener, TrainConfig, TrainResult, recipe, train
+from fastamp.training.config import PASS_DROPOUTS, PRESETS, REWEIGHTS
 
 
 class TrainDisplay(Listener):
@@ -86,6 +87,7 @@ def summary(result: TrainResult, out: str) -> str:
 
 
 _DEFAULTS = TrainConfig()
+_RECIPES = {"textcnn": "cnn-rand", "bilstm": "lstm-rand", "bert": "bert"}
 
 
 def _option(flag: str, text: str, **settings: Any) -> Any:
@@ -93,37 +95,57 @@ def _option(flag: str, text: str, **settings: Any) -> Any:
     return click.option(flag, default=getattr(_DEFAULTS, name), help=text, **settings)
 
 
+def _recipe_option(flag: str, text: str, **settings: Any) -> Any:
+    """An option whose default is that of the model's recipe."""
+    name = flag.lstrip("-").replace("-", "_")
+    values = {model: getattr(recipe(of), name) for model, of in _RECIPES.items()}
+    shown = dict.fromkeys(f"{value} for {model}" for model, value in values.items() if value is not None)
+    if len(set(values.values())) == 1:
+        shown = {str(values["textcnn"]): None}
+    return click.option(flag, help=f"{text}  [default: {', '.join(shown)}]", **settings)
+
+
 @click.command("train")
 @_option("--dataset", "Corpus; questions is generated and needs no files.", type=click.Choice(DATASETS))
-@_option("--data-dir", "Folder that holds trec/, sst1/, sst2/, subj/, mr/.", type=click.Path())
+@_option("--data-dir", "Folder that holds trec/, sst1/, ...; without it the Hugging Face hub.", type=click.Path())
+@_option("--fold", "Of subj and mr: the tenth to test on.  [default: seed % 10]", type=int)
+@_option("--fraction", "Share of the training sentences to train on.", type=float)
 @_option("--model", "Classifier.", type=click.Choice(MODELS))
-@_option("--method", "Cross-entropy; Mixup or AMP of sentences, or of words.", type=click.Choice(METHODS))
+@_recipe_option("--pretrained", "Of bert: name or folder of an encoder.")
+@_option("--method", "Cross-entropy; or what is mixed, words or sentences, and how.", type=click.Choice(METHODS))
+@_option("--preset", "Options of AMPLoss.", type=click.Choice(PRESETS))
+@_option("--pass-dropout", "Dropout of AMP's two passes.", type=click.Choice(PASS_DROPOUTS))
+@_option("--reweight", "Re-weighting by the change of the loss.", type=click.Choice(REWEIGHTS))
 @_option("--seed", "Of splits, weights, shuffling, dropout and mixing.", type=int)
-@_option("--steps", "Number of updates.", type=int)
+@_recipe_option("--steps", "Number of updates.", type=int)
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run; resumes a run found there.")
 @_option("--vectors", "GloVe text file, plain or .gz, to start the word vectors from.", type=click.Path())
+@click.option("--freeze-vectors", is_flag=True, default=_DEFAULTS.freeze_vectors, help="Do not train the word vectors.")
 @_option("--embedding-dim", "Width of word vectors.  [default: 300, or that of --vectors]", type=int)
-@_option("--lr", "Adam's learning rate.", type=float)
-@_option("--l2", "Weight decay.", type=float)
-@_option("--batch-size", "Sentences in a batch.", type=int)
-@_option("--dropout", "Before the classifier.", type=float)
+@_option("--hidden-size", "Of bilstm: width of its states, both directions.", type=int)
+@_recipe_option("--lr", "Adam's learning rate.", type=float)
+@_recipe_option("--l2", "Weight decay.", type=float)
+@_option("--clip-norm", "Bound on the norm of the gradients.  [default: none]", type=float)
+@_recipe_option("--batch-size", "Sentences in a batch.", type=int)
+@_recipe_option("--dropout", "Before the classifier.", type=float)
 @_option("--alpha", "Mixing coefficients are drawn from Beta(alpha, alpha).", type=float)
 @_option("--step-size", "The adversarial step.", type=float)
-@click.option("--lower/--cased", default=_DEFAULTS.lower, help="Lower-case the text, or keep its case.")
+@click.option("--lower/--cased", default=None, help="Lower-case the text, or keep its case.  [default: cased for trec]")
 @_option("--eval-every", "Steps between evaluations.", type=int)
 @_option("--checkpoint-every", "Steps between checkpoints to resume from.", type=int)
 @_option("--threads", "CPU threads.  [default: torch's]", type=int)
 @_option("--device", "As in torch.device: cpu, cuda, cuda:1.")
-def command(out: str, **fields: Any) -> None:
-    """Train a classifier with or without mixing.
+@click.option("--capture", is_flag=True, help="On cuda: replay training steps as CUDA graphs.")
+def command(out: str, model: str, **fields: Any) -> None:
+    """Train a classifier with or without mixing, by the paper's recipe.
 
     Run the same command again to resume a run that was interrupted; it ends with the same numbers.
     """
     try:
-        config = TrainConfig(**fields)
+        config = recipe(_RECIPES[model], **fields)
         with TrainDisplay() as display:
             result = train(config, out, listener=display)
-    except (ValueError, TypeError, OSError, DivergedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, DivergedError) as error:
         raise click.ClickException(str(error)) from error
     if result.resumed_from == result.steps:
         click.echo(f"{out} holds this run, finished")

@@ -2,5 +2,16 @@
 
 from fastamp.training.config import METHODS, MODELS, TrainConfig
 from fastamp.training.loop import DivergedError, Listener, TrainResult, train
+from fastamp.training.recipes import RECIPES, recipe
 
-__all__ = ["METHODS", "MODELS", "DivergedError", "Listener", "TrainConfig", "TrainResult", "train"]
+__all__ = [
+    "METHODS",
+    "MODELS",
+    "RECIPES",
+    "DivergedError",
+    "Listener",
+    "TrainConfig",
+    "TrainResult",
+    "recipe",
+    "train",
+]

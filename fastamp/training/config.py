@@ -9,90 +9,131 @@ from typing import Any
 
 from fastamp.data import DATASETS
 
-MODELS = ("textcnn",)
-METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
+MODELS = ("textcnn", "bilstm", "bert")
+METHODS = (
+    "none",
+    "double-softmax",
+    "word-mixup",
+    "word-maxop",
+    "word-amp",
+    "sent-mixup",
+    "sent-maxop",
+    "sent-amp",
+    "nonlinear-mixup",
+)
+PRESETS = ("default", "paper", "official")
+PASS_DROPOUTS = ("shared", "redrawn")
+REWEIGHTS = ("none", "moving")
 DEFAULT_EMBEDDING_DIM = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run's numbers; defaults are the paper's where it states them.
+    """Everything that decides a run's numbers; defaults are the paper's for its CNN and LSTM where it states them.
 
     Attributes:
         dataset: one of fastamp.data.DATASETS.
-        data_dir: folder with the data sets' folders; `questions` needs none.
-        model: "textcnn".
-        method: "none" (cross-entropy); Mixup or AMP of the features after dropout, "sent-mixup" and "sent-amp"; or of
-            the word vectors, "word-mixup" and "word-amp".
+        data_dir: folder with the data sets' folders; None reads from the Hugging Face hub. `questions` needs none.
+        fold: 0 to 9, the tenth that is tested on of a set for cross-validation (subj, mr); None is seed % 10.
+        fraction: share of the training sentences to train on, in (0, 1]; stratified.
+        model: "textcnn", "bilstm" or "bert".
+        pretrained: of "bert": name or folder of an encoder that transformers can load.
+        method: "none" is cross-entropy, "double-softmax" cross-entropy of probabilities taken for logits, as in the
+            published code. Others mix word vectors ("word-") or sentence vectors, before their dropout ("sent-"):
+            "-mixup" at random, "-maxop" always at λ', "-amp" as AMP. "nonlinear-mixup": see
+            fastamp.models.NonlinearMixup.
+        preset: options of AMPLoss for the methods that use it: its own, or a preset of it.
+        pass_dropout: of "-maxop" and "-amp": both passes drop out the same ("shared") or not ("redrawn"); None as in
+            the preset.
+        reweight: "none" or "moving", see AMPLoss; None as in the preset.
         seed: of the splits, the initial weights, shuffling, dropout, and mixing.
         steps: number of updates.
         batch_size: sentences in a batch; the last one of an epoch may be smaller.
         lr: Adam's learning rate.
         l2: weight decay, as Adam's L2 term.
+        clip_norm: gradients are scaled down to this norm over all parameters; None leaves them.
         alpha: mixing coefficients are drawn from Beta(alpha, alpha).
         step_size: the adversarial step ε.
-        dropout: before the classifier.
+        dropout: before the classifier; of "bert" its own configuration decides.
         embedding_dim: width of the word vectors; None takes that of the vectors file, or 300.
+        hidden_size: width of the "bilstm"'s states, both directions together.
         vectors: GloVe text file, plain or .gz, to start the word vectors from.
-        lower: lower-case the text.
+        freeze_vectors: do not train the word vectors.
+        lower: lower-case the text; of "bert" its tokeniser decides.
         eval_every: steps between evaluations; the last step is always evaluated.
         checkpoint_every: steps between resume checkpoints.
         threads: intra-op CPU threads; None leaves torch's setting. The same numbers need the same threads.
         device: as in torch.device.
+        capture: of a cuda device: record each training step once as a CUDA graph, and replay it.
 
     Raises:
         TypeError: a value of another type.
-        ValueError: a value out of range or an unknown name.
+        ValueError: a value out of range, an unknown name, or fields that do not go together.
     """
 
     dataset: str = "questions"
     data_dir: str | None = None
+    fold: int | None = None
+    fraction: float = 1.0
     model: str = "textcnn"
+    pretrained: str | None = None
     method: str = "none"
+    preset: str = "default"
+    pass_dropout: str | None = None
+    reweight: str | None = None
     seed: int = 0
-    steps: int = 2000
+    steps: int = 8000
     batch_size: int = 50
     lr: float = 2e-4
     l2: float = 1e-8
+    clip_norm: float | None = None
     alpha: float = 1.0
     step_size: float = 2e-3
     dropout: float = 0.5
     embedding_dim: int | None = None
+    hidden_size: int = 1024
     vectors: str | None = None
+    freeze_vectors: bool = False
     lower: bool = True
     eval_every: int = 100
     checkpoint_every: int = 500
     threads: int | None = None
     device: str = "cpu"
+    capture: bool = False
 
     def __post_init__(self) -> None:
-        for name, taken in (("dataset", DATASETS), ("model", MODELS), ("method", METHODS)):
+        for name, taken in (("dataset", DATASETS), ("model", MODELS), ("method", METHODS), ("preset", PRESETS)):
             if getattr(self, name) not in taken:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; takes one of {', '.join(taken)}")
-        for name in ("data_dir", "vectors"):
+        for name, taken in (("pass_dropout", PASS_DROPOUTS), ("reweight", REWEIGHTS)):
+            if getattr(self, name) not in (None, *taken):
+                raise ValueError(f"{name} must be one of {', '.join(taken)}, or None; got {getattr(self, name)!r}")
+        for name in ("data_dir", "vectors", "pretrained"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} must be a str or None, got {getattr(self, name)!r}")
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a str, got {self.device!r}")
-        if not isinstance(self.lower, bool):
-            raise TypeError(f"lower must be a bool, got {self.lower!r}")
+        for name in ("lower", "freeze_vectors", "capture"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         self._check_int("seed", low=0, high=2**32 - 1)
-        for name in ("steps", "batch_size", "eval_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "hidden_size", "eval_every", "checkpoint_every"):
             self._check_int(name, low=1)
         for name in ("embedding_dim", "threads"):
             if getattr(self, name) is not None:
                 self._check_int(name, low=1)
-        for name in ("lr", "l2", "alpha", "step_size", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        for name in ("lr", "alpha"):
+        if self.fold is not None:
+            self._check_int("fold", low=0, high=9)
+        for name in ("fraction", "lr", "l2", "alpha", "step_size", "dropout", "clip_norm"):
+            self._check_number(name)
+        for name in ("fraction", "lr", "alpha", "clip_norm"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0, got 0")
         if self.dropout >= 1:
             raise ValueError(f"dropout must be below 1, got {self.dropout}")
+        if self.fraction > 1:
+            raise ValueError(f"fraction must be at most 1, got {self.fraction}")
+        self._check_together()
 
     def _check_int(self, name: str, *, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -101,6 +142,33 @@ class TrainConfig:
         if value < low or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ValueError(f"{name} must be {bounds}, got {value}")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if name == "clip_norm" and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+    def _check_together(self) -> None:
+        if self.model == "bert":
+            if self.pretrained is None:
+                raise ValueError("model 'bert' needs pretrained: the name or folder of an encoder")
+            for name in ("vectors", "embedding_dim"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is not for model 'bert', which has embeddings of its own")
+        elif self.pretrained is not None:
+            raise ValueError(f"pretrained is for model 'bert', not for {self.model!r}")
+        if self.freeze_vectors and self.vectors is None:
+            raise ValueError("freeze_vectors needs vectors")
+        mixes = self.method.startswith(("word-", "sent-"))
+        if not mixes and self.preset != "default":
+            raise ValueError(f"preset {self.preset!r} is for methods that mix by AMPLoss, not for {self.method!r}")
+        for name in ("pass_dropout", "reweight"):
+            if getattr(self, name) is not None and not self.method.endswith(("-maxop", "-amp")):
+                raise ValueError(f"{name} is for methods with an adversarial step, not for {self.method!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, fit for JSON."""
@@ -114,5 +182,5 @@ class TrainConfig:
         return [
             f"{name} {value!r} (there {other.get(name)!r})"
             for name, value in self.to_dict().items()
-            if name not in ("data_dir", "vectors") and value != other.get(name)
+            if name not in ("data_dir", "vectors", "pretrained") and value != other.get(name)
         ]

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastamp
+from fastamp.training.batches import Batches, error_rate
 from fastamp.training.checkpoint import MetricsLog, load_json, load_tensors, save_json, save_tensors
 from fastamp.training.config import TrainConfig
-from fastamp.training.task import Batches, Task, error_rate
+from fastamp.training.objectives import make_objective
+from fastamp.training.task import Task
+from fastamp.training.updates import CapturedUpdater, Updater
 
-FORMAT = 1  # of last.pt
+FORMAT = 2  # of last.pt
 
 # Added to the run's seed, so that no two sources of randomness repeat each other's numbers.
 _WEIGHTS, _SHUFFLING, _MIXING = 1 << 32, 2 << 32, 3 << 32
@@ -84,8 +87,9 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
 
     The records: `step`; `train_loss`, the mean since the last evaluation; `dev_error` and `test_error` in
     percent; `steps_per_s`; and of the evaluated step's batch, where rows are mixed, `mix/lam`, the mean
-    coefficient, `mix/lam_shift`, the mean of |λ' - λ|, and `mix/mask`, the share of rows that take the loss
-    at λ'.
+    coefficient, `mix/lam_shift`, the mean of |λ' - λ|, `mix/mask`, the share of rows that take the loss at λ', and
+    where there is an adversarial step `mix/grad_abs`, the mean of |∂ℓ/∂λ| before the clip, and `mix/delta`, the mean
+    change of the loss.
 
     The global generators and the number of threads are set for the run and put back.
 
@@ -103,6 +107,8 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
     """
     out = Path(out)
     device = _device(config.device)
+    if config.capture and device.type != "cuda":
+        raise ValueError(f"capture needs a cuda device, got device {config.device!r}")
     with _own_randomness(device, config.threads):
         task = Task.load(config, device)
         _claim(out, config, task)
@@ -159,27 +165,26 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
 
 
-def _criterion(config: TrainConfig, device: torch.device) -> nn.Module:
-    if config.method == "none":
-        return nn.CrossEntropyLoss()
-    return fastamp.AMPLoss(
-        alpha=config.alpha,
-        step_size=config.step_size,
-        mode=config.method.partition("-")[2],
-        generator=torch.Generator(device).manual_seed(config.seed + _MIXING),
-    )
-
-
 class _Run:
     """All state of a run between two steps."""
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device, task: Task) -> None:
         torch.manual_seed(config.seed + _WEIGHTS)
         self.config, self.out, self.device, self.task = config, out, device, task
-        self.model = task.model(config).to(device)
-        self.criterion = _criterion(config, device)
-        # One dense, fused update of the whole embedding costs less than finding out which rows need one.
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.l2, fused=True)
+        self.mixing = torch.Generator(device).manual_seed(config.seed + _MIXING)
+        self.model = task.model(config, self.mixing).to(device)
+        self.objective = make_objective(self.model, config, self.mixing)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        # One dense, fused update of the whole embedding costs less than finding out which rows need one, a tenth of
+        # a CNN's step on a CPU; and rows that did not occur do move, by their momentum and the L2 term.
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=config.lr, weight_decay=config.l2, fused=True, capturable=config.capture
+        )
+        self.update = (
+            CapturedUpdater(self.objective, self.optimizer, config.clip_norm, generator=self.mixing, pad_id=task.pad_id)
+            if config.capture
+            else Updater(self.objective, self.optimizer, config.clip_norm)
+        )
         self.batches = Batches(task.train, config.batch_size, config.seed + _SHUFFLING)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last evaluation
         self.step = self.offset = self.resumed_from = 0
@@ -195,9 +200,9 @@ class _Run:
             "config": self.config.to_dict(),
             "data": self.task.fingerprint(),
             "step": self.step,
-            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "criterion": self.criterion.state_dict(),
+            "mixing": self.mixing.get_state(),
             "batches": self.batches.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -218,9 +223,9 @@ class _Run:
         if differences or state.get("data") != self.task.fingerprint():
             raise ValueError(f"{path} is of another run; different: {', '.join(differences) or 'data'}")
         try:
-            self.model.load_state_dict(state["model"])
+            self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.criterion.load_state_dict(state["criterion"])
+            self.mixing.set_state(state["mixing"])
             self.batches.load_state_dict(state["batches"])
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda":
@@ -247,7 +252,7 @@ class _Run:
 
     def _train(self, metrics: MetricsLog, listener: Listener) -> None:
         config = self.config
-        self.model.train()
+        self.objective.train()
         batches = iter(self.batches)
         began = time.perf_counter()
         while self.step < config.steps:
@@ -255,7 +260,8 @@ class _Run:
             last = self.step == config.steps
             evaluate = last or self.step % config.eval_every == 0
             ids, labels = next(batches)
-            loss, mixing = self._update(ids, labels, with_stats=evaluate)
+            loss, stats = self.update(ids, labels)
+            self.loss_sum += loss
             listener.stepped(self.step, loss)
             checkpoint = last or self.step % config.checkpoint_every == 0
             if not (evaluate or checkpoint):
@@ -264,7 +270,7 @@ class _Run:
             now = time.perf_counter()
             self.window_seconds += now - began
             if evaluate:
-                self._evaluate(mixing, metrics, listener)
+                self._evaluate(stats, metrics, listener)
             if last:
                 result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
                 metrics.append({"final": True, **result})
@@ -273,54 +279,27 @@ class _Run:
                 save_tensors(self.out / "last.pt", self.state())
             began = time.perf_counter()
 
-    def _update(self, ids: Tensor, labels: Tensor, *, with_stats: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        self.optimizer.zero_grad()
-        loss, stats = self._loss(ids, labels, with_stats=with_stats)
-        mixing: dict[str, Tensor] = {}
-        if stats is not None:
-            mixing = {
-                "mix/lam": stats.lam.mean(),
-                "mix/lam_shift": (stats.lam_adv - stats.lam).abs().mean(),
-                "mix/mask": stats.mask.float().mean(),
-            }
-        loss.backward()
-        self.optimizer.step()
-        self.loss_sum += loss.detach()
-        return loss.detach(), mixing
-
-    def _loss(self, ids: Tensor, labels: Tensor, *, with_stats: bool) -> tuple[Tensor, fastamp.MixStats | None]:
-        criterion = self.criterion
-        if not isinstance(criterion, fastamp.AMPLoss):
-            return criterion(self.model(ids), labels), None
-        if self.config.method.startswith("word-"):
-            g, f = self.model.split("word")
-            mix = criterion.sample(len(labels), device=labels.device)
-            loss, stats = criterion.step(f, g(ids), labels, mix=mix, context=f.context(ids, mix), return_stats=True)
-            return loss, stats if with_stats else None
-        result = criterion(self.model(ids), labels, return_stats=with_stats)
-        return result if isinstance(result, tuple) else (result, None)
-
     def _check_finite(self) -> None:
         loss = self.loss_sum.item()
-        weights = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().item()
+        weights = torch.stack([p.isfinite().all() for p in self.parameters]).all().item()
         if not (math.isfinite(loss) and weights):
             what = "a weight is not finite" if math.isfinite(loss) else f"the training loss became {loss}"
             raise DivergedError(
                 f"{what} between steps {self.evaluated['step'] + 1} and {self.step}; lr is {self.config.lr}"
             )
 
-    def _evaluate(self, mixing: dict[str, Tensor], metrics: MetricsLog, listener: Listener) -> None:
+    def _evaluate(self, stats: fastamp.MixStats | None, metrics: MetricsLog, listener: Listener) -> None:
         steps = self.step - self.evaluated["step"]
-        self.model.eval()
+        self.objective.eval()
         record = {
             "step": self.step,
             "train_loss": self.loss_sum.item() / steps,
             "dev_error": error_rate(self.model, self.task.dev),
             "test_error": error_rate(self.model, self.task.test),
             "steps_per_s": steps / self.window_seconds,
-            **{name: value.item() for name, value in mixing.items()},
+            **_mixing_facts(stats),
         }
-        self.model.train()
+        self.objective.train()
         self.seconds += self.window_seconds
         self.window_seconds = 0.0
         self.loss_sum.zero_()
@@ -335,7 +314,7 @@ class _Run:
                 {
                     "model": self.model.state_dict(),
                     "config": self.config.to_dict(),
-                    "words": list(self.task.vocabulary.words),
+                    "words": None if self.task.vocabulary is None else list(self.task.vocabulary.words),
                     "label_names": list(self.task.corpus.label_names),
                     "record": record,
                 },
@@ -357,3 +336,16 @@ class _Run:
             tokens_covered=None if covered is None else covered.tokens,
             resumed_from=self.resumed_from,
         )
+
+
+def _mixing_facts(stats: fastamp.MixStats | None) -> dict[str, float]:
+    if stats is None:
+        return {}
+    facts = {
+        "mix/lam": stats.lam.mean(),
+        "mix/lam_shift": (stats.lam_adv - stats.lam).abs().mean(),
+        "mix/mask": stats.mask.float().mean(),
+    }
+    if stats.plan != "mixup":  # which knows neither
+        facts |= {"mix/grad_abs": stats.grad.abs().mean(), "mix/delta": stats.delta.mean()}
+    return {name: value.item() for name, value in facts.items()}

@@ -1,62 +1,29 @@
-"""A corpus as tensors, batches of it, and the error of a model on it."""
+"""All that a run reads, and the model for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastamp.data import (
-    PAD,
-    Corpus,
-    Coverage,
-    Split,
-    Vocabulary,
-    WordVectors,
-    embedding_table,
-    load,
-    read_vectors,
-)
+from fastamp.data import PAD, Corpus, Coverage, Vocabulary, WordVectors, embedding_table, load, read_vectors
 from fastamp.data.vectors import coverage
-from fastamp.models import TextCNN
+from fastamp.models import AttentionBiLSTM, NonlinearMixup, PretrainedEncoder, TextCNN, TransformerClassifier
+from fastamp.training.batches import Examples, captured_length
 from fastamp.training.config import DEFAULT_EMBEDDING_DIM, TrainConfig
-
-EVAL_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One split on the device."""
-
-    ids: Tensor  # (N, T) int64, padded on the right
-    labels: Tensor  # (N,) int64
-    lengths: Tensor  # (N,) int64, on the CPU: trimming a batch must not wait for the device
-
-    @classmethod
-    def encode(cls, split: Split, vocabulary: Vocabulary, device: torch.device) -> Examples:
-        """Encodes a split."""
-        ids = vocabulary.encode(split.sentences)
-        labels = torch.tensor(split.labels, dtype=torch.int64)
-        return cls(ids.to(device), labels.to(device), (ids != PAD).sum(1))
-
-    def by_length(self) -> Examples:
-        """The same examples, the shortest first."""
-        order = self.lengths.argsort(stable=True)
-        on_device = order.to(self.ids.device)
-        return Examples(self.ids[on_device], self.labels[on_device], self.lengths[order])
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a run reads: data, vocabulary, vectors."""
+    """All that a run reads: data, vocabulary, vectors, and for "bert" a pre-trained encoder instead of these two."""
 
     corpus: Corpus
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None
     vectors: WordVectors | None
     coverage: Coverage | None
+    encoder: PretrainedEncoder | None
     train: Examples
     dev: Examples
     test: Examples
@@ -68,94 +35,93 @@ class Task:
         The vocabulary is that of the training sentences; with pre-trained vectors also the words of dev and
         test that have one, as if the whole file were the vocabulary.
         """
-        corpus = load(config.dataset, data_dir=config.data_dir, seed=config.seed, lower=config.lower)
+        corpus = _corpus(config, config.fraction)
         splits = (corpus.train, corpus.dev, corpus.test)
-        vectors = covered = None
-        vocabulary = Vocabulary.build(corpus.train.sentences)
-        if config.vectors is not None:
-            everything = Vocabulary.build(*(split.sentences for split in splits))
-            vectors = read_vectors(config.vectors, everything.words)
-            if config.embedding_dim not in (None, vectors.dim):
-                raise ValueError(
-                    f"embedding_dim is {config.embedding_dim}, but {config.vectors} has width {vectors.dim}"
-                )
-            known = [w for w in everything.words if w in vocabulary or vectors.find(w) is not None]
-            vocabulary = Vocabulary(known)
-            covered = coverage((s for split in splits for s in split.sentences), vectors)
-        train, dev, test = (Examples.encode(split, vocabulary, device) for split in splits)
-        return cls(corpus, vocabulary, vectors, covered, train, dev.by_length(), test.by_length())
+        if config.model == "bert":
+            encoder = PretrainedEncoder.load(str(config.pretrained))
+            train, dev, test = (
+                Examples.of(encoder.encode(split.texts), split.labels, device, pad_id=encoder.pad_id)
+                for split in splits
+            )
+            return cls(corpus, None, None, None, encoder, train, dev.by_length(), test.by_length())
+        vocabulary, vectors, covered = _words(config, corpus)
+        train, dev, test = (Examples.of(vocabulary.encode(s.sentences), s.labels, device) for s in splits)
+        return cls(corpus, vocabulary, vectors, covered, None, train, dev.by_length(), test.by_length())
 
-    def model(self, config: TrainConfig) -> TextCNN:
-        """A new model, its weights drawn from the global generator."""
-        return TextCNN(
-            len(self.vocabulary),
-            self.corpus.num_classes,
-            embedding_dim=config.embedding_dim or DEFAULT_EMBEDDING_DIM,
-            vectors=None if self.vectors is None else embedding_table(self.vocabulary, self.vectors),
-            dropout=config.dropout,
+    @property
+    def pad_id(self) -> int:
+        """The id that pads sentences on the right."""
+        return PAD if self.encoder is None else self.encoder.pad_id
+
+    def model(self, config: TrainConfig, generator: torch.Generator | None = None) -> nn.Module:
+        """A new model, its weights drawn from the global generator.
+
+        Args:
+            config: the run.
+            generator: of what the model draws itself, as Non-linear Mixup does; not needed to evaluate it.
+        """
+        if config.method != "nonlinear-mixup":
+            return self._backbone(config, self.corpus.num_classes)
+        classes = self.corpus.num_classes
+        backbone = self._backbone(config, NonlinearMixup.outputs(classes))
+        return NonlinearMixup(
+            backbone,
+            num_classes=classes,
+            length=captured_length(self.train.ids.shape[1]) if config.capture else self.train.ids.shape[1],
+            width=backbone.embedding_dim,
+            alpha=config.alpha,
+            generator=generator,
         )
+
+    def _backbone(self, config: TrainConfig, outputs: int) -> TextCNN | AttentionBiLSTM | TransformerClassifier:
+        if self.encoder is not None:
+            return self.encoder.classifier(outputs)
+        if self.vocabulary is None:
+            raise ValueError("a model over words needs a vocabulary")
+        options: dict[str, Any] = {
+            "embedding_dim": config.embedding_dim or DEFAULT_EMBEDDING_DIM,
+            "vectors": None if self.vectors is None else embedding_table(self.vocabulary, self.vectors),
+            "freeze": config.freeze_vectors,
+            "dropout": config.dropout,
+        }
+        if config.model == "bilstm":
+            return AttentionBiLSTM(len(self.vocabulary), outputs, hidden_size=config.hidden_size, **options)
+        return TextCNN(len(self.vocabulary), outputs, **options)
 
     def fingerprint(self) -> dict[str, str | None]:
         """Digests that tell whether another run saw the same data."""
         return {
             "dataset files": self.corpus.fingerprint(),
             "word vectors": None if self.vectors is None else self.vectors.digest,
+            "pretrained encoder": None if self.encoder is None else self.encoder.digest,
         }
 
 
-class Batches:
-    """Endless shuffled batches, an epoch after another; the last batch of an epoch may be smaller.
-
-    Args:
-        examples: what to draw from.
-        batch_size: rows of a batch.
-        seed: of the shuffling.
-    """
-
-    def __init__(self, examples: Examples, batch_size: int, seed: int) -> None:
-        self._examples = examples
-        self._size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        self._before = self._generator.get_state()
-        order = torch.randperm(len(self._examples.labels), generator=self._generator)
-        self._longest = [int(part.max()) for part in self._examples.lengths[order].split(self._size)]
-        self._order = order.to(self._examples.ids.device).split(self._size)
-        self._next = 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids (B, T), trimmed to the longest sentence, and labels (B,)."""
-        while True:
-            if self._next == len(self._order):
-                self._shuffle()
-            rows, longest = self._order[self._next], self._longest[self._next]
-            self._next += 1
-            ids = self._examples.ids[:, :longest].index_select(0, rows)
-            yield ids, self._examples.labels.index_select(0, rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position: the generator's state before the epoch was shuffled, and the epoch's next batch."""
-        return {"generator": self._before, "next": self._next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Returns to a position."""
-        self._generator.set_state(state["generator"])
-        self._shuffle()
-        self._next = state["next"]
-
-
-@torch.no_grad()
-def error_rate(model: Callable[[Tensor], Tensor] | nn.Module, examples: Examples) -> float:
-    """Percent of misclassified examples; examples in order of length waste no work on padding."""
-    wrong = torch.zeros((), dtype=torch.int64, device=examples.ids.device)
-    parts = zip(
-        examples.ids.split(EVAL_BATCH),
-        examples.labels.split(EVAL_BATCH),
-        examples.lengths.split(EVAL_BATCH),
-        strict=True,
+def _corpus(config: TrainConfig, fraction: float) -> Corpus:
+    return load(
+        config.dataset,
+        data_dir=config.data_dir,
+        seed=config.seed,
+        lower=config.lower,
+        fold=config.fold,
+        fraction=fraction,
     )
-    for ids, labels, lengths in parts:
-        wrong += (model(ids[:, : int(lengths.max())]).argmax(1) != labels).sum()
-    return 100 * int(wrong) / len(examples.labels)
+
+
+def _words(config: TrainConfig, corpus: Corpus) -> tuple[Vocabulary, WordVectors | None, Coverage | None]:
+    vocabulary = Vocabulary.build(corpus.train.sentences)
+    if config.vectors is None:
+        return vocabulary, None, None
+    # All words of the data set, whatever part of it is trained on: the file is then read once for all runs.
+    vectors = read_vectors(config.vectors, _all_words(_corpus(config, 1.0)))
+    if config.embedding_dim not in (None, vectors.dim):
+        raise ValueError(f"embedding_dim is {config.embedding_dim}, but {config.vectors} has width {vectors.dim}")
+    known = [word for word in _all_words(corpus) if word in vocabulary or vectors.find(word) is not None]
+    covered = coverage(
+        (sentence for split in (corpus.train, corpus.dev, corpus.test) for sentence in split.sentences), vectors
+    )
+    return Vocabulary(known), vectors, covered
+
+
+def _all_words(corpus: Corpus) -> tuple[str, ...]:
+    return Vocabulary.build(*(split.sentences for split in (corpus.train, corpus.dev, corpus.test))).words

@@ -1,0 +1,101 @@
+"""The loss of mixed test sentences against λ, as in the paper's Figure 2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastamp.mixing import Mix
+from fastamp.training.batches import EVAL_BATCH, Examples
+from fastamp.training.checkpoint import load_tensors
+from fastamp.training.config import TrainConfig
+from fastamp.training.task import Task
+
+POINTS = 21  # values of λ
+SENTENCES = 1000  # at most so many of the test set are mixed
+PAIRS = 2  # single pairs that are followed
+LEVELS = ("word", "sentence")
+
+
+@torch.no_grad()
+def mixed_losses(
+    f: Callable[..., Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    context: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy of every mixed pair against its mixed label, λ CE(·, y_r) + (1-λ) CE(·, y_π(r)).
+
+    Args:
+        f: mixed hidden states, **context, to logits (N, C).
+        hidden: (N, ...), floating point.
+        labels: (N,), int64.
+        partner: (N,), int64; row r is mixed with row partner[r].
+        lam: (L,), coefficients in [0, 1].
+        context: what f takes beside the mixed rows.
+
+    Returns:
+        (L, N), float64, nats.
+    """
+    losses = []
+    for coefficient in lam.tolist():
+        logits = f(torch.lerp(hidden[partner], hidden, coefficient), **(context or {}))
+        log_p = logits.double().log_softmax(1)
+        own = log_p.gather(1, labels[:, None])[:, 0]
+        other = log_p.gather(1, labels[partner][:, None])[:, 0]
+        losses.append(-(coefficient * own + (1 - coefficient) * other))
+    return torch.stack(losses)
+
+
+def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Figure 2's curves of a finished run's best model.
+
+    Sentences and pairs are the same for every run on the same test set. The single pairs have two labels each.
+
+    Args:
+        config: the run.
+        run: its folder.
+
+    Returns:
+        `lam`, L values from 0 to 1, and for the mixing of words ("word") and of sentences ("sentence") each
+        `mean` (L values, over random pairs of at most `SENTENCES` test sentences) and `pairs` (of `PAIRS` single
+        pairs L values each), in nats. None for "nonlinear-mixup", whose model gives no logits.
+    """
+    if config.method == "nonlinear-mixup":
+        return None
+    device = torch.device(config.device)
+    task = Task.load(config, device)
+    model = task.model(config).to(device)
+    model.load_state_dict(load_tensors(Path(run) / "best.pt")["model"])
+    model.eval()
+    lam = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    curves: dict[str, Any] = {"lam": lam.tolist()}
+    for level in LEVELS:
+        losses, pairs = _curves(model, level, task.test, lam)
+        curves[level] = {"mean": losses.mean(1).tolist(), "pairs": losses[:, pairs].T.tolist()}
+    return curves
+
+
+@torch.no_grad()
+def _curves(model: nn.Module, level: str, examples: Examples, lam: Tensor) -> tuple[Tensor, list[int]]:
+    """Losses (L, N) of N test sentences, and the first rows whose labels differ from their partners'."""
+    g, f = model.split(level)  # type: ignore[operator]
+    chosen = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))[:SENTENCES]
+    losses, differ = [], []
+    for rows in chosen.split(EVAL_BATCH):
+        on_device = rows.to(examples.ids.device)
+        ids = examples.ids[on_device, : int(examples.lengths[rows].max())]
+        labels = examples.labels[on_device]
+        # The order is random already: neighbours are random pairs, none with itself.
+        partner = torch.arange(len(rows), device=ids.device).roll(1)
+        mix = Mix(torch.ones(len(rows), device=ids.device), partner)
+        losses.append(mixed_losses(f, g(ids), labels, partner, lam, f.context(ids, mix)).cpu())
+        differ.append((labels != labels[partner]).cpu())
+    return torch.cat(losses, 1), torch.cat(differ).nonzero()[:PAIRS, 0].tolist()

@@ -1,0 +1,115 @@
+"""What a model is trained on: each method of the paper as a module that gives a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastamp
+from fastamp.models import NonlinearMixup
+from fastamp.training.config import TrainConfig
+
+_LEVELS = {"word": "word", "sent": "sentence"}
+
+
+class Objective(nn.Module):
+    """A model and the loss that it is trained on.
+
+    Args:
+        model: ids (B, T) to scores (B, C), whose largest is the prediction.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
+        """The loss of a batch.
+
+        Args:
+            ids: (B, T), int64.
+            labels: (B,), int64.
+
+        Returns:
+            The loss, (), and the facts of the step where rows are mixed by AMPLoss.
+        """
+        raise NotImplementedError
+
+
+class CrossEntropy(Objective):
+    """Cross-entropy of the model's logits.
+
+    Args:
+        model: as in `Objective`.
+        double_softmax: take the softmax of the logits for the logits, as the published code's baseline does.
+    """
+
+    def __init__(self, model: nn.Module, *, double_softmax: bool = False) -> None:
+        super().__init__(model)
+        self.double_softmax = double_softmax
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        """See `Objective`."""
+        scores = self.model(ids)
+        return F.cross_entropy(scores.softmax(1) if self.double_softmax else scores, labels), None
+
+
+class Mixing(Objective):
+    """Mixup or AMP at one layer.
+
+    Args:
+        model: a model of fastamp.models.
+        at: where to cut it, see its `split`.
+        criterion: in train mode.
+    """
+
+    def __init__(self, model: nn.Module, at: str, criterion: fastamp.AMPLoss) -> None:
+        super().__init__(model)
+        self.criterion = criterion
+        self.parts = model.split(at)  # type: ignore[operator]  # a tuple: its modules are not registered twice
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats]:
+        """See `Objective`."""
+        g, f = self.parts
+        mix = self.criterion.sample(len(labels), device=labels.device)
+        return self.criterion.step(f, g(ids), labels, mix=mix, context=f.context(ids, mix), return_stats=True)
+
+
+class Nonlinear(Objective):
+    """Guo's Non-linear Mixup, whose model gives cosines in place of logits."""
+
+    model: NonlinearMixup
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        """See `Objective`."""
+        return self.model.loss(ids, labels), None
+
+
+def make_objective(model: nn.Module, config: TrainConfig, generator: torch.Generator) -> Objective:
+    """The objective of a run.
+
+    Args:
+        model: a model of fastamp.models; for "nonlinear-mixup" a `NonlinearMixup`.
+        config: the run.
+        generator: draws λ and partners.
+    """
+    if isinstance(model, NonlinearMixup):
+        return Nonlinear(model)
+    if config.method in ("none", "double-softmax"):
+        return CrossEntropy(model, double_softmax=config.method == "double-softmax")
+    level, _, mode = config.method.partition("-")
+    return Mixing(model, _LEVELS[level], _criterion(config, mode, generator))
+
+
+def _criterion(config: TrainConfig, mode: str, generator: torch.Generator) -> fastamp.AMPLoss:
+    options: dict[str, Any] = {"alpha": config.alpha, "step_size": config.step_size, "mode": mode}
+    if config.pass_dropout is not None:
+        options["dropout"] = config.pass_dropout
+    if config.reweight is not None:
+        options["reweight"] = None if config.reweight == "none" else config.reweight
+    if config.preset != "default":
+        return fastamp.AMPLoss.preset(config.preset, generator=generator, **options)
+    return fastamp.AMPLoss(generator=generator, **options)

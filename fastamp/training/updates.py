@@ -1,0 +1,137 @@
+"""One update of a model: eagerly, or as a CUDA graph that is replayed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastamp
+from fastamp.training.batches import captured_length
+from fastamp.training.objectives import Objective
+
+_WARM_UPS = 3
+
+
+class Updater:
+    """Runs one step of an optimiser after another.
+
+    Args:
+        objective: gives the loss.
+        optimizer: over the objective's parameters.
+        clip_norm: bound on the norm of all gradients together, or None.
+    """
+
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+        self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
+        """Updates the parameters by a batch.
+
+        Args:
+            ids: (B, T), int64.
+            labels: (B,), int64.
+
+        Returns:
+            The loss before the update, (), detached, and the facts of the step where there are any.
+        """
+        self.optimizer.zero_grad()
+        loss, stats = self.objective(ids, labels)
+        loss.backward()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        return loss.detach(), stats
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    labels: Tensor
+    loss: Tensor
+    stats: fastamp.MixStats | None
+
+
+class CapturedUpdater(Updater):
+    """The same on a CUDA device, by replaying a graph for every length of batch: no launch waits for Python.
+
+    Batches are padded to `captured_length`, which does not change what a model of fastamp.models makes
+    of them. A batch of another number of rows than the first, as the last of an epoch, is updated by eagerly.
+
+    Args:
+        objective, optimizer, clip_norm: as in `Updater`; the optimiser must be capturable.
+        generator: what the objective draws λ and partners from, on the device.
+        pad_id: the id that pads.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+        *,
+        generator: torch.Generator,
+        pad_id: int,
+    ) -> None:
+        super().__init__(objective, optimizer, clip_norm)
+        self.generator, self.pad_id = generator, pad_id
+        self._rows = 0
+        self._captured: dict[int, _Captured] = {}
+
+    def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
+        """See `Updater`; what is returned is overwritten by the next update."""
+        self._rows = self._rows or len(labels)
+        if len(labels) != self._rows:
+            return super().__call__(ids, labels)
+        ids = F.pad(ids, (0, captured_length(ids.shape[1]) - ids.shape[1]), value=self.pad_id)
+        if ids.shape[1] not in self._captured:
+            self._captured[ids.shape[1]] = self._capture(ids.clone(), labels.clone())
+        captured = self._captured[ids.shape[1]]
+        captured.ids.copy_(ids)
+        captured.labels.copy_(labels)
+        captured.graph.replay()
+        return captured.loss, captured.stats
+
+    def _capture(self, ids: Tensor, labels: Tensor) -> _Captured:
+        before = self._state()
+        # Libraries set themselves up in their first calls, which must not be captured.
+        stream = torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                super().__call__(ids, labels)
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        self._restore(before)
+        self.optimizer.zero_grad()  # the graph's own gradients are made in its memory
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        pool = next((other.graph.pool() for other in self._captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            loss, stats = super().__call__(ids, labels)
+        return _Captured(graph, ids, labels, loss, stats)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.objective.parameters(), *self.objective.buffers()]
+
+    def _state(self) -> tuple[list[Tensor], dict[Tensor, dict[str, Tensor]], Tensor, Tensor]:
+        moments = {
+            parameter: {name: value.clone() for name, value in state.items()}
+            for parameter, state in self.optimizer.state.items()
+        }
+        tensors = [tensor.detach().clone() for tensor in self._tensors()]
+        return tensors, moments, self.generator.get_state(), torch.cuda.get_rng_state(self.generator.device)
+
+    @torch.no_grad()
+    def _restore(self, before: tuple[list[Tensor], dict[Tensor, dict[str, Tensor]], Tensor, Tensor]) -> None:
+        tensors, moments, mixing, device = before
+        for tensor, value in zip(self._tensors(), tensors, strict=True):
+            tensor.copy_(value)
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                # A first warm-up makes the state, which begins at zero.
+                value.copy_(moments[parameter][name] if parameter in moments else torch.zeros_like(value))
+        self.generator.set_state(mixing)
+        torch.cuda.set_rng_state(device, self.generator.device)

@@ -1,0 +1,198 @@
+"""Objectives, recipes, updates and curves of training."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastamp import reference
+from fastamp.models import TextCNN
+from fastamp.training import METHODS, RECIPES, TrainConfig, recipe, train
+from fastamp.training.batches import captured_length
+from fastamp.training.checkpoint import load_tensors
+from fastamp.training.curves import LEVELS, POINTS, loss_curves, mixed_losses
+from fastamp.training.objectives import CrossEntropy, Mixing, make_objective
+from fastamp.training.task import Task
+from fastamp.training.updates import Updater
+
+CPU = torch.device("cpu")
+
+
+def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor(
+        [[3, 4, 5, 6, 0], [7, 8, 0, 0, 0], [9, 4, 3, 2, 2], [5, 5, 6, 0, 0], [8, 3, 2, 9, 0], [2, 0, 0, 0, 0]]
+    )
+    return ids, torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def small_model(dropout: float = 0.0) -> TextCNN:
+    torch.manual_seed(0)
+    return TextCNN(12, 3, embedding_dim=4, maps=5, dropout=dropout)
+
+
+def objective_of(method: str, model: TextCNN, **fields) -> Mixing:
+    config = TrainConfig(method=method, **fields)
+    return make_objective(model, config, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("at", ["word", "sent"])
+@pytest.mark.parametrize("kind", ["mixup", "maxop", "amp"])
+@pytest.mark.parametrize("preset", ["default", "paper", "official"])
+def test_a_mixing_method_has_the_loss_of_the_definition(at, kind, preset):
+    model = small_model().double().train()
+    ids, labels = small_batch()
+    objective = objective_of(
+        f"{at}-{kind}", model, preset=preset, step_size=0.3, reweight=None if kind == "mixup" else "none"
+    )
+    mix = copy.deepcopy(objective.criterion).sample(len(labels), device=CPU)
+    loss, stats = objective(ids, labels)
+    options = {"default": {}, "paper": reference.PAPER, "official": reference.OFFICIAL}[preset]
+    options = {name: value for name, value in options.items() if name not in ("reweight", "alpha")}
+    g, f = model.split("word" if at == "word" else "sentence")
+    context = f.context(ids, mix)
+    expected = reference.amp(
+        lambda mixed: f(mixed, **context),
+        g(ids),
+        labels,
+        mix.lam.double(),
+        mix.partner,
+        **{**options, "step_size": 0.3, "mode": kind},
+    )
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stats.lam_adv.double(), expected.lam_adv, rtol=0, atol=1e-6)
+
+
+def test_options_of_a_run_reach_the_criterion():
+    objective = objective_of(
+        "sent-amp", small_model(), preset="official", alpha=0.3, step_size=0.7, pass_dropout="shared"
+    )
+    criterion = objective.criterion
+    assert (criterion.alpha, criterion.policy.step_size, criterion.dropout) == (0.3, 0.7, "shared")
+    assert (criterion.policy.loss, criterion.policy.grad_clip, criterion.reweight) == ("softmax_bce", None, "moving")
+    assert objective_of("sent-amp", small_model(), preset="official", reweight="none").criterion.reweight is None
+    assert objective_of("word-amp", small_model(), preset="official").criterion.dropout == "redrawn"
+    assert objective_of("word-amp", small_model(), reweight="moving").criterion.reweight == "moving"
+    assert objective_of("word-maxop", small_model()).criterion.policy.mode == "maxop"
+
+
+def test_double_softmax_takes_probabilities_for_logits():
+    model, (ids, labels) = small_model(), small_batch()
+    logits = model(ids)
+    plain, stats = CrossEntropy(model)(ids, labels)
+    double, _ = CrossEntropy(model, double_softmax=True)(ids, labels)
+    assert stats is None
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
+    torch.testing.assert_close(double, F.cross_entropy(logits.softmax(1), labels))
+    assert not torch.isclose(plain, double)
+
+
+def test_sentences_are_mixed_before_their_dropout():
+    model, (ids, labels) = small_model(dropout=0.5).train(), small_batch()
+    seen = []
+    model.dropout.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    objective = objective_of("sent-mixup", model)
+    mix = copy.deepcopy(objective.criterion).sample(len(labels), device=CPU)
+    objective(ids, labels)
+    features = model.encode(ids)
+    mixed = mix.lam[:, None] * features + (1 - mix.lam[:, None]) * features[mix.partner]
+    torch.testing.assert_close(seen[0], mixed)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "nonlinear-mixup"])
+def test_an_objective_registers_every_parameter_once(method):
+    model = small_model()
+    names = [name for name, _ in objective_of(method, model).named_parameters(remove_duplicate=False)]
+    assert names == [f"model.{name}" for name, _ in model.named_parameters()]
+
+
+# Updates
+
+
+def test_gradients_are_clipped_over_all_parameters_together():
+    ids, labels = small_batch()
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    Updater(CrossEntropy(model), optimizer, None)(ids, labels)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    Updater(CrossEntropy(model), optimizer, norm / 2)(ids, labels)
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(norm / 2, rel=1e-4)
+
+
+def test_batches_are_captured_at_few_lengths():
+    lengths = {length: captured_length(length) for length in range(1, 38)}
+    assert all(length <= captured < length + 8 for length, captured in lengths.items())
+    assert sorted(set(lengths.values())) == [8, 16, 24, 32, 40]
+
+
+def test_capture_is_refused_without_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="capture needs a cuda device, got device 'cpu'"):
+        train(TrainConfig(capture=True, steps=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_papers(name):
+    chosen = recipe(name, dataset="sst2", **({"vectors": "glove.txt"} if RECIPES[name].needs else {}))
+    bert = name == "bert"
+    assert (chosen.lr, chosen.batch_size, chosen.steps, chosen.l2) == ((1e-5, 24) if bert else (2e-4, 50)) + (
+        8000,
+        1e-8,
+    )
+    assert chosen.model == {"cnn": "textcnn", "lstm": "bilstm", "bert": "bert"}[name.partition("-")[0]]
+    assert chosen.freeze_vectors == name.endswith("-fixed")
+    assert chosen.lower
+
+
+def test_recipes_take_fields_and_keep_the_case_of_trec():
+    assert not recipe("cnn-rand", dataset="trec").lower
+    chosen = recipe("cnn-rand", dataset="trec", lower=True, steps=3, lr=None)
+    assert (chosen.lower, chosen.steps, chosen.lr) == (True, 3, 2e-4)
+    with pytest.raises(ValueError, match="lstm-glove needs vectors"):
+        recipe("lstm-glove")
+    with pytest.raises(ValueError, match="unknown recipe 'cnn'; takes one of cnn-rand"):
+        recipe("cnn")
+    with pytest.raises(TypeError, match="speed"):
+        recipe("cnn-rand", speed=1)
+
+
+# Curves
+
+
+def test_mixed_losses_are_those_of_every_pair():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 2])
+    partner, lam = torch.tensor([1, 2, 3, 4, 0]), torch.tensor([0.0, 0.3, 1.0])
+    losses = mixed_losses(lambda mixed: mixed, logits, labels, partner, lam)
+    for i, coefficient in enumerate(lam.double().tolist()):
+        mixed = coefficient * logits + (1 - coefficient) * logits[partner]
+        target = coefficient * F.one_hot(labels, 3) + (1 - coefficient) * F.one_hot(labels[partner], 3)
+        torch.testing.assert_close(
+            losses[i], F.cross_entropy(mixed, target.double(), reduction="none"), atol=1e-6, rtol=0
+        )
+
+
+def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path):
+    config = TrainConfig(method="word-amp", steps=60, lr=1e-3, embedding_dim=16, threads=1, eval_every=30)
+    train(config, tmp_path / "run")
+    curves = loss_curves(config, tmp_path / "run")
+    assert curves == loss_curves(config, tmp_path / "run")
+    assert json.loads(json.dumps(curves)) == curves
+    assert (curves["lam"][0], curves["lam"][-1], len(curves["lam"])) == (0.0, 1.0, POINTS)
+    task = Task.load(config, CPU)
+    model = task.model(config)
+    model.load_state_dict(load_tensors(tmp_path / "run" / "best.pt")["model"])
+    with torch.no_grad():
+        unmixed = F.cross_entropy(model.eval()(task.test.ids), task.test.labels).item()
+    for level in LEVELS:
+        # The whole test set is mixed with itself, so both ends are its loss; mixed words have the longer mask.
+        tolerance = {"word": 1e-3, "sentence": 1e-5}[level]
+        assert curves[level]["mean"][0] == pytest.approx(unmixed, abs=tolerance)
+        assert curves[level]["mean"][-1] == pytest.approx(unmixed, abs=tolerance)
+        assert [len(pair) for pair in curves[level]["pairs"]] == [POINTS, POINTS]
+    assert curves["word"]["pairs"][0][0] == pytest.approx(curves["sentence"]["pairs"][0][0], abs=1e-3)
+    assert curves["word"]["mean"][10] != pytest.approx(curves["sentence"]["mean"][10], abs=1e-5)
