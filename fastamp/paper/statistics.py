@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 CONFIDENCE = 0.95
 ENOUGH_PAIRS = 6  # the fewest that can differ at p < 0.05: 2 / 2^5 = 0.0625, 2 / 2^6 = 0.031

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastamp.mixing import Mix
+from fastamp.models import Model
 from fastamp.training.batches import EVAL_BATCH, Examples
 from fastamp.training.checkpoint import load_tensors
 from fastamp.training.config import TrainConfig
@@ -86,7 +87,7 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
 @torch.no_grad()
 def _curves(model: nn.Module, level: str, examples: Examples, lam: Tensor) -> tuple[Tensor, list[int]]:
     """Losses (L, N) of N test sentences, and the first rows whose labels differ from their partners'."""
-    g, f = model.split(level)  # type: ignore[operator]
+    g, f = cast("Model", model).split(level)
     chosen = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))[:SENTENCES]
     losses, differ = [], []
     for rows in chosen.split(EVAL_BATCH):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastamp
-from fastamp.models import NonlinearMixup
+from fastamp.models import Model, NonlinearMixup
 from fastamp.training.config import TrainConfig
 
 _LEVELS = {"word": "word", "sent": "sentence"}
@@ -69,7 +69,7 @@ class Mixing(Objective):
     def __init__(self, model: nn.Module, at: str, criterion: fastamp.AMPLoss) -> None:
         super().__init__(model)
         self.criterion = criterion
-        self.parts = model.split(at)  # type: ignore[operator]  # a tuple: its modules are not registered twice
+        self.parts = cast("Model", model).split(at)  # a tuple: its modules are not registered twice
 
     def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats]:
         """See `Objective`."""
