@@ -27,9 +27,12 @@ class NonlinearMixup(nn.Module):
     vectors, the loss, E ~ N(0, 1) to start from, and k = 64 (or C, if that is more): in so many dimensions
     random label embeddings are nearly orthogonal, and W stays small beside the word vectors (8 learn visibly slower).
 
-    Equal label embeddings would make the loss zero, and nothing in it keeps them apart. They do drift together, but
-    slowly, since E starts large beside an optimizer's steps: on TREC, a TextCNN and Adam at 2e-4, their mean cosine is
-    0.64 after 8000 steps, while the error on dev is level from step 4800 on. So no term is added against it.
+    Nothing in the loss keeps labels apart: equal label embeddings make it zero, and so does a policy that finds a point
+    between any two. Measured on TREC with a TextCNN, 50 random numbers a word, one seed: with Adam at 2e-4, the paper's
+    rate, the mean cosine of label embeddings rises from 0.02 to 0.64 in 8000 steps while the error on dev stays level,
+    16.3% (with constant E 15.4%, with a term that keeps E orthogonal 15.8%, by cross-entropy 14.3%). At 1e-3 it rises
+    to 1.00, and the error from 14.7% at step 1600 to 28.6%; the term holds the cosine at 0.01 there, but not the error,
+    26.2%. So none is added: keep to small rates, and select by the error on dev.
 
     Args:
         model: a model of fastamp.models, made for k = `NonlinearMixup.outputs(num_classes)` classes.
