@@ -1,0 +1,132 @@
+"""The results folder of the paper's runs."""
+
+import pytest
+
+from fastamp.paper.results import LINES, claim, read
+
+SETTINGS = {
+    "steps": 6,
+    "eval_every": None,
+    "threads": 1,
+    "overrides": {"lr": 0.5},
+    "data": {"trec": "a"},
+    "vectors": None,
+    "pretrained": None,
+}
+
+
+def line_of(key: str, status: str = "done", **fields) -> dict:
+    return {"status": status, "key": key, **fields}
+
+
+def test_lines_are_read_back_and_the_newest_of_a_key_counts(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a", "failed"))
+        writer.append(line_of("b", note="ü"))
+        writer.append(line_of("a", note="again"))
+    results = read(tmp_path)
+    assert results.records == (
+        {"format": 1, **line_of("a", note="again")},
+        {"format": 1, **line_of("b", note="ü")},
+    )
+    assert results.notices == ()
+    assert results.settings == {"format": 1, **SETTINGS, "commands": ["first"]}
+
+
+def test_a_run_that_is_done_gets_no_second_line(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+        with pytest.raises(ValueError, match="a is done already"):
+            writer.append(line_of("a"))
+    line = (tmp_path / LINES).read_text()
+    (tmp_path / LINES).write_text(2 * line)
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2: a is done in an earlier line already"):
+        read(tmp_path)
+
+
+def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_runner(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+    whole = (tmp_path / LINES).read_bytes()
+    (tmp_path / LINES).write_bytes(whole + b'{"format": 1, "key": "b", "st')
+    results = read(tmp_path)
+    assert [line["key"] for line in results.records] == ["a"]
+    assert "the last line is torn, and left out" in results.notices[0]
+    assert (tmp_path / LINES).read_bytes() != whole
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        assert "the last line was torn, and is cut off" in writer.notices[0]
+        assert (tmp_path / LINES).read_bytes() == whole
+        writer.append(line_of("b"))
+    assert [line["key"] for line in read(tmp_path).records] == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"key": "a"}', '{"format": 1, "key": "a", "status": "?"}'])
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+    with open(tmp_path / LINES, "a") as file:
+        file.write(damage + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"), claim(tmp_path, SETTINGS, "first"):
+        pass
+
+
+def test_a_folder_of_another_configuration_is_refused_and_the_differences_named(tmp_path):
+    with claim(tmp_path, {**SETTINGS, "vectors": "v"}, "first"):
+        pass
+    other = {
+        **SETTINGS,
+        "steps": None,
+        "threads": 2,
+        "overrides": {"alpha": 0.2},
+        "data": {"trec": "b", "mr": "c"},
+        "vectors": "w",
+    }
+    message = (
+        r"different: steps the recipe's \(there 6\), threads 2 \(there 1\), alpha 0.2 \(there the recipe's\), "
+        r"lr the recipe's \(there 0.5\), data of trec, vectors$"
+    )
+    with pytest.raises(ValueError, match=message), claim(tmp_path, other, "second"):
+        pass
+    assert read(tmp_path).settings["commands"] == ["first"]
+
+
+def test_data_vectors_and_commands_may_be_added(tmp_path):
+    for settings, command in (
+        (SETTINGS, "first"),
+        ({**SETTINGS, "data": {"mr": "c"}, "vectors": "v", "pretrained": "bert"}, "second"),
+        (SETTINGS, "first"),
+    ):
+        with claim(tmp_path, settings, command):
+            pass
+    settings = read(tmp_path).settings
+    assert settings["data"] == {"trec": "a", "mr": "c"}
+    assert (settings["vectors"], settings["pretrained"]) == ("v", "bert")
+    assert settings["commands"] == ["first", "second"]
+
+
+def test_a_second_runner_is_refused_while_the_first_works(tmp_path):
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        with pytest.raises(ValueError, match="another process works in"), claim(tmp_path, SETTINGS, "second"):
+            pass
+        writer.append(line_of("a"))
+        assert len(read(tmp_path).records) == 1
+    with claim(tmp_path, SETTINGS, "second"):
+        pass
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no results folder: it has no settings\.json"):
+        read(tmp_path)
+    (tmp_path / LINES).write_text("")
+    with pytest.raises(ValueError, match=r"without a settings\.json"), claim(tmp_path, SETTINGS, "first"):
+        pass
+    with pytest.raises(ValueError, match="is not a folder"), claim(tmp_path / LINES, SETTINGS, "first"):
+        pass
+    (tmp_path / "settings.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match=r"settings\.json has format 2; takes 1"):
+        read(tmp_path)
+    (tmp_path / "settings.json").write_text('{"format": 1, "steps": 3}')
+    with pytest.raises(ValueError, match=r"settings\.json is damaged: it has no eval_every, threads"):
+        read(tmp_path)
