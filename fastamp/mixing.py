@@ -61,7 +61,7 @@ def draw(
     """
     source = device if generator is None else generator.device
     rank, processes = (0, 1) if generator is not None else _rank()
-    lam = _beta(processes * batch_size, alpha, source, generator)
+    lam = draw_beta(processes * batch_size, alpha, source, generator)
     if processes == 1:
         partner = torch.randperm(batch_size, device=source, generator=generator)
     else:
@@ -88,9 +88,10 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _beta(
+def draw_beta(
     batch_size: int, alpha: float, device: torch.device | str | None, generator: torch.Generator | None
 ) -> Tensor:
+    """(batch_size,) numbers, float32, from Beta(alpha, alpha), drawn on `device`, which is the generator's."""
     if alpha == 1.0:
         return torch.rand(batch_size, device=device, generator=generator)
     # Beta(α, α) = X / (X + Y) with X, Y ~ Gamma(α). For small α both gammas underflow, and λ would pile up
