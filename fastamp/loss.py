@@ -70,7 +70,8 @@ class AMPLoss(nn.Module):
         reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))), "sum", "none".
         generator: source of λ and partners; its state is part of state_dict. Default: torch's global one, from which
             the ranks of torch.distributed draw independently even if seeded alike. Your own is taken as it is: seed
-            it differently on every rank that has other data, and alike on ranks that share a batch.
+            it differently on every rank that has other data, and alike on ranks that share a batch; of a CPU
+            generator's seed torch takes the low 32 bits only.
             torch.compile(fullgraph=True) cannot trace a draw from a generator of your own: use the default there, or
             pass `mix`.
 

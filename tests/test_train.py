@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastamp.data import Vocabulary
-from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, train
+from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, loop, train
 from fastamp.training.batches import Batches, Examples, error_rate
+from fastamp.training.task import Task
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("steps_per_s", "seconds", "window_seconds", "metrics_offset")
@@ -185,6 +186,27 @@ def test_training_leaves_global_random_state_and_threads_alone(tmp_path, corpus)
     train(short(corpus, method="sent-mixup", threads=threads + 1, steps=2), tmp_path / "out")
     assert torch.equal(state, torch.get_rng_state())
     assert threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_runs_sources_of_randomness_do_not_repeat_each_others_numbers(tmp_path, corpus, monkeypatch, seed):
+    seeds = {"splits": seed}
+
+    def noted(name, function):
+        def wrapper(*arguments):
+            seeds[name] = arguments[-1]
+            return function(*arguments)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "manual_seed", noted("weights", torch.manual_seed))
+    monkeypatch.setattr(loop, "Batches", noted("shuffling", Batches))
+    config = short(corpus, method="sent-amp", seed=seed)
+    run = loop._Run(config, tmp_path, torch.device("cpu"), Task.load(config, torch.device("cpu")))
+    seeds["mixing"] = run.mixing.initial_seed()
+    # By what is drawn: two seeds, and even two states, that differ may give the same numbers.
+    drawn = {tuple(torch.rand(8, generator=torch.Generator().manual_seed(of)).tolist()) for of in seeds.values()}
+    assert len(drawn) == len(seeds) == 4
 
 
 # Results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -22,10 +23,15 @@ from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater
 
-FORMAT = 2  # of last.pt
+FORMAT = 3  # of last.pt
 
-# Added to the run's seed, so that no two sources of randomness repeat each other's numbers.
-_WEIGHTS, _SHUFFLING, _MIXING = 1 << 32, 2 << 32, 3 << 32
+
+def seed_for(purpose: str, seed: int) -> int:
+    """A seed of 32 bits for one source of a run's randomness, so that no two sources repeat each other's numbers.
+
+    Not a sum of the run's seed and a large offset: of a seed, torch's CPU generator takes the low 32 bits only.
+    """
+    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "big")
 
 
 class DivergedError(RuntimeError):
@@ -169,9 +175,9 @@ class _Run:
     """All state of a run between two steps."""
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device, task: Task) -> None:
-        torch.manual_seed(config.seed + _WEIGHTS)
+        torch.manual_seed(seed_for("weights and dropout", config.seed))
         self.config, self.out, self.device, self.task = config, out, device, task
-        self.mixing = torch.Generator(device).manual_seed(config.seed + _MIXING)
+        self.mixing = torch.Generator(device).manual_seed(seed_for("mixing", config.seed))
         self.model = task.model(config, self.mixing).to(device)
         self.objective = make_objective(self.model, config, self.mixing)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
@@ -185,7 +191,7 @@ class _Run:
             if config.capture
             else Updater(self.objective, self.optimizer, config.clip_norm)
         )
-        self.batches = Batches(task.train, config.batch_size, config.seed + _SHUFFLING)
+        self.batches = Batches(task.train, config.batch_size, seed_for("shuffling", config.seed))
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last evaluation
         self.step = self.offset = self.resumed_from = 0
         self.evaluated: dict[str, Any] = {"step": 0}  # the last record
