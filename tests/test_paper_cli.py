@@ -197,6 +197,7 @@ def test_without_a_subcommand_it_lists_the_titles():
         ("--models cnn-glove", "cnn-glove needs vectors: give --vectors"),
         ("--models cnn-glove --vectors gone.txt --datasets questions", "gone.txt cannot be read: No such file"),
         ("--datasets questions,trec --data-dir gone", "gone/trec/train.tsv: No such file"),
+        ("--datasets questions --device cuda:99", "device 'cuda:99' cannot be used"),
         ("--jobs 0", "0 is not in the range x>=1"),
     ],
 )

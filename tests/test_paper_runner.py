@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_what_a_model_needs_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"bert needs the package transformers"):
         Options().config(Run("questions", "bert", "none", 1.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", r"torch finds \d+ CUDA devices here"), ("gpu", "'gpu' cannot be used"), ("meta", "takes cpu or cuda")],
+)
+def test_a_device_that_is_not_there_is_refused_before_any_run(device, message):
+    with pytest.raises(ValueError, match=message):
+        Options(device=device)
 
 
 def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path):
@@ -293,7 +303,7 @@ def test_a_run_under_way_on_another_device_is_started_over(tmp_path, device, res
 
 def test_a_device_that_cannot_be_used_is_a_failed_run(tmp_path):
     run = run_of("none")
-    line = worker.execute(Job(run, Options(device="cuda:99").config(run), tmp_path))
+    line = worker.execute(Job(run, replace(OPTIONS.config(run), device="cuda:99"), tmp_path))
     assert line["status"] == "failed"
     assert line["error"].startswith("ValueError: device 'cuda:99' cannot be used")
     assert line["machine"]["device"] == "cuda:99"

@@ -132,7 +132,11 @@ _OPTIONS = (
     click.option(
         "--eval-every", type=click.IntRange(1), show_default="the recipe's", help="Steps between evaluations."
     ),
-    click.option("--data-dir", type=click.Path(file_okay=False), help="Folder with trec/, sst1/, sst2/, subj/, mr/."),
+    click.option(
+        "--data-dir",
+        type=click.Path(file_okay=False),
+        help="Folder with trec/, sst1/, sst2/, subj/, mr/; without it from the Hugging Face hub.",
+    ),
     click.option(
         "--vectors", type=click.Path(dir_okay=False), help="GloVe text file, plain or .gz, for the glove models."
     ),
@@ -245,7 +249,7 @@ def _list(runs: Iterable[Run], out: Path, retry_failed: bool) -> None:
     click.echo(f"{left} to do")
 
 
-@command.command("report")
+@command.command("report", short_help="Tables and plots of a results folder")
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--published",

@@ -18,6 +18,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fastamp.data import load
 from fastamp.paper.plan import METHODS, Run
 from fastamp.paper.results import SETTINGS, ResultsWriter, read
@@ -39,6 +41,9 @@ class Options:
         data_dir, vectors, pretrained: as in TrainConfig, given to the models that use them.
         device: as in torch.device.
         threads: CPU threads of a run.
+
+    Raises:
+        ValueError: a device that this machine does not have.
     """
 
     steps: int | None = None
@@ -49,6 +54,9 @@ class Options:
     pretrained: str | None = None
     device: str = "cpu"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_device(self.device)
 
     def config(self, run: Run) -> TrainConfig:
         """The configuration of a run.
@@ -102,6 +110,19 @@ class Options:
             if pretrained is None or not Path(pretrained).is_dir()
             else _digest(path for path in sorted(Path(pretrained).rglob("*")) if path.is_file()),
         }
+
+
+def _check_device(name: str) -> None:
+    """Refuses here what every run would fail at; makes no context on the device, as using it would."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r} cannot be used: torch finds {count} CUDA devices here")
 
 
 def _digest(paths: Iterable[Path]) -> str:
