@@ -1,5 +1,9 @@
 """The results folder of the paper's runs."""
 
+import errno
+import json
+import os
+
 import pytest
 
 from fastamp.paper.results import LINES, claim, read
@@ -15,8 +19,11 @@ SETTINGS = {
 }
 
 
+WHAT = ("dataset", "model", "method", "ratio", "seed", "config", "result", "history", "curves", "seconds", "machine")
+
+
 def line_of(key: str, status: str = "done", **fields) -> dict:
-    return {"status": status, "key": key, **fields}
+    return {"status": status, "key": key, **dict.fromkeys(WHAT), "error": None, **fields}
 
 
 def test_lines_are_read_back_and_the_newest_of_a_key_counts(tmp_path):
@@ -44,6 +51,27 @@ def test_a_run_that_is_done_gets_no_second_line(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("full", ["at once", "within the line"])
+def test_a_full_disk_is_told_with_the_file_and_loses_no_line_before(tmp_path, monkeypatch, full):
+    write = os.write
+
+    def write_little(descriptor, content):
+        if full == "at once":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content[:20])
+
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        writer.append(line_of("a"))
+        monkeypatch.setattr(os, "write", write_little)
+        with pytest.raises(OSError, match=r"results\.jsonl"):
+            writer.append(line_of("b"))
+    monkeypatch.undo()
+    with claim(tmp_path, SETTINGS, "first") as writer:
+        assert list(writer.records) == ["a"]
+        writer.append(line_of("b"))
+    assert [line["key"] for line in read(tmp_path).records] == ["a", "b"]
+
+
 def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_runner(tmp_path):
     with claim(tmp_path, SETTINGS, "first") as writer:
         writer.append(line_of("a"))
@@ -60,7 +88,20 @@ def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_runner(
     assert [line["key"] for line in read(tmp_path).records] == ["a", "b"]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"key": "a"}', '{"format": 1, "key": "a", "status": "?"}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "",
+        '{"key": "a"}',
+        '{"format": 1, "key": "b", "status": "?"}',
+        '{"format": 1, "key": ["b"], "status": "done"}',
+        '{"format": 1, "key": "b", "status": []}',
+        '{"format": 1, "key": "b", "status": "failed"}',
+        json.dumps({"format": 1, **{name: None for name in WHAT if name != "curves"}, "key": "b", "status": "done"}),
+    ],
+)
 def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
     with claim(tmp_path, SETTINGS, "first") as writer:
         writer.append(line_of("a"))

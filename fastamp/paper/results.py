@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fastamp.paper.plan import Run
 from fastamp.training.checkpoint import load_json, save_json
 
 FORMAT = 1  # of settings.json and of every line
@@ -21,6 +22,11 @@ LINES = "results.jsonl"
 RUNS = "runs"
 LOCK = ".lock"
 
+# What a line must say beside its format, key and status.
+_FIELDS = {
+    "done": (*(field.name for field in fields(Run)), "config", "result", "history", "curves", "seconds", "machine"),
+    "failed": ("error",),
+}
 _NAMES = ("steps", "eval_every", "threads", "overrides", "data", "vectors", "pretrained", "commands")
 
 
@@ -80,8 +86,13 @@ def _lines(path: Path) -> tuple[dict[str, dict[str, Any]], tuple[str, ...], int]
             raise ValueError(f"{path}, line {number} is damaged: {error!r}") from None
         if record.get("format") != FORMAT:
             raise ValueError(f"{path}, line {number} has format {record.get('format')!r}; takes {FORMAT}")
-        if status not in ("done", "failed"):
+        if not isinstance(key, str):
+            raise ValueError(f"{path}, line {number} is damaged: key {key!r}")
+        if status not in tuple(_FIELDS):
             raise ValueError(f"{path}, line {number} is damaged: status {status!r}")
+        missing = [name for name in _FIELDS[status] if name not in record]
+        if missing:
+            raise ValueError(f"{path}, line {number} is damaged: it has no {', '.join(missing)}")
         if records.get(key, {}).get("status") == "done":
             raise ValueError(f"{path}, line {number}: {key} is done in an earlier line already")
         records[key] = record
@@ -125,10 +136,14 @@ class ResultsWriter:
             raise ValueError(f"{key} is done already")
         record = {"format": FORMAT, **record}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        written = os.write(self._descriptor, line)
+        file = self.path / LINES
+        try:
+            written = os.write(self._descriptor, line)
+            os.fsync(self._descriptor)
+        except OSError as error:  # which does not know the name
+            raise OSError(error.errno, error.strerror, str(file)) from None
         if written < len(line):
-            raise OSError(f"{self.path / LINES}: only {written} of {len(line)} bytes could be written")
-        os.fsync(self._descriptor)
+            raise OSError(f"{file}: only {written} of {len(line)} bytes could be written")
         self.records[key] = record
 
     def close(self) -> None:
