@@ -121,9 +121,12 @@ def test_a_comparison_gives_difference_interval_improvement_and_p():
 
 
 def test_few_seeds_are_a_hint_only():
-    found = row(render(pair_of_methods(seeds=5), ran("table2")), "trec", "CNN-rand", "SentAMP", "SentMixup")
+    text = render(pair_of_methods(seeds=5), ran("table2"))
+    found = row(text, "trec", "CNN-rand", "SentAMP", "SentMixup")
     assert found[4] == "better, but few seeds ‡"
     assert found[7] == "0.062 ‡"
+    assert "Comparisons: 1 better, but few seeds ‡; of all 1, 0 with q < 0.05." in text
+    assert "Readings, of enough seeds: 0 better, 0 worse." in text
 
 
 def test_worse_is_said_as_plainly():
@@ -150,14 +153,14 @@ def test_claims_of_the_abstract_stand_beside_ours():
     assert "up to 17.5%" in text
     assert "Mixup of the same level here: 2." in text
     assert "+9.6% (trec, CNN-rand, 100% of the training data, SentAMP, n = 8; **better**)" in text
-    assert "Better beyond noise: 1." in text
+    assert "Readings, of enough seeds: 1 better, 1 worse." in text
 
 
 def test_failed_runs_are_listed_unless_done_later():
     text = render([done(), failed("sent-amp", 3), failed("none", 0)], ran("table2"))
     assert text.count("DivergedError") == 1
     assert "- `trec/cnn-rand/sent-amp/1/3`: DivergedError: the loss is nan" in text
-    assert "Runs: 1 done, 1 failed; 0:01:00 h" in text
+    assert "Runs: 1 done, 1 failed; 60 s of runs" in text
 
 
 def test_nothing_done_is_said():

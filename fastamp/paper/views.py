@@ -242,10 +242,8 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         "n": lambda c: f"{c.paired.n}" + (f", {c.paired.unequal} differ" if c.paired.unequal < c.paired.n else ""),
     }
     rows = [[show(c) for show in columns.values()] for c in found]
-    counts = Counter(c.paired.reading for c in found)
-    tally = ", ".join(
-        f"{counts[word]} {word}" for word in ("better", "worse", "within noise", "one seed") if counts[word]
-    )
+    counts = Counter(reading(c.paired).replace("**", "") for c in found)
+    tally = ", ".join(f"{n} {words}" for words, n in sorted(counts.items()))
     below = sum(c.q < SIGNIFICANT for c in found)
     return (
         f"{markdown(list(columns), rows, list(columns).index('Reading') + 1)}\n\n"
