@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from fastamp.cli import main
+from fastamp.paper import runner, worker
 from fastamp.paper.display import RunsDisplay, duration
 from fastamp.paper.plan import EXPERIMENTS, METHODS
 from fastamp.paper.results import LINES, read
@@ -49,13 +51,31 @@ def write_corpora(folder: Path) -> None:
     (folder / "vectors.txt").write_text("".join(lines))
 
 
+class InThisProcess(runner._Worker):
+    """Works at a run where it is given; a process takes seconds to start."""
+
+    def __init__(self):
+        self.connection, self.other = multiprocessing.Pipe()
+
+    def give(self, job):
+        job.folder.mkdir(parents=True)
+        self.job = job
+        self.other.send(worker.execute(job))
+
+    def end(self):
+        self.connection.close()
+        self.other.close()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, dict[str, Result], list[object]]:
     """A folder with the small runs of every table and figure, what each command said, and the options of all."""
     folder = tmp_path_factory.mktemp("paper")
     write_corpora(folder)
     options = [*SMALL.split(), "--data-dir", folder, "--vectors", folder / "vectors.txt", "--out", folder / "out"]
-    said = {name: invoke(name, *options, *asked.split()) for name, asked in ASKED.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_Worker", InThisProcess)
+        said = {name: invoke(name, *options, *asked.split()) for name, asked in ASKED.items()}
     return folder / "out", said, options
 
 
