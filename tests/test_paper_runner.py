@@ -277,6 +277,29 @@ if __name__ == "__main__":
 # A worker's part, in this process
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A saved BERT of two narrow layers, whose tokenizer knows few words."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "what", "is", "the"]
+    narrow = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **narrow)).save_pretrained(path)
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("method", ["word-amp", "nonlinear-mixup"])
+def test_bert_is_run_from_a_folder(tmp_path, encoder, method):
+    run = Run("questions", "bert", method, 1.0, 0)
+    options = Options(steps=2, eval_every=2, pretrained=str(encoder))
+    line = worker.execute(Job(run, options.config(run), tmp_path))
+    assert line["status"] == "done", line
+    assert (line["config"]["batch_size"], line["config"]["lr"]) == (24, 1e-5)
+    assert (line["curves"] is None) == (method == "nonlinear-mixup")
+    assert line["curves"] is None or line["curves"].keys() == {"lam", "word", "sentence"}
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of the code under test catches it."""
 
