@@ -15,7 +15,7 @@ from fastamp.training.checkpoint import load_tensors
 from fastamp.training.curves import LEVELS, POINTS, loss_curves, mixed_losses
 from fastamp.training.objectives import CrossEntropy, Mixing, make_objective
 from fastamp.training.task import Task
-from fastamp.training.updates import Updater
+from fastamp.training.updates import CapturedUpdater, Updater, _Captured
 
 CPU = torch.device("cpu")
 
@@ -124,6 +124,33 @@ def test_batches_are_captured_at_few_lengths():
     lengths = {length: captured_length(length) for length in range(1, 38)}
     assert all(length <= captured < length + 8 for length, captured in lengths.items())
     assert sorted(set(lengths.values())) == [8, 16, 24, 32, 40]
+
+
+def test_full_batches_are_replayed_by_length_and_others_updated_by_eagerly(monkeypatch):
+    seen = []
+
+    class Graph:
+        def replay(self):
+            seen.append("replay")
+
+    def captured(updater, ids, labels):
+        seen.append(tuple(ids.shape))
+        return _Captured(Graph(), ids, labels, torch.zeros(()), None)
+
+    monkeypatch.setattr(CapturedUpdater, "_capture", captured)
+    model, (ids, labels) = small_model(), small_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    update = CapturedUpdater(CrossEntropy(model), optimizer, None, generator=torch.Generator(), pad_id=0, rows=6)
+    # The last batch of an epoch comes first where a run resumes there.
+    before = model.classifier.bias.detach().clone()
+    loss, _ = update(ids[:2], labels[:2])
+    assert seen == []
+    assert loss > 0
+    assert not torch.equal(model.classifier.bias, before)
+    update(ids, labels)
+    update(ids[:, :4], labels)
+    update(F.pad(ids, (0, 5)), labels)
+    assert seen == [(6, 8), "replay", "replay", (6, 16), "replay"]
 
 
 def test_capture_is_refused_without_a_gpu(tmp_path):

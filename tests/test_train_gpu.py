@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastamp.training import TrainConfig, train
+from fastamp.training import Listener, TrainConfig, train
 
 pytestmark = pytest.mark.gpu
 
@@ -33,13 +33,7 @@ def test_a_captured_run_resumes(tmp_path, method):
     class StopError(Exception):
         pass
 
-    class Stop(type(whole).__mro__[-1]):
-        def started(self, *_):
-            pass
-
-        def evaluated(self, _):
-            pass
-
+    class Stop(Listener):
         def stepped(self, step, _):
             if step == 45:
                 raise StopError
@@ -54,15 +48,9 @@ def test_a_captured_run_resumes(tmp_path, method):
 def test_captured_steps_draw_new_coefficients(tmp_path):
     seen = []
 
-    class Watch:
-        def started(self, *_):
-            pass
-
+    class Watch(Listener):
         def evaluated(self, record):
             seen.append(record["mix/lam"])
-
-        def stepped(self, *_):
-            pass
 
     train(config(method="sent-amp", capture=True), tmp_path / "run", listener=Watch())
     assert len(set(seen)) == 3

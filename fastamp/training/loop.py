@@ -88,8 +88,8 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
 
     `out` receives config.json; metrics.jsonl, one record an evaluation and a final one; best.pt, the model of
     least dev error; last.pt, from which the same call resumes. A run that was killed at any time and resumed
-    gives bit for bit the weights and metrics (but for times) of one that was not, on the same machine with
-    the same number of threads.
+    gives bit for bit the weights and metrics (but for times) of one that was not, on the same machine's CPU with
+    the same number of threads; on a GPU up to the order in which its kernels sum.
 
     The records: `step`; `train_loss`, the mean since the last evaluation; `dev_error` and `test_error` in
     percent; `steps_per_s`; and of the evaluated step's batch, where rows are mixed, `mix/lam`, the mean
@@ -117,8 +117,8 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         raise ValueError(f"capture needs a cuda device, got device {config.device!r}")
     with _own_randomness(device, config.threads):
         task = Task.load(config, device)
-        _claim(out, config, task)
         run = _Run(config, out, device, task)
+        _claim(out, config, task)  # after all that can be refused: a mistake must not take the folder
         saved = out / "last.pt"
         if saved.exists():
             run.restore(load_tensors(saved), saved)
@@ -187,7 +187,14 @@ class _Run:
             self.parameters, lr=config.lr, weight_decay=config.l2, fused=True, capturable=config.capture
         )
         self.update = (
-            CapturedUpdater(self.objective, self.optimizer, config.clip_norm, generator=self.mixing, pad_id=task.pad_id)
+            CapturedUpdater(
+                self.objective,
+                self.optimizer,
+                config.clip_norm,
+                generator=self.mixing,
+                pad_id=task.pad_id,
+                rows=min(config.batch_size, len(task.train.labels)),
+            )
             if config.capture
             else Updater(self.objective, self.optimizer, config.clip_norm)
         )
@@ -224,7 +231,10 @@ class _Run:
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Continues from what last.pt holds."""
         if state.get("format") != FORMAT:
-            raise ValueError(f"checkpoint {path} has format {state.get('format')!r}; takes {FORMAT}")
+            raise ValueError(
+                f"checkpoint {path} has format {state.get('format')!r}, of another version of fastamp; takes {FORMAT}: "
+                "give another folder, or delete this one to start over"
+            )
         differences = self.config.differences(state.get("config", {}))
         if differences or state.get("data") != self.task.fingerprint():
             raise ValueError(f"{path} is of another run; different: {', '.join(differences) or 'data'}")

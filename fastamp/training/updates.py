@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -59,12 +60,14 @@ class CapturedUpdater(Updater):
     """The same on a CUDA device, by replaying a graph for every length of batch: no launch waits for Python.
 
     Batches are padded to `captured_length`, which does not change what a model of fastamp.models makes
-    of them. A batch of another number of rows than the first, as the last of an epoch, is updated by eagerly.
+    of them. A batch of another number of rows than `rows`, as the last of an epoch, is updated by eagerly.
 
     Args:
         objective, optimizer, clip_norm: as in `Updater`; the optimiser must be capturable.
         generator: what the objective draws λ and partners from, on the device.
         pad_id: the id that pads.
+        rows: number of rows of a batch whose step is captured. Not that of the first batch: a resumed run may begin
+            with the last one of an epoch.
     """
 
     def __init__(
@@ -75,16 +78,15 @@ class CapturedUpdater(Updater):
         *,
         generator: torch.Generator,
         pad_id: int,
+        rows: int,
     ) -> None:
         super().__init__(objective, optimizer, clip_norm)
-        self.generator, self.pad_id = generator, pad_id
-        self._rows = 0
+        self.generator, self.pad_id, self.rows = generator, pad_id, rows
         self._captured: dict[int, _Captured] = {}
 
     def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
         """See `Updater`; what is returned is overwritten by the next update."""
-        self._rows = self._rows or len(labels)
-        if len(labels) != self._rows:
+        if len(labels) != self.rows:
             return super().__call__(ids, labels)
         ids = F.pad(ids, (0, captured_length(ids.shape[1]) - ids.shape[1]), value=self.pad_id)
         if ids.shape[1] not in self._captured:
@@ -109,9 +111,15 @@ class CapturedUpdater(Updater):
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         pool = next((other.graph.pool() for other in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        # torch's own stream for captures is of whichever device was captured on first.
+        with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, stream=self._stream):
             loss, stats = super().__call__(ids, labels)
         return _Captured(graph, ids, labels, loss, stats)
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        # One for all graphs, or they would not share their pool's memory.
+        return torch.cuda.Stream(self.generator.device)
 
     def _tensors(self) -> list[Tensor]:
         return [*self.objective.parameters(), *self.objective.buffers()]
