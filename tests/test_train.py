@@ -1,6 +1,5 @@
-"""Training: resuming, results, refusals."""
+"""Training: resuming, results, batches."""
 
-import json
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Kill, Killed, assert_same_run, records, short, tiny_encoder, write_corpus
 
 from fastamp.data import Vocabulary
 from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, loop, train
@@ -18,66 +18,11 @@ from fastamp.training.batches import Batches, Examples, error_rate
 from fastamp.training.task import Task
 
 ROOT = Path(__file__).parents[1]
-CLOCK = ("steps_per_s", "seconds", "window_seconds", "metrics_offset")
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """A folder with a small two-class corpus of three to eight words a sentence."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(50, (80, 8), generator=generator).tolist()
-    lines = [f"{i % 2}\t{' '.join(f'w{w}' for w in row[: 3 + i % 6])}\n" for i, row in enumerate(words)]
-    folder = tmp_path / "data" / "mr"
-    folder.mkdir(parents=True)
-    (folder / "all.tsv").write_text("label\ttext\n" + "".join(lines))
-    return folder.parent
-
-
-def short(corpus: Path, **fields) -> TrainConfig:
-    fields = {
-        "steps": 14,
-        "eval_every": 3,
-        "checkpoint_every": 4,
-        "batch_size": 10,
-        "embedding_dim": 8,
-        "lr": 1e-3,
-        "threads": 1,
-        **fields,
-    }
-    return TrainConfig(dataset="mr", data_dir=str(corpus), **fields)
-
-
-def records(out: Path) -> list[dict]:
-    """metrics.jsonl without the times."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
-
-
-def assert_same(ours, theirs, where="") -> None:
-    """Bitwise equality of nested checkpoints, times aside."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours.keys() - set(CLOCK):
-            assert_same(ours[key], theirs[key], f"{where}/{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for number, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}/{number}")
-    else:
-        assert ours == theirs, where
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    assert records(ours) == records(theirs)
-    for name in ("best.pt", "last.pt"):
-        assert_same(checkpoint.load_tensors(ours / name), checkpoint.load_tensors(theirs / name), name)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the code under test catches it."""
+    return write_corpus(tmp_path / "data")
 
 
 # Resuming
@@ -143,12 +88,37 @@ def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path,
         assert_same_run(out, tmp_path / "whole")
 
 
-def test_a_torn_line_of_the_metrics_is_cut_off_on_resuming(tmp_path, corpus):
-    class Kill(Listener):
-        def stepped(self, step, loss):
-            if step == 11:
-                raise Killed
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "bilstm", "method": "none", "clip_norm": 0.05},
+        {"model": "bilstm", "method": "word-amp", "pass_dropout": "redrawn", "reweight": "moving"},
+        {"model": "bert", "method": "word-amp"},
+        {"model": "bert", "method": "sent-amp", "preset": "official"},
+        {"model": "bert", "method": "nonlinear-mixup"},
+        {"method": "sent-amp", "preset": "official", "fraction": 0.5},
+        {"method": "word-maxop", "vectors": True, "freeze_vectors": True, "fold": 3},
+        {"method": "nonlinear-mixup", "vectors": True, "alpha": 0.3},
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_a_run_of_any_kind_resumes_to_the_same_weights_and_metrics(tmp_path, corpus, options):
+    options = {"hidden_size": 8, "step_size": 0.3, **options}
+    if options.get("model") == "bert":
+        options |= {"pretrained": str(tiny_encoder(tmp_path / "encoder")), "embedding_dim": None}
+    if "vectors" in options:
+        (tmp_path / "vectors.txt").write_text("".join(f"w{i} {i} {-i} 0.5\n" for i in range(0, 50, 2)))
+        options |= {"vectors": str(tmp_path / "vectors.txt"), "embedding_dim": None}
+    config = short(corpus, **options)
+    train(config, tmp_path / "whole")
+    for step in (6, 7, 11):  # resuming at 4, twice, and at 8
+        with pytest.raises(Killed):
+            train(config, tmp_path / "out", listener=Kill(step))
+    assert train(config, tmp_path / "out").resumed_from == 8
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
+
+def test_a_torn_line_of_the_metrics_is_cut_off_on_resuming(tmp_path, corpus):
     config = short(corpus)
     train(config, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -307,78 +277,3 @@ def test_error_rate_counts_over_chunks_of_any_size(monkeypatch):
     ids = Vocabulary(["x"]).encode(sentences)
     examples = Examples.of(ids, [i % 3 for i in range(10)], torch.device("cpu")).by_length()
     assert error_rate(lambda ids: torch.eye(3)[0].expand(len(ids), 3), examples) == 60.0
-
-
-# Refusals
-
-
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
-def test_a_device_that_cannot_be_used_is_refused_by_name(tmp_path, device):
-    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
-        train(TrainConfig(device=device), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_with_another_run_is_refused_and_the_fields_named(tmp_path, corpus):
-    out = tmp_path / "out"
-    train(short(corpus), out)
-    with pytest.raises(ValueError, match=r"different: steps 20 \(there 14\), lr 0.5 \(there 0.001\)$"):
-        train(short(corpus, steps=20, lr=0.5), out)
-    text = (corpus / "mr" / "all.tsv").read_text()
-    (corpus / "mr" / "all.tsv").write_text(text.replace("w1 ", "w2 "))
-    with pytest.raises(ValueError, match=r"different: dataset files$"):
-        train(short(corpus), out)
-
-
-def test_a_moved_data_folder_does_not_make_another_run(tmp_path, corpus):
-    train(short(corpus), tmp_path / "out")
-    corpus.rename(tmp_path / "moved")
-    assert train(short(tmp_path / "moved"), tmp_path / "out").resumed_from == 14
-
-
-def flip_a_byte(content: bytes) -> bytes:
-    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [flip_a_byte, lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"not a checkpoint"],
-    ids=["flipped bit", "truncated", "empty", "text"],
-)
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, damage):
-    train(short(corpus), tmp_path / "out")
-    last = tmp_path / "out" / "last.pt"
-    last.write_bytes(damage(last.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged"):
-        train(short(corpus), tmp_path / "out")
-
-
-@pytest.mark.parametrize("change", ["step", "objective", "mixing", "rng", "metrics_offset"])
-def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(tmp_path, corpus, change):
-    train(short(corpus), tmp_path / "out")
-    last = tmp_path / "out" / "last.pt"
-    state = checkpoint.load_tensors(last)
-    del state[change]
-    checkpoint.save_tensors(last, state)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged .*{change}"):
-        train(short(corpus), tmp_path / "out")
-
-
-def test_other_damage_to_a_run_is_refused_by_name(tmp_path, corpus):
-    class Kill(Listener):
-        def stepped(self, step, loss):
-            if step == 11:
-                raise Killed
-
-    out = tmp_path / "out"
-    with pytest.raises(Killed):
-        train(short(corpus), out, listener=Kill())
-    (out / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"metrics.jsonl holds 0 bytes, fewer than"):
-        train(short(corpus), out)
-    (out / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
-        train(short(corpus), out)
-    (out / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"metrics.jsonl without a config.json"):
-        train(short(corpus), out)
