@@ -147,6 +147,14 @@ def test_sentences_are_encoded_with_special_tokens_and_padded_on_the_right(folde
     assert encoder.pad_id == 0
 
 
+def test_no_sentence_is_longer_than_the_model_takes(folder):
+    encoder = PretrainedEncoder.load(folder)  # of 24 positions
+    ids = encoder.encode(["who is a dog " * 20])
+    assert ids.shape[1] < 24
+    assert ids[0, -1] == 3
+    assert encoder.classifier(2)(ids).isfinite().all()
+
+
 def test_a_classifier_starts_from_the_encoders_weights_in_float32(folder):
     encoder = PretrainedEncoder.load(folder)
     torch.manual_seed(0)

@@ -206,7 +206,9 @@ def test_mixed_losses_are_those_of_every_pair():
 def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path):
     config = TrainConfig(method="word-amp", steps=60, lr=1e-3, embedding_dim=16, threads=1, eval_every=30)
     train(config, tmp_path / "run")
+    state = torch.get_rng_state()
     curves = loss_curves(config, tmp_path / "run")
+    assert torch.equal(state, torch.get_rng_state())
     assert curves == loss_curves(config, tmp_path / "run")
     assert json.loads(json.dumps(curves)) == curves
     assert (curves["lam"][0], curves["lam"][-1], len(curves["lam"])) == (0.0, 1.0, POINTS)

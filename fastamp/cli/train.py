@@ -145,7 +145,7 @@ def command(out: str, model: str, **fields: Any) -> None:
         config = recipe(_RECIPES[model], **fields)
         with TrainDisplay() as display:
             result = train(config, out, listener=display)
-    except (ValueError, TypeError, OSError, ImportError, DivergedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergedError) as error:
         raise click.ClickException(str(error)) from error
     if result.resumed_from == result.steps:
         click.echo(f"{out} holds this run, finished")

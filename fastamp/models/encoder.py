@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,12 +160,14 @@ class PretrainedEncoder:
         tokenizer: transformers' own.
         pad_id: the id that pads.
         digest: tells whether another run read the same: of a folder the SHA-256 of its files, else name and commit.
+        positions: how many ids the model takes; None: any number.
     """
 
     name: str
     tokenizer: Any
     pad_id: int
     digest: str
+    positions: int | None = None
 
     @classmethod
     def load(cls, name_or_dir: str | Path) -> PretrainedEncoder:
@@ -180,14 +183,17 @@ class PretrainedEncoder:
         config = _loaded(lambda name: cached_file(name, "config.json"), name_or_dir)
         folder = Path(config).parent
         digest = _digest(folder) if Path(name_or_dir).is_dir() else f"{name_or_dir}@{folder.name}"
-        return cls(str(name_or_dir), tokenizer, tokenizer.pad_token_id, digest)
+        positions = json.loads(Path(config).read_text()).get("max_position_embeddings")
+        if positions is not None:
+            positions -= tokenizer.pad_token_id + 1  # RoBERTa counts them from behind the padding's id
+        return cls(str(name_or_dir), tokenizer, tokenizer.pad_token_id, digest, positions)
 
     def encode(self, texts: Sequence[str], max_length: int = MAX_LENGTH) -> Tensor:
         """Ids of sentences, special tokens included.
 
         Args:
             texts: N sentences.
-            max_length: of a sentence, in ids; the end of a longer one is cut off.
+            max_length: of a sentence, in ids, and at most `positions`; the end of a longer one is cut off.
 
         Returns:
             (N, T), int64, on the CPU, padded on the right by `pad_id`; T is the longest sentence's length (at least 1).
@@ -196,6 +202,8 @@ class PretrainedEncoder:
             ValueError: max_length below 1.
         """
         check_sizes(max_length=max_length)
+        if self.positions is not None:
+            max_length = min(max_length, self.positions)
         if not texts:
             return torch.zeros(0, 1, dtype=torch.int64)
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")

@@ -58,7 +58,8 @@ def mixed_losses(
 def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Figure 2's curves of a finished run's best model.
 
-    Sentences and pairs are the same for every run on the same test set. The single pairs have two labels each.
+    Sentences and pairs are the same for every run whose tokeniser gives the same test set the same lengths. The single
+    pairs have two labels each. The global generators are left as they were.
 
     Args:
         config: the run.
@@ -73,7 +74,8 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
         return None
     device = torch.device(config.device)
     task = Task.load(config, device)
-    model = task.model(config).to(device)
+    with torch.random.fork_rng([]):
+        model = task.model(config).to(device)
     model.load_state_dict(load_tensors(Path(run) / "best.pt")["model"])
     model.eval()
     lam = torch.linspace(0, 1, POINTS, dtype=torch.float64)
