@@ -297,6 +297,17 @@ def test_plots_are_written_beside_the_report(tmp_path):
     assert_images(path.parent, path.read_text(encoding="utf-8"), {f"figure2-{name}.png" for name in expected})
 
 
+def test_captions_say_what_the_points_are_and_which_gradients_do_not_compare(tmp_path):
+    pytest.importorskip("matplotlib")
+    text = write(tmp_path / "ours", [with_curves(done("sent-amp"))], ran("controls")).read_text(encoding="utf-8")
+    assert "of the model of least dev error: two random pairs of test sentences" in text
+    assert "of one batch an evaluation" in text
+    assert "of another loss" not in text
+    official = done("sent-amp@official", config={"preset": "official"})
+    text = write(tmp_path / "official", [done("sent-amp"), official], ran("controls")).read_text(encoding="utf-8")
+    assert "of another loss" in text
+
+
 def test_ratios_are_drawn_as_a_curve(tmp_path):
     pytest.importorskip("matplotlib")
     records = [done(seed=seed, ratio=ratio, error=seed / ratio) for seed in (0, 1) for ratio in (0.1, 1.0)]

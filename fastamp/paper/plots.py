@@ -10,6 +10,7 @@ import numpy as np
 
 from fastamp.paper.statistics import Cell, by_cell, interval, summary
 from fastamp.paper.views import Comparison, Run, View, method_label, model_label, ratio_label
+from fastamp.training.curves import SENTENCES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,7 +197,7 @@ def _draw_curves(view: View, runs: Sequence[Run], path: Path) -> Image | None:
     columns: dict[str, Callable[[Mapping[str, Any]], Sequence[float]]] = {
         "a random pair": lambda curves: curves["pairs"][0],
         "another random pair": lambda curves: curves["pairs"][1],
-        "mean over the test set": lambda curves: curves["mean"],
+        "mean over test sentences": lambda curves: curves["mean"],
     }
     looks = _looks(_methods(view, runs))
     figure = _figure(10.5, 0.9 + 2.9 * len(levels) + 0.2 * len(looks) / 3)
@@ -219,7 +220,8 @@ def _draw_curves(view: View, runs: Sequence[Run], path: Path) -> Image | None:
     figure.savefig(path, dpi=DPI)
     return (
         path.name,
-        f"Loss against λ on test sentences, {_place(runs)}: mean over seeds, band ± one standard deviation.",
+        f"Loss against λ, {_place(runs)}, of the model of least dev error: two random pairs of test sentences, and the "
+        f"mean over random pairs of at most {SENTENCES}. Mean over seeds, band ± one standard deviation.",
     )
 
 
@@ -257,7 +259,13 @@ def _draw_policy(view: View, runs: Sequence[Run], path: Path) -> Image | None:
     figure.supxlabel("step", fontsize=9)
     figure.savefig(path, dpi=DPI)
     band = "" if crowded else ", band ± one standard deviation"
-    return path.name, f"The policy over training, {_place(runs)}: mean over seeds{band}."
+    caption = f"The policy over training, {_place(runs)}: of one batch an evaluation, mean over seeds{band}."
+    if any(run["config"].get("preset") == "official" for run in runs):
+        caption += (
+            " Of methods as in the published code ℓ is the batch's mean of another loss, and |∂ℓ/∂λ| no number to "
+            "compare."
+        )
+    return path.name, caption
 
 
 def _methods(view: View, runs: Iterable[Run]) -> list[str]:
