@@ -11,18 +11,36 @@ pytestmark = pytest.mark.gpu
 
 
 def config(**fields) -> TrainConfig:
-    fields = {"steps": 60, "eval_every": 20, "embedding_dim": 16, "lr": 1e-3, "dropout": 0.0, **fields}
+    fields = {"steps": 60, "eval_every": 20, "embedding_dim": 16, "lr": 1e-2, "dropout": 0.0, **fields}
     return TrainConfig(device="cuda", **fields)
 
 
 @pytest.mark.parametrize("method", ["none", "sent-mixup", "sent-amp", "word-mixup", "word-amp"])
 @pytest.mark.parametrize("model", ["textcnn", "bilstm"])
 def test_captured_steps_learn_what_eager_ones_learn(tmp_path, method, model):
-    eager = train(config(method=method, model=model, hidden_size=32), tmp_path / "eager")
-    captured = train(config(method=method, model=model, hidden_size=32, capture=True), tmp_path / "captured")
-    # Not the same random numbers, and the atomics of an embedding's gradient: a few sentences of 500 may differ.
+    fields = {"method": method, "model": model, "hidden_size": 32, "steps": 200, "eval_every": 100}
+    eager = train(config(**fields), tmp_path / "eager")
+    captured = train(config(**fields, capture=True), tmp_path / "captured")
+    # Sums in another order grow apart: a few sentences of 500 may differ.
     assert captured.test_error == pytest.approx(eager.test_error, abs=6)
-    assert captured.final_dev_error < 60
+    assert captured.final_dev_error < 40  # the most frequent class alone leaves about 72
+
+
+@pytest.mark.parametrize("model", ["textcnn", "bilstm"])
+def test_the_first_captured_losses_are_the_eager_ones(tmp_path, model):
+    """Whatever the captures of new lengths run to warm up must leave no trace in weights and moments."""
+    losses = {}
+    for capture in (False, True):
+        seen = losses[capture] = []
+
+        class Watch(Listener):
+            def stepped(self, step, loss, seen=seen):
+                seen.append(loss.item())
+
+        fields = {"model": model, "hidden_size": 32, "steps": 30, "lr": 3e-3, "clip_norm": 1.0, "capture": capture}
+        train(config(**fields), tmp_path / f"{capture}", listener=Watch())
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    assert losses[True][-1] < losses[True][0]
 
 
 @pytest.mark.parametrize("method", ["none", "word-amp"])
