@@ -2,17 +2,17 @@
 
 import io
 import json
-import multiprocessing
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from paper_runs import InThisProcess
 from rich.console import Console
 
 from fastamp.cli import main
-from fastamp.paper import runner, worker
+from fastamp.paper import runner
 from fastamp.paper.display import RunsDisplay, duration
 from fastamp.paper.plan import EXPERIMENTS, METHODS
 from fastamp.paper.results import LINES, read
@@ -49,22 +49,6 @@ def write_corpora(folder: Path) -> None:
     values = torch.randn(30, 8, generator=generator).tolist()
     lines = [f"{word} {' '.join(map(str, row))}\n" for word, row in zip(words, values, strict=False)]
     (folder / "vectors.txt").write_text("".join(lines))
-
-
-class InThisProcess(runner._Worker):
-    """Works at a run where it is given; a process takes seconds to start."""
-
-    def __init__(self):
-        self.connection, self.other = multiprocessing.Pipe()
-
-    def give(self, job):
-        job.folder.mkdir(parents=True)
-        self.job = job
-        self.other.send(worker.execute(job))
-
-    def end(self):
-        self.connection.close()
-        self.other.close()
 
 
 @pytest.fixture(scope="module")

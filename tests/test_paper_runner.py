@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from paper_runs import InThisProcess
 
 from fastamp.paper import runner, worker
 from fastamp.paper.plan import METHODS, Method, Run
@@ -116,9 +117,10 @@ together = pytest.mark.xdist_group("paper runner")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A folder of undisturbed runs, one after the other, the first of which diverges."""
+    """A folder of undisturbed runs in this process, one after the other, the first of which diverges."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_Worker", InThisProcess)
         patch.setitem(METHODS, "broken", Method("Diverges", {"method": "none", "lr": 1e30}))
         progress = execute(folder, [run_of("broken"), *RUNS_ASKED])
     assert (progress.total, progress.done, progress.failed, progress.active) == (3, 3, 1, ())
@@ -238,7 +240,7 @@ def test_an_interrupt_ends_all_workers_at_once(tmp_path, monkeypatch):
 
 
 @together
-def test_a_runner_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_lines(whole, tmp_path):
+def test_a_runner_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_lines(whole, tmp_path, monkeypatch):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -265,6 +267,7 @@ if __name__ == "__main__":
     assert [line["key"] for line in read(folder).records] == [RUNS_ASKED[0].key]
     with open(folder / LINES, "a") as file:
         file.write('{"format": 1, "key": "')
+    monkeypatch.setattr(runner, "_Worker", InThisProcess)
     execute(folder, RUNS_ASKED)
     assert [line["key"] for line in whole_lines(folder)] == [run.key for run in RUNS_ASKED]
     resumed = read(folder).records[1]
