@@ -123,10 +123,10 @@ def test_a_comparison_gives_difference_interval_improvement_and_p():
 def test_few_seeds_are_a_hint_only():
     text = render(pair_of_methods(seeds=5), ran("table2"))
     found = row(text, "trec", "CNN-rand", "SentAMP", "SentMixup")
-    assert found[4] == "better, but few seeds ‡"
+    assert found[4] == "a hint: better"
     assert found[7] == "0.062 ‡"
     assert "Comparisons: 1 better, but few seeds ‡; of all 1, 0 with q < 0.05." in text
-    assert "Readings, of enough seeds: 0 better, 0 worse." in text
+    assert "Clear readings: 0 better, 0 worse." in text
 
 
 def test_worse_is_said_as_plainly():
@@ -153,7 +153,7 @@ def test_claims_of_the_abstract_stand_beside_ours():
     assert "up to 17.5%" in text
     assert "Mixup of the same level here: 2." in text
     assert "+9.6% (trec, CNN-rand, 100% of the training data, SentAMP, n = 8; **better**)" in text
-    assert "Readings, of enough seeds: 1 better, 1 worse." in text
+    assert "Clear readings: 1 better, 1 worse." in text
 
 
 def test_failed_runs_are_listed_unless_done_later():

@@ -133,7 +133,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
         colour = _READING_COLOURS[pair.reading]
         if pair.interval is not None:
             panel.plot(pair.interval, [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        panel.plot([pair.difference], [y], "D", color=colour, markersize=4, fillstyle="full" if pair.enough else "none")
+        panel.plot([pair.difference], [y], "D", color=colour, markersize=4, fillstyle="full" if pair.clear else "none")
         share = "" if place.ratio == 1 else f", {ratio_label(place.ratio)}"
         panel.set_title(f"{place.dataset}, {model_label(place.model)}{share}", fontsize=7 if by_ratio else 9)
     for panel in panels.flat:
@@ -148,7 +148,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
     figure.savefig(path, dpi=DPI)
     return path.name, (
         "The comparisons: paired difference and its 95% bootstrap interval, in blue better, in orange worse, in grey "
-        "within noise. Hollow: too few seeds that differ."
+        "within noise. Hollow: a hint only, the signed-rank test sees nothing at 5%."
     )
 
 

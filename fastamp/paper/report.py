@@ -165,11 +165,11 @@ def _claims(runs: Sequence[Run]) -> str:
         f"{place.dataset}, {model_label(place.model)}, {ratio_label(place.ratio)} of the training data, "
         f"{method_label(place.method)}"
     )
-    beyond = Counter(pair.reading for _, pair in found if pair.enough)
+    beyond = Counter(pair.reading for _, pair in found if pair.clear)
     return (
         f"{text} Comparisons of AMP with Mixup of the same level here: {len(found)}. Their largest relative "
         f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the median "
-        f"{median(improvements):+.1f}%. Readings, of enough seeds: {beyond['better']} better, {beyond['worse']} worse. "
+        f"{median(improvements):+.1f}%. Clear readings: {beyond['better']} better, {beyond['worse']} worse. "
         "The largest of several noisy numbers tends to be above zero even where nothing acts."
     )
 
@@ -184,12 +184,11 @@ def _notes(runs: Sequence[Run]) -> str:
         "in the comparisons only, which take the seeds that both sides have.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
-        "Reading: **better** or **worse** where the interval leaves out zero, else within noise. Of comparisons in "
-        "which nothing acts about 14% read so at 6 seeds, 9% at 10 and 7% at 20 (by simulation): of a whole table "
+        "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where only the "
+        "interval does; else within noise. The interval alone is too narrow for few seeds: where nothing acts it leaves "
+        "out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). Of a whole table "
         "believe q.",
-        f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05, and the interval is too "
-        "narrow: it leaves out zero for noise alone in 50%, 27% and 17% of cases at n = 2, 3 and 5. Such a reading is "
-        "a hint.",
+        f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of comparisons in its table (false discovery rate, Benjamini and Hochberg).",
     ]

@@ -74,6 +74,11 @@ class Paired:
         return "better" if high < 0 else "worse" if low > 0 else "within noise"
 
     @property
+    def clear(self) -> bool:
+        """Whether the signed-rank test sees a difference, too; else a reading that is not noise is a hint."""
+        return self.reading in ("better", "worse") and self.p < 1 - CONFIDENCE
+
+    @property
     def enough(self) -> bool:
         """Whether p could be below 0.05 at all."""
         return self.unequal >= ENOUGH_PAIRS

@@ -255,7 +255,7 @@ def reading(pair: Paired) -> str:
     """In bold what is not noise; with a caution where the seeds are too few for the interval to say so."""
     if pair.reading not in ("better", "worse"):
         return pair.reading
-    return f"**{pair.reading}**" if pair.enough else f"{pair.reading}, but few seeds {TOO_FEW}"
+    return f"**{pair.reading}**" if pair.clear else f"a hint: {pair.reading}"
 
 
 def _difference(pair: Paired) -> str:
