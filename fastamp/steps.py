@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastamp import closed_form
+from fastamp import chunked_head, closed_form
 from fastamp.autograd import once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.checks import labels_all_kept
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
+from fastamp.reduction import divided, divisors, if_tensor, kernel_grad_divisor, reduced, upstream_of
 
 SMALL_HEAD_CLASSES = 16
 
@@ -120,7 +121,7 @@ class _TameTotal(torch.autograd.Function):
             all_kept=all_kept,
         )
         if grad is not None:
-            ctx.save_for_backward(grad, *_if_tensor(divisor))
+            ctx.save_for_backward(grad, *if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
         return negative_loss.div_(-divisor)
 
@@ -128,7 +129,7 @@ class _TameTotal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, *divisor = ctx.saved_tensors
-        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        upstream = upstream_of(grad_loss, *divisor or (ctx.divisor,))
         return ((grad * upstream).to(ctx.dtype), *[None] * 9)
 
 
@@ -164,16 +165,16 @@ class _AmpCrossEntropy(torch.autograd.Function):
             tame=tame,
         )
         if need_grad:
-            ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *_if_tensor(divisor))
+            ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
         ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
-        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
+        return reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_mixed, lam, partner, *divisor = ctx.saved_tensors
-        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        upstream = upstream_of(grad_loss, *divisor or (ctx.divisor,))
         grad = closed_form.scatter_roles(grad_mixed, lam, partner, upstream)
         return (grad.to(ctx.dtype), *[None] * 11)
 
@@ -192,6 +193,7 @@ def linear_step(
     reduction: str,
     num_items: float | Tensor | None,
     *,
+    chunk_rows: int | None,
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`linear_amp_cross_entropy` for arguments that have been checked."""
@@ -200,9 +202,18 @@ def linear_step(
         from fastamp import ops
 
         by_kernel = ops.linear_head_fits(hidden, linear_weight, policy)
+    affine = not relu and keep is None
+    # A graph stays whole unless chunks are asked for.
+    if chunk_rows is None and affine and not by_kernel and not torch.compiler.is_compiling():
+        chunk_rows = chunked_head.automatic_rows(hidden, len(linear_weight))
+    if chunk_rows is not None and len(hidden):
+        tensors = (hidden, linear_weight, linear_bias, target, lam, partner, weight)
+        # Here and not by a decorator: that imports the compiler, which is slow and imports Triton.
+        step = torch.compiler.disable(_chunked_step) if torch.compiler.is_compiling() else _chunked_step
+        return step(*tensors, policy, reduction, num_items, chunk_rows)
     # Where a product in half precision would cost digits and save little, it is done in float32.
     small_half = hidden.dtype.itemsize == 2 and len(linear_weight) <= SMALL_HEAD_CLASSES
-    if not by_kernel and not relu and keep is None and not small_half:
+    if not by_kernel and affine and not small_half:
         # Affine: mix the logits instead of the hidden rows.
         logits = F.linear(hidden, linear_weight, linear_bias)
         facts = host_facts(logits, target, policy)
@@ -257,6 +268,39 @@ def linear_step(
     return loss, MixStats(lam, lam_adv, grad, delta, mask)
 
 
+def _chunked_step(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    weight: Tensor | None,
+    policy: Policy,
+    reduction: str,
+    num_items: float | Tensor | None,
+    chunk_rows: int,
+) -> tuple[Tensor, MixStats]:
+    """An affine head, `chunk_rows` rows at a time; B >= 1."""
+    dtype = chunked_head.product_dtype(hidden)
+    lam = lam.detach().to(closed_form.compute_dtype(dtype))
+    all_kept = labels_facts(target, len(linear_weight), policy)
+    divisor, _ = divisors(target, lam, partner, weight, policy, reduction, num_items, all_kept)
+    grad_divisor = kernel_grad_divisor(target, lam, partner, weight, policy, num_items, all_kept)
+    wants_grad = torch.is_grad_enabled()
+    loss, lam_adv, grad, delta, mask = chunked_head.chunked_losses(
+        chunked_head.Head(hidden, linear_weight, linear_bias, target, lam, partner, weight, grad_divisor),
+        chunked_head.How(policy, chunk_rows, dtype, uses_triton(hidden), all_kept),
+        (
+            wants_grad and hidden.requires_grad,
+            wants_grad and linear_weight.requires_grad,
+            wants_grad and linear_bias is not None and linear_bias.requires_grad,
+        ),
+        per_row=reduction == "none",
+    )
+    return divided(loss, divisor), MixStats(lam, lam_adv, grad, delta, mask)
+
+
 class _LinearAmpCrossEntropy(torch.autograd.Function):
     """`closed_form.linear_amp_rows`, with the selected pass kept for backward."""
 
@@ -294,17 +338,17 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
                 keep=None if keep is None else keep.to(dtype),
                 all_kept=all_kept,
             )
-        ctx.save_for_backward(rows.grad_mixed, grad_m, head_input, rows.lam, partner, *_if_tensor(divisor))
+        ctx.save_for_backward(rows.grad_mixed, grad_m, head_input, rows.lam, partner, *if_tensor(divisor))
         ctx.divisor = divisor if isinstance(divisor, float) else None
         ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
         ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
-        return _reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
+        return reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         g, grad_m, head_input, lam, partner, *divisor = ctx.saved_tensors
-        upstream = _upstream(grad_loss, *divisor or (ctx.divisor,))
+        upstream = upstream_of(grad_loss, *divisor or (ctx.divisor,))
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_hidden = grad_weight = grad_bias = None
         with torch.autocast(g.device.type, enabled=False):
@@ -316,62 +360,3 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = weighted.sum(0).to(bias_dtype)
         return (grad_hidden, grad_weight, grad_bias, *[None] * 11)
-
-
-def divisors(
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    policy: Policy,
-    reduction: str,
-    num_items: float | Tensor | None,
-    all_kept: bool,
-) -> tuple[Tensor | float, Tensor | float]:
-    """The divisor of the loss, and the one of the λ-gradient under grad_scale="mean" (1.0 where unused)."""
-    if reduction != "mean" and policy.grad_scale != "mean":
-        return 1.0, 1.0
-    mean: Tensor | float
-    if num_items is not None:
-        mean = num_items.to(lam.dtype) if isinstance(num_items, Tensor) else float(num_items)
-    elif all_kept and (weight is None or target.is_floating_point()):
-        mean = float(lam.shape[0])
-    else:
-        mean = closed_form.row_mass(target, lam, partner, weight, policy.ignore_index).sum()
-    of_grad = mean if policy.grad_scale == "mean" else 1.0
-    if reduction != "mean":
-        return 1.0, of_grad
-    # Two tensors: torch.compile refuses one tensor in two places of an autograd.Function.
-    return mean, of_grad.clone() if isinstance(of_grad, Tensor) else of_grad
-
-
-def kernel_grad_divisor(
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    policy: Policy,
-    num_items: float | Tensor | None,
-    all_kept: bool,
-) -> Tensor | None:
-    """The divisor of the λ-gradient as a 0-d tensor like `lam`, or None where it is the row's own."""
-    if policy.grad_scale == "row":
-        return None
-    _, divisor = divisors(target, lam, partner, weight, policy, "none", num_items, all_kept)
-    # A number is filled in on the device, for a copy from the host would wait for it.
-    return divisor.to(lam) if isinstance(divisor, Tensor) else lam.new_full((), divisor)
-
-
-def _reduced(loss: Tensor, reduction: str, divisor: Tensor | float) -> Tensor:
-    return loss if reduction == "none" else loss.sum() / divisor
-
-
-def _upstream(grad_loss: Tensor, divisor: Tensor | float) -> Tensor:
-    if isinstance(divisor, float):
-        return grad_loss / divisor
-    # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
-    return torch.where(divisor == 0, torch.zeros_like(grad_loss), grad_loss / divisor)
-
-
-def _if_tensor(value: Tensor | float) -> tuple[Tensor, ...]:
-    return (value,) if isinstance(value, Tensor) else ()

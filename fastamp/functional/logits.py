@@ -89,6 +89,7 @@ def linear_amp_cross_entropy(
     weight: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    chunk_rows: int | None = None,
     return_stats: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, MixStats]:
@@ -109,6 +110,11 @@ def linear_amp_cross_entropy(
         weight: (C,) class weights.
         reduction: as in `amp_cross_entropy`; num_items, return_stats and the options too.
         num_items: replaces the divisor of the mean.
+        chunk_rows: how many rows' logits are computed at a time, so that neither (B, C) logits nor their gradient are
+            ever held; at least 1, and 2 more where partners lie outside. None computes all at once, unless logits and
+            gradient together would take more than 256 MiB: then a number that suits the memory (outside torch.compile
+            only: a number breaks the graph). Not with an activation or a dropout mask, after which logits cannot be
+            mixed; these hold (B, C) whatever C is.
         return_stats: also return a `MixStats`.
         **options: as in `amp_cross_entropy`.
 
@@ -116,9 +122,12 @@ def linear_amp_cross_entropy(
         The loss, () or (B,), float32 (float64 for float64 hidden); with return_stats a tuple (loss, MixStats).
         Differentiable once, to hidden, linear_weight and linear_bias. Small heads, and any with an activation or a
         dropout mask, are computed in float32 throughout; a large affine head is one matrix product in hidden's dtype.
+        In chunks all products are in hidden's dtype (or autocast's), and gradients are summed in float32 and rounded
+        once. Those of a mean or sum are made in the forward pass; for "none", backward computes the logits again.
 
     Raises:
-        TypeError, ValueError: as in `amp_cross_entropy`.
+        TypeError, ValueError: as in `amp_cross_entropy`; chunk_rows that is no int, or less than 1.
+        NotImplementedError: chunk_rows together with an activation or a dropout mask.
     """
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
@@ -151,6 +160,8 @@ def linear_amp_cross_entropy(
                 f"dropout_mask must have hidden's shape {tuple(hidden.shape)}, got {tuple(dropout_mask.shape)}"
             )
         check_device("dropout_mask", dropout_mask, hidden.device)
+    if chunk_rows is not None:
+        _check_chunk_rows(chunk_rows, mixes_logits=activation is None and dropout_mask is None)
 
     loss, stats = linear_step(
         hidden,
@@ -165,6 +176,19 @@ def linear_amp_cross_entropy(
         policy,
         reduction,
         num_items,
+        chunk_rows=chunk_rows,
         return_stats=return_stats,
     )
     return (loss, stats) if return_stats and stats is not None else loss
+
+
+def _check_chunk_rows(chunk_rows: object, *, mixes_logits: bool) -> None:
+    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+        raise TypeError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows}")
+    if not mixes_logits:
+        raise NotImplementedError(
+            "chunk_rows takes neither an activation nor a dropout_mask: mixing does not commute with them; "
+            "leave chunk_rows out, or mix behind them"
+        )

@@ -1,0 +1,393 @@
+"""A linear head of many classes, some rows at a time: the numbers of the whole, and never (B, C) of anything."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, HAS_GPU, INTERPRETED, TOLERANCE, assert_no_worse
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import laid_out, options
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastamp
+from fastamp import chunked_head, reference
+from fastamp.functional import linear_amp_cross_entropy
+from fastamp.mixing import draw
+
+NAMES = ("hidden", "linear_weight", "linear_bias")
+
+
+class Call:
+    """One call in chunks, and what comes from above."""
+
+    def __init__(self, batch=7, depth=6, classes=11, *, dtype=torch.float32, chunk_rows=3, bias=True, **options):
+        self.hidden = torch.randn(batch, depth).to(dtype)
+        self.linear_weight = (torch.randn(classes, depth) / depth**0.5).to(dtype)
+        self.linear_bias = torch.randn(classes).to(dtype) if bias else None
+        self.target = torch.randint(classes, (batch,))
+        self.lam, self.partner = torch.rand(batch, dtype=torch.float64), torch.randperm(batch)
+        self.chunk_rows, self.options = chunk_rows, options
+        self.upstream = torch.randn(batch) if options.get("reduction") == "none" else torch.tensor(0.7)
+
+    def leaves(self, dtype=None):
+        tensors = (self.hidden, self.linear_weight, self.linear_bias)
+        return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+    def by_library(self, leaves=None, **changed):
+        """Loss, statistics and leaves; each call's options may be changed."""
+        leaves = self.leaves() if leaves is None else leaves
+        chosen = {"chunk_rows": self.chunk_rows, **self.options, **changed}
+        batch = (self.target, self.lam, self.partner)
+        loss, stats = linear_amp_cross_entropy(*leaves, *batch, return_stats=True, **chosen)
+        return loss, stats, leaves
+
+    def by_definition(self, dtype):
+        leaves = self.leaves(dtype)
+        target = self.target.to(dtype) if self.target.is_floating_point() else self.target
+        result = reference.amp(
+            lambda m: F.linear(m, *leaves[1:]), leaves[0], target, self.lam, self.partner, **self.options
+        )
+        return result.loss, result, leaves
+
+    def gradients(self, loss, leaves, upstream=None, **kwargs):
+        present = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        return torch.autograd.grad(loss, present, (self.upstream if upstream is None else upstream).to(loss), **kwargs)
+
+    def assert_contract(self):
+        dtype = self.hidden.dtype
+        runs = [self.by_library(), self.by_definition(torch.float64), self.by_definition(dtype)]
+        assert_no_worse("loss", *[loss.detach() for loss, _, _ in runs], dtype)
+        for name in ("lam_adv", "grad", "delta"):
+            assert_no_worse(name, *[getattr(stats, name) for _, stats, _ in runs], dtype)
+        truth = runs[1][1]
+        noise = 64 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        tie_tol = self.options.get("tie_tol", 0.0)
+        doubtful = (truth.delta + (0.0 if tie_tol == "auto" else tie_tol)).abs() <= noise
+        assert ((runs[0][1].mask == truth.mask) | doubtful).all()
+        gradients = [self.gradients(loss, leaves) for loss, _, leaves in runs]
+        if not self.target.is_floating_point() and (self.target == self.options.get("ignore_index", -100)).all():
+            assert not any(mine.any() for mine in gradients[0])
+            return
+        for name, mine, true, other in zip(NAMES, *gradients, strict=False):
+            assert mine.dtype == dtype
+            assert_no_worse(f"gradient of {name}", mine, true, other, dtype)
+
+
+def partners(kind, batch):
+    """A permutation of 0..batch-1."""
+    if kind == "one cycle":
+        order = torch.randperm(batch)
+        return torch.empty_like(order).scatter_(0, order, order.roll(-1))
+    if kind == "matching":
+        return draw(batch, pairing="matching").partner
+    return torch.arange(batch) if kind == "self" else torch.randperm(batch)
+
+
+KINDS = st.sampled_from(["permutation", "permutation", "one cycle", "matching", "self"])
+
+
+# --- the order of rows
+
+
+@given(batch=st.integers(1, 40), chunk_rows=st.integers(1, 45), kind=KINDS, seed=st.integers(0, 2**16))
+def test_every_role_finds_both_of_its_rows_in_one_chunk(batch, chunk_rows, kind, seed):
+    torch.manual_seed(seed)
+    partner = partners(kind, batch)
+    own = []
+    for chunk in chunked_head.chunks(partner, chunk_rows):
+        assert len(chunk.rows) <= chunk_rows + chunked_head.OUTSIDE
+        mine = chunk.rows[: chunk.own]
+        assert torch.equal(chunk.rows[chunk.partner[: chunk.own]], partner[mine])
+        assert torch.equal(chunk.partner.sort().values, torch.arange(len(chunk.rows)))
+        own.append(mine)
+    assert torch.equal(torch.cat(own).sort().values, torch.arange(batch))
+
+
+def test_the_order_is_made_without_a_look_at_the_permutation():
+    on_meta = torch.empty(50, dtype=torch.int64, device="meta")
+    assert [chunk.own for chunk in chunked_head.chunks(on_meta, 16)] == [16, 16, 16, 2]
+
+
+# --- the numbers
+
+
+@st.composite
+def calls(draw):
+    batch, classes, depth = draw(st.integers(1, 12)), draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    soft, kind = draw(st.booleans()), draw(KINDS)
+    chosen = draw(options(batch, classes, soft=soft))
+    rows, bias = draw(st.integers(1, 14)), draw(st.booleans())
+    ignored = draw(st.integers(0, batch))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    if chosen["weight"] is not None:
+        chosen["weight"] = 0.25 + torch.rand(classes)
+    call = Call(batch, depth, classes, dtype=torch.float64, chunk_rows=rows, bias=bias, **chosen)
+    call.partner = partners(kind, batch)
+    if soft:
+        call.target = 0.9 * torch.rand(batch, classes, dtype=torch.float64).softmax(1)
+    elif chosen["ignore_index"] != -100:
+        call.target[:ignored] = chosen["ignore_index"]
+    return call
+
+
+@given(call=calls())
+def test_closed_forms_in_chunks_are_the_definition(call):
+    with fastamp.set_backend("torch"):
+        call.assert_contract()
+
+
+@INTERPRETED
+@given(call=calls())
+def test_kernels_in_chunks_are_the_definition(triton_backend, call):
+    for name in ("hidden", "linear_weight", "linear_bias", "target", "lam", "partner"):
+        setattr(call, name, None if getattr(call, name) is None else getattr(call, name).to(torch.get_default_device()))
+    call.assert_contract()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_no_worse_than_its_composition(backend, dtype, reduction):
+    Call(9, 8, 19, dtype=dtype, step_size=0.05, reduction=reduction).assert_contract()
+
+
+@pytest.mark.parametrize("classes", [4100, 37])
+def test_rows_of_either_kernel_hold_the_contract(triton_backend, classes):
+    Call(5, 4, classes, chunk_rows=2, step_size=0.05, loss="cross_entropy").assert_contract()
+
+
+def test_any_strides_give_the_numbers_of_contiguous_tensors(backend):
+    call = Call(step_size=0.1)
+    loss, _, leaves = call.by_library()
+    expected = call.gradients(loss, leaves)
+    for name in (*NAMES, "target", "lam", "partner"):
+        setattr(call, name, laid_out(getattr(call, name), "every second"))
+    strided, _, leaves = call.by_library()
+    torch.testing.assert_close(strided, loss)
+    torch.testing.assert_close(call.gradients(strided, leaves), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_gradients_of_unlikely_classes_survive_until_the_loss_scale_is_known(backend, dtype):
+    """The forward pass makes them, of p / B below the smallest float16."""
+    call = Call(16, 4, 2000, dtype=dtype, chunk_rows=6)
+    call.linear_weight *= 0.1
+    call.linear_bias = torch.zeros(2000, dtype=dtype)
+    call.linear_bias[500:] = -9
+    call.upstream, call.target = torch.tensor(2.0**15), call.target % 500
+    ours, truth = (call.gradients(run[0], run[2]) for run in (call.by_library(), call.by_definition(torch.float64)))
+    rare = truth[2][500:]
+    assert rare.max() / call.upstream / len(call.hidden) < 2**-24
+    torch.testing.assert_close(ours[2][500:].double(), rare, rtol=20 * TOLERANCE[dtype], atol=0)
+
+
+def test_chunks_take_the_dtype_of_autocast(backend):
+    call = Call(9, 16, 30, step_size=0.1)
+    device = call.hidden.device.type
+    with torch.autocast(device, torch.bfloat16):
+        loss, _, leaves = call.by_library()
+        whole, _, whole_leaves = call.by_library(chunk_rows=None)
+    assert loss.dtype == torch.float32
+    truth, _, true_leaves = call.by_definition(torch.float64)
+    assert_no_worse("loss", loss.detach(), truth.detach(), whole.detach(), torch.bfloat16)
+    gradients = (call.gradients(*run) for run in ((loss, leaves), (truth, true_leaves), (whole, whole_leaves)))
+    for name, mine, true, other in zip(NAMES, *gradients, strict=True):
+        assert mine.dtype == torch.float32
+        assert_no_worse(name, mine, true, other, torch.bfloat16)
+    assert (loss - truth).abs() > 1e-6  # it did round
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_twice_gives_the_same_and_keeps_what_it_gave(backend, reduction):
+    call = Call(reduction=reduction)
+    loss, _, leaves = call.by_library()
+    first = call.gradients(loss, leaves, retain_graph=True)
+    copies = [grad.clone() for grad in first]
+    doubled = call.gradients(loss, leaves, 2 * call.upstream, retain_graph=True)
+    again = call.gradients(loss, leaves)
+    for grad, copy, double, last in zip(first, copies, doubled, again, strict=True):
+        assert torch.equal(grad, copy)
+        assert torch.equal(last, copy)
+        torch.testing.assert_close(double, 2 * copy, rtol=1e-6, atol=1e-7)
+
+
+def test_an_upstream_gradient_of_stride_zero_is_that_of_the_sum(backend):
+    call = Call(reduction="none")
+    losses, _, leaves = call.by_library()
+    total, _, total_leaves = call.by_library(reduction="sum")
+    ones = torch.ones(()).expand(len(call.hidden))
+    for mine, expected in zip(
+        call.gradients(losses, leaves, ones), call.gradients(total, total_leaves, torch.ones(())), strict=True
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_inputs_give_the_same_bits(backend):
+    call = Call(23, 6, 30, chunk_rows=4)
+    runs = [(loss.detach(), *stats[1:5], *call.gradients(loss, leaves)) for loss, stats, leaves in
+            (call.by_library() for _ in range(2))]  # fmt: skip
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_second_derivative_is_refused(backend):
+    loss, _, leaves = Call().by_library()
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        torch.autograd.grad(loss.square(), leaves[0], create_graph=True)
+
+
+def test_an_empty_batch_gives_what_the_whole_gives(backend):
+    call = Call(0, chunk_rows=4)
+    for reduction in ("mean", "sum", "none"):
+        loss, _, leaves = call.by_library(reduction=reduction)
+        whole, _, _ = call.by_library(reduction=reduction, chunk_rows=None)
+        torch.testing.assert_close(loss, whole, equal_nan=True)
+        assert not any(grad.any() for grad in call.gradients(loss.sum(), leaves))
+
+
+# --- what is made, and what is not
+
+
+class Made(TorchDispatchMode):
+    """Notes shape and bytes of every tensor that an operation makes in memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.largest = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given_memory = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in given_memory:
+                self.shapes.add(tuple(one.shape))
+                self.largest = max(self.largest, one.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
+    batch, classes, rows = 64, 120, 6
+    call = Call(batch, 4, classes, dtype=torch.bfloat16, chunk_rows=rows, reduction=reduction)
+    if soft:
+        call.target = torch.rand(batch, classes).softmax(1)
+    leaves = call.leaves()
+    with Made() as made:
+        loss = call.by_library(leaves)[0]
+        call.gradients(loss, leaves)
+    assert made.largest <= 4 * (rows + chunked_head.OUTSIDE) * classes
+    with Made() as made:
+        call.by_library(chunk_rows=None)
+    assert made.largest >= 2 * batch * classes
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_gradients_that_are_asked_for_are_made(backend, which, reduction):
+    call = Call(9, 5, 13, chunk_rows=2, reduction=reduction)
+    loss, _, leaves = call.by_library()
+    expected = call.gradients(loss, leaves)
+    leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, which, strict=True)]
+    with Made() as made:
+        loss = call.by_library(leaves)[0]
+        (mine,) = call.gradients(loss, leaves)
+    torch.testing.assert_close(mine, expected[which.index(True)])
+    if not which[0]:
+        assert (9, 5) not in made.shapes  # that of the gradient to hidden
+    if not which[1]:
+        assert (13, 5) not in made.shapes
+
+
+def test_inference_makes_no_gradient(backend, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(chunked_head, "_accumulate", refuse)
+    call = Call()
+    with torch.no_grad():
+        loss = call.by_library()[0]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss.double(), call.by_definition(torch.float64)[0].detach(), rtol=1e-5, atol=1e-6)
+    call.by_library([None if leaf is None else leaf.detach() for leaf in call.leaves()])
+
+
+def wide_hidden(batch, depth, dtype):
+    return torch.empty((), dtype=dtype).expand(batch, depth)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((8192, 2048, 128256), torch.bfloat16), ((4096, 4096, 32000), torch.float32), ((10**6, 64, 10**6), torch.float64)],
+)
+def test_chunks_of_huge_heads_are_a_part_of_what_the_gradients_take(shape, dtype):
+    batch, depth, classes = shape
+    rows = chunked_head.automatic_rows(wide_hidden(batch, depth, dtype), classes)
+    wide = max(4, dtype.itemsize)
+    logits_and_gradient = 2 * (rows + chunked_head.OUTSIDE) * classes * dtype.itemsize
+    least = 2 * chunked_head.MIN_ROWS * classes * dtype.itemsize
+    assert logits_and_gradient <= max(least, chunked_head.CHUNK_BYTES, wide * (batch + classes) * depth / 4)
+    assert 8 <= rows < batch
+
+
+def test_small_heads_are_not_cut():
+    assert chunked_head.automatic_rows(wide_hidden(50, 300, torch.float32), 6) is None
+    assert chunked_head.automatic_rows(wide_hidden(1024, 1024, torch.bfloat16), 21841) is None
+
+
+def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
+    monkeypatch.setattr(chunked_head, "WHOLE_BYTES", 2 * 4 * 30 * 200 - 1)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
+    call = Call(30, 4, 200, chunk_rows=None)
+    leaves = call.leaves()
+    with Made() as made:
+        loss = call.by_library(leaves)[0]
+    assert made.largest == 4 * chunked_head.MIN_ROWS * 200
+    whole = call.by_library(chunk_rows=30)[0]
+    torch.testing.assert_close(loss, whole)
+    smaller = Call(29, 4, 200, chunk_rows=None)
+    with Made() as made:
+        smaller.by_library()
+    assert made.largest == 4 * 29 * 200
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be an int >= 1 or None, got 0"),
+        ({"chunk_rows": -3}, ValueError, "chunk_rows must be an int >= 1 or None, got -3"),
+        ({"chunk_rows": True}, TypeError, "chunk_rows must be an int >= 1 or None, got True"),
+        ({"chunk_rows": 2.0}, TypeError, r"chunk_rows must be an int >= 1 or None, got 2\.0"),
+        ({"activation": "relu"}, NotImplementedError, "chunk_rows takes neither an activation nor a dropout_mask"),
+        ({"dropout_mask": torch.ones(7, 6)}, NotImplementedError, "chunk_rows takes neither"),
+    ],
+)
+def test_chunk_rows_that_cannot_be_are_refused(changed, error, message):
+    with pytest.raises(error, match=message):
+        Call().by_library(**changed)
+
+
+def test_a_label_out_of_range_is_refused():
+    call = Call(classes=11)
+    call.target[4] = 11
+    with pytest.raises(ValueError, match=r"target must lie in 0\.\.10 .* got 11 in row 4"):
+        call.by_library()
+
+
+def test_a_compiled_step_breaks_its_graph_and_gives_the_numbers_of_eager_mode(backend):
+    torch._dynamo.reset()
+    call = Call(step_size=0.1)
+    layer = nn.Linear(6, 6)
+
+    def step(hidden, weight, bias):
+        batch = (call.target, call.lam, call.partner)
+        return linear_amp_cross_entropy(layer(hidden), weight, bias, *batch, step_size=0.1, chunk_rows=3).exp()
+
+    results = []
+    for run in (step, torch.compile(step, backend="inductor" if HAS_GPU else "aot_eager")):
+        leaves = call.leaves()
+        loss = run(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, [*leaves, *layer.parameters()])))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=1e-6)
