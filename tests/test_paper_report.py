@@ -125,7 +125,7 @@ def test_few_seeds_are_a_hint_only():
     found = row(text, "trec", "CNN-rand", "SentAMP", "SentMixup")
     assert found[4] == "a hint: better"
     assert found[7] == "0.062 ‡"
-    assert "Comparisons: 1 better, but few seeds ‡; of all 1, 0 with q < 0.05." in text
+    assert "Comparisons: 1 a hint: better; of all 1, 0 with q < 0.05." in text
     assert "Clear readings: 0 better, 0 worse." in text
 
 

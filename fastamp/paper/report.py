@@ -184,10 +184,10 @@ def _notes(runs: Sequence[Run]) -> str:
         "in the comparisons only, which take the seeds that both sides have.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
-        "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where only the "
-        "interval does; else within noise. The interval alone is too narrow for few seeds: where nothing acts it leaves "
-        "out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). Of a whole table "
-        "believe q.",
+        "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where the "
+        "interval alone does; else within noise. The interval is too narrow for few seeds: where nothing acts it "
+        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). Of a whole "
+        "table believe q.",
         f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of comparisons in its table (false discovery rate, Benjamini and Hochberg).",
