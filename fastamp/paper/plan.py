@@ -1,8 +1,8 @@
 """What every table and figure of the paper consists of.
 
 The paper's text was not at hand when this was written. Table 2's extent, Table 3's being nine shares of the training
-data, and what Figure 2 shows are the paper's; which shares, data sets and backbones Tables 3 to 5 have, and that Table 4
-is of α and Table 5 the ablation, is inferred. Every command takes others.
+data, and what Figure 2 shows are the paper's; which shares, data sets and backbones Tables 3 to 5 have, and that
+Table 4 is of α and Table 5 the ablation, is inferred. Every command takes others.
 """
 
 from __future__ import annotations
