@@ -23,17 +23,18 @@ from fastamp import closed_form
 from fastamp.autograd import once_differentiable
 from fastamp.policy import Policy
 
-# Logits and their gradient are less than this in the step's own activations, and one product for all rows is the
-# faster way; beyond, they would soon be the largest tensors of the whole training step.
+# Up to here, logits and their gradient are held whole: it is no more than other activations of a training step take,
+# and one product is the simpler and mostly the faster way.
 WHOLE_BYTES = 2**28
-# Logits and gradient of one chunk: what a product needs to be efficient, or a part of what the gradients in the compute
-# dtype take anyway. Every chunk reads W and reads and writes dW, so a chunk must not be small where these are large.
-CHUNK_BYTES = 2**26
+# Logits and gradient of one chunk (what the closed forms make besides is about five times as much): enough for an
+# efficient product, or a part of what gradients in the compute dtype take anyway. Every chunk reads W and reads and
+# writes dW: where these are large, a chunk must not be small. Which number of rows is the fastest on a GPU is open.
+CHUNK_BYTES = 2**25
 CHUNK_SHARE = 4
 MIN_ROWS = 16
 OUTSIDE = 2  # rows of a chunk that are only partners
-# float16 gradients of rows, before any loss scale is known: 2⁸·p is a normal number down to p = 2⁻²², and what W and h
-# are multiplied by stays below 2⁹.
+# What gradients to float16 logits are multiplied by while no loss scale is known: 2⁸·p is a normal number down to
+# p = 2⁻²², and no gradient exceeds about 2⁹.
 HALF_SCALE = 256.0
 
 

@@ -122,8 +122,9 @@ def linear_amp_cross_entropy(
         The loss, () or (B,), float32 (float64 for float64 hidden); with return_stats a tuple (loss, MixStats).
         Differentiable once, to hidden, linear_weight and linear_bias. Small heads, and any with an activation or a
         dropout mask, are computed in float32 throughout; a large affine head is one matrix product in hidden's dtype.
-        In chunks all products are in hidden's dtype (or autocast's), and gradients are summed in float32 and rounded
-        once. Those of a mean or sum are made in the forward pass; for "none", backward computes the logits again.
+        In chunks all products are in hidden's dtype (or autocast's), and gradients are summed over chunks in float32
+        (float64 for float64). Those of a mean or sum are made in the forward pass, and kept in that dtype until
+        backward; for "none", backward computes the logits again.
 
     Raises:
         TypeError, ValueError: as in `amp_cross_entropy`; chunk_rows that is no int, or less than 1.
