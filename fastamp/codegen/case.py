@@ -1,0 +1,44 @@
+"""One specialisation of one kernel, and what the cases share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+
+from fastamp.kernels import RowPolicy
+
+PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7)
+MASKED = PLAIN._replace(tie_rel=0.0, clamp=True, label_smoothing=0.1)
+DTYPES = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
+
+
+class Case(NamedTuple):
+    """One specialisation of one kernel."""
+
+    name: str  # options, dtype of the data and shape
+    kernel: Any
+    launch: Any  # the configuration that the heuristic gives
+    signature: dict[str, str]  # of the arguments that are not constants
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]  # arguments divisible by 16
+    num_warps: int
+    row_bytes: int  # bytes of a row in one tile, to be read in vectors; 0: too short to ask
+    elements: int  # of the tiles that a program takes, or of one turn of a loop whose length only the device knows
+    floor: float  # bytes an element that have to move
+    sizes: dict[str, int]  # integer arguments that loops run to
+
+
+def variants(itemsize: int) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
+    """Name, policy, soft targets, class weights: the lightest and the heaviest of each loss."""
+    yield "cross_entropy", PLAIN, False, False
+    yield "cross_entropy+all", MASKED, True, True
+    if itemsize == 4:
+        yield "softmax_bce", PLAIN._replace(bce=True), False, False
+    yield "softmax_bce+all", MASKED._replace(bce=True), True, True
+
+
+def tiles(width: int, block: int) -> int:
+    """Columns of the tiles that cover `width` columns."""
+    return triton.cdiv(width, block) * block

@@ -1,0 +1,209 @@
+"""What the launch heuristics can choose, kernel by kernel, and the least that each has to move.
+
+The floor is counted per element of the largest matrix: for AMP on logits, z is read once and its gradient written once.
+Probabilities as targets are read, too. What a row holds once, as λ and its loss, is not in the floor, nor is what all
+rows share, as class weights: it is in what is counted, and weighs where rows are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastamp.codegen.case import DTYPES, Case, tiles, variants
+from fastamp.codegen.layer_cases import embedding_cases, mix_cases, remix_cases, select_cases
+from fastamp.kernels import amp_cross_entropy, config, embedding_mix, linear_head, rows_loop
+from fastamp.kernels import select_cross_entropy as select
+
+TOTAL_ROWS = 4096  # rows that _amp_total_kernel sums
+
+
+def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[str, str]:
+    """Types of what all kernels over rows of logits take."""
+    wide = DTYPES[itemsize]
+    signature = {"logits_ptr": data, "target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
+    signature |= {"rows_ptr": wide, "B": "i32", "C": "i32", "stride_zm": "i64"}
+    return signature | ({"weight_ptr": wide} if weighted else {})
+
+
+def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]]) -> Iterator[Case]:
+    """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for batch, classes in bce_sizes if policy.bce else sizes:
+            launch = config.forward_config(batch, classes, itemsize, policy)
+            if not launch.in_registers:
+                continue
+            # bfloat16 where the registers are fewest; float32 where they are most.
+            width = 2 if itemsize == 4 and not weighted else itemsize
+            data = DTYPES[width]
+            wide = DTYPES[itemsize]
+            signature = row_signature(itemsize, data, soft, weighted)
+            signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
+            single = launch.block_b >= batch
+            signature |= {"loss_ptr": wide, "divisor_ptr": wide} if single else {"inverse_ptr": "*i64"}
+            constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c}
+            long = classes >= 1024
+            yield Case(
+                f"{name} {data[1:]} B={batch} C={classes}",
+                amp_cross_entropy._amp_cross_entropy_kernel,
+                launch,
+                signature,
+                constants,
+                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
+                launch.num_warps,
+                launch.block_c * width if long else 0,
+                launch.block_b * launch.block_c,
+                (3 if soft else 2) * width,
+                {},
+            )
+
+
+def loop_cases(itemsize: int) -> Iterator[Case]:
+    """The scalars of rows by loops over tiles."""
+    for name, policy, soft, weighted in variants(itemsize):
+        classes = 32000
+        launch = config.forward_config(64, classes, itemsize, policy)
+        width = 2 if itemsize == 4 and not weighted else itemsize
+        data = DTYPES[width]
+        yield Case(
+            f"{name} {data[1:]} C={classes}",
+            rows_loop._amp_rows_kernel,
+            launch,
+            row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"},
+            {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
+            ("logits_ptr", "stride_zm", "C"),
+            launch.num_warps,
+            launch.block_c * width,
+            tiles(classes, launch.block_c),
+            (2 if soft else 1) * width,
+            {"C": classes},
+        )
+
+
+def grad_cases(itemsize: int) -> Iterator[Case]:
+    """The gradient from those scalars: few classes, several, and rows of many tiles."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for classes in (2, 64, 32000):
+            launch = config.backward_config(classes, itemsize, policy)
+            width = 2 if itemsize == 4 and not weighted else itemsize
+            data = DTYPES[width]
+            signature = row_signature(itemsize, data, soft, weighted)
+            signature |= {"inverse_ptr": "*i64", "upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
+            signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
+            long = classes >= 1024
+            yield Case(
+                f"{name} {data[1:]} C={classes}",
+                rows_loop._amp_rows_grad_kernel,
+                launch,
+                signature,
+                {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
+                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
+                launch.num_warps,
+                launch.block_c * width if long else 0,
+                launch.block_b * launch.block_c,
+                (3 if soft else 2) * width,
+                {},
+            )
+
+
+def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
+    """The head kernel at (B, D, C)."""
+    for name, policy, soft, weighted in variants(itemsize):
+        for batch, depth, classes in shapes:
+            launch = config.linear_head_config(batch, classes, depth, itemsize, bce=policy.bce)
+            if launch is None:
+                continue
+            wide = DTYPES[itemsize]
+            pointers = ("hidden", "weight", "bias", "lam", "rows", "dhidden", "dweight", "dbias")
+            signature = {f"{pointer}_ptr": wide for pointer in pointers}
+            signature |= {"target_ptr": wide if soft else "*i64", "partner_ptr": "*i64", "inverse_ptr": "*i64"}
+            signature |= {"B": "i32", "C": "i32", "D": "i32", "stride_hm": "i64", "stride_u": "i64"}
+            signature |= {"step_size": "fp64", "divisor": "fp64"}
+            signature |= {"class_weight_ptr": wide, "keep_ptr": wide, "upstream_ptr": wide} if weighted else {}
+            yield Case(
+                f"{name} {wide[1:]} B={batch} D={depth} C={classes}",
+                linear_head._linear_head_kernel,
+                launch,
+                signature,
+                {
+                    "policy": policy,
+                    "RELU": weighted,
+                    "ROWS": launch.rows,
+                    "BLOCK_C": launch.block_c,
+                    "BLOCK_D": launch.block_d,
+                },
+                ("hidden_ptr", "dhidden_ptr", "stride_hm", "D"),
+                launch.num_warps,
+                0,
+                launch.rows * launch.block_d,
+                (3 if weighted else 2) * itemsize,  # and a dropout mask
+                {},
+            )
+
+
+def small_cases() -> Iterator[Case]:
+    """The sum of the losses and the rescaling of the gradient."""
+    for itemsize in (4, 8):
+        wide = DTYPES[itemsize]
+        yield Case(
+            f"{wide[1:]} B={TOTAL_ROWS}",
+            rows_loop._amp_total_kernel,
+            config.TOTAL_BLOCK,
+            {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64"},
+            {"BLOCK": config.TOTAL_BLOCK},
+            (),
+            4,
+            0,
+            tiles(TOTAL_ROWS, config.TOTAL_BLOCK),
+            2 * itemsize,
+            {"B": TOTAL_ROWS},
+        )
+    yield Case(
+        "bf16",
+        rows_loop._rescale_kernel,
+        config.RESCALE_BLOCK,
+        {
+            "dlogits_ptr": "*bf16",
+            "upstream_ptr": "*fp32",
+            "divisor_ptr": "*fp32",
+            "numel": "i64",
+            "assumed": "fp64",
+        },
+        {"BLOCK": config.RESCALE_BLOCK},
+        ("dlogits_ptr", "numel"),
+        8,
+        0,
+        config.RESCALE_BLOCK,
+        4,
+        {},
+    )
+
+
+SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
+GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
+LONG = [(4096, 2**power) for power in range(8, 13)]
+BCE = [(50, 2), (50, 6), (4096, 6), (4096, 100), (4096, 256), (4096, 2048)]
+HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
+ASSERTING_KERNELS = (
+    amp_cross_entropy._amp_cross_entropy_kernel,
+    rows_loop._amp_rows_kernel,
+    linear_head._linear_head_kernel,
+    embedding_mix._embedding_mix_kernel,
+    select._select_kernel,
+    select._select_rows_kernel,
+)
+GROUPS_OF_CASES = {
+    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG, BCE),
+    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)], [(50, 6), (4096, 1024)]),
+    "loop": lambda: loop_cases(4),
+    "loop-fp64": lambda: loop_cases(8),
+    "grad": lambda: grad_cases(4),
+    "grad-fp64": lambda: grad_cases(8),
+    "head": lambda: head_cases(4, HEADS),
+    "head-fp64": lambda: head_cases(8, HEADS[:2]),
+    "small": small_cases,
+    "mix": mix_cases,
+    "remix": remix_cases,
+    "embedding": embedding_cases,
+    "select": lambda: select_cases(4, [6, 4096, 128_000], [6, 2048, 128_000]),
+    "select-fp64": lambda: select_cases(8, [2048, 128_000], [1024, 128_000]),
+}

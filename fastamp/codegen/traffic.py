@@ -1,0 +1,106 @@
+"""Bytes of global memory that one program asks for, counted in what Triton made of the kernel (its TTGIR).
+
+Every load and store of that text becomes the same accesses in machine code: none is dropped or merged behind it. It
+counts with all elements of its tile, whether or not a mask leaves some out, as the elements that bytes are divided by
+do; what a tile smaller than the program's threads makes some of them do twice is not counted, since it comes from the
+cache in the same instruction. A loop counts as often as it turns where it runs to a constant or to an argument of known
+size, otherwise once; of two branches the one that moves more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+ACCESS = re.compile(r"(?:^|= |\s)\"?((?:tt|ttg|ttng|amdg|amdgpu|nvgpu|nvws)\.\w*(?:load|store|copy|atomic)\w*)")
+LOADS = ("tt.load", "amdg.buffer_load", "amdgpu.buffer_load")
+STORES = ("tt.store", "amdg.buffer_store", "amdgpu.buffer_store")
+IN_SHARED_MEMORY = ("ttg.local_load", "ttg.local_store")
+ACCESSED = re.compile(r": (?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?[a-z]+(\d+)\b[^:]*$")
+LOOP = re.compile(r"scf\.for \S+ = (%\S+) to (%\S+) step (%\S+)")
+CONSTANT = re.compile(r"^(%\S+) = arith\.constant (-?\d+) : i\d+$")
+ARGUMENT = re.compile(r"(%\w+): ")
+
+
+class Traffic(NamedTuple):
+    """Bytes that a program reads and writes."""
+
+    read: int
+    written: int
+
+    def plus(self, other: Traffic, times: int = 1) -> Traffic:
+        """The sum with so many times the other."""
+        return Traffic(self.read + times * other.read, self.written + times * other.written)
+
+
+class _Region:
+    """What is between two braces; of a branch's regions only the dearest counts."""
+
+    def __init__(self, turns: int) -> None:
+        self.turns = turns
+        self.here = Traffic(0, 0)
+        self.before = Traffic(0, 0)  # the other branch
+
+
+def program_traffic(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]) -> Traffic:
+    """Bytes that one program asks for.
+
+    Args:
+        ttgir: the text of one kernel.
+        arguments: names of those that are not constants, in order.
+        sizes: values of integer arguments that loops run to.
+
+    Raises:
+        ValueError: the text has an access that is not understood.
+    """
+    values: dict[str, int] = {}
+    stack = [_Region(1)]
+    for line in ttgir.splitlines():
+        text = re.sub(r"\s*loc\([^()]*(?:\([^()]*\))*[^()]*\)$", "", line.strip()).strip()
+        if text.startswith("tt.func"):
+            named = ARGUMENT.findall(line)
+            if len(named) != len(arguments):
+                raise ValueError(f"{len(named)} arguments in the compiled code, {len(arguments)} expected")
+            given = dict(zip(arguments, named, strict=True))
+            values |= {given[name]: size for name, size in sizes.items()}
+        constant = CONSTANT.match(text)
+        if constant:
+            values[constant[1]] = int(constant[2])
+        if text.startswith("}"):
+            _close(stack, other_branch=text.startswith("} else {"))
+        found = ACCESS.search(text)
+        if found and found[1] not in IN_SHARED_MEMORY:
+            stack[-1].here = stack[-1].here.plus(_access(found[1], text))
+        if text.endswith("{") and not text.startswith("} else {"):
+            loop = LOOP.search(text)
+            stack.append(_Region(_turns(loop, values) if loop else 1))
+    return stack[0].here
+
+
+def _close(stack: list[_Region], *, other_branch: bool) -> None:
+    region = stack[-1]
+    dearest = max(region.here, region.before, key=sum)
+    if other_branch:
+        region.before, region.here = dearest, Traffic(0, 0)
+    else:
+        stack.pop()
+        stack[-1].here = stack[-1].here.plus(dearest, region.turns)
+
+
+def _turns(loop: re.Match[str], values: Mapping[str, int]) -> int:
+    bounds = [values.get(name) for name in loop.groups()]
+    if None in bounds:
+        return 1
+    first, last, step = (bound or 0 for bound in bounds)
+    return max(0, -(-(last - first) // step))
+
+
+def _access(name: str, text: str) -> Traffic:
+    accessed = ACCESSED.search(text)
+    if accessed is None or name not in LOADS + STORES:
+        raise ValueError(f"cannot count the bytes of: {text}")
+    size = max(1, int(accessed[2]) // 8)
+    for length in (accessed[1] or "").split("x")[:-1]:
+        size *= int(length)
+    return Traffic(size, 0) if name in LOADS else Traffic(0, size)
