@@ -1,0 +1,208 @@
+"""Small cases of every kernel, for compute-sanitizer, and the run of them under it.
+
+    python bench/sanitize.py DIR                 # memcheck, racecheck and initcheck; DIR/sanitize.json
+    python bench/sanitize.py DIR --device cpu    # the cases alone, in Triton's interpreter
+
+Without the tool, or without a GPU, the cases run by themselves and the summary says so. Sizes are no multiples of any
+tile, and rows are longer than fit in registers where another kernel takes them. tests/test_memory_safety.py runs
+the same cases in the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+FOUND_ERRORS = 86  # the code that the tool is told to end in
+LIMIT_S = 110  # of all tools, which run side by side
+GRACE_S = 10  # to end in, after that
+LOG_LINES = 40  # of an error report that go into the summary
+DTYPES = ("float32", "bfloat16")
+
+
+def small_cases(*, interpreted: bool) -> list[Any]:
+    """Cases of `fastamp.conformance` that together launch every kernel, in every way that it can be launched.
+
+    Args:
+        interpreted: leave out what takes the interpreter long, heads of more than 128 rows.
+    """
+    from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, StepCase
+
+    cases: list[Any] = []
+    for loss, long in (("cross_entropy", 4099), ("softmax_bce", 2051)):
+        options: dict[str, Any] = {"loss": loss}
+        marked = {"weighted": True, "ignored": True, "options": {**options, "label_smoothing": 0.1, "tie_tol": 0.0}}
+        relu = {"width": 19, "activation": "relu", "dropout": 0.5, **marked}
+        cases += [
+            StepCase(f"{loss} one program", batch=5, classes=3, options=options),
+            StepCase(f"{loss} groups of rows", batch=67, classes=5, layout="strided", **marked),
+            StepCase(f"{loss} probabilities", batch=5, classes=141, soft=True, weighted=True, options=options),
+            StepCase(f"{loss} long rows", batch=2, classes=long, layout="misaligned", **marked),
+            StepCase(f"{loss} head", batch=5, classes=5, width=37, layout="strided", options=options),
+            StepCase(f"{loss} relu, dropout", batch=5, classes=3, **relu),
+            SelectionCase(f"{loss} groups of rows", shape=(37, 5), layout="strided", options=options),
+            SelectionCase(f"{loss} marked", shape=(7, 77), **marked),
+            SelectionCase(f"{loss} long rows", shape=(2, long), layout="misaligned", options=options),
+        ]
+        cases += [] if interpreted else [StepCase(f"{loss} two rows a program", batch=131, classes=3, **relu)]
+    for op in ("mix", "lambda_grad", "remix"):
+        cases += [
+            OperationCase(op, "words, strided", shape=(7, 5, 13), layout="strided"),
+            OperationCase(op, "long rows", shape=(3, 9001), layout="misaligned"),
+        ]
+    cases += [
+        EmbeddingCase("words, strided", shape=(7, 5, 13), layout="strided"),
+        EmbeddingCase("one word", shape=(9, 11, 5), vocabulary=1),
+        EmbeddingCase("wide", shape=(3, 7, 601), vocabulary=5, padding_idx=0),
+    ]
+    return cases
+
+
+def run_cases(device: str) -> int:
+    """Run ours on every case, without its definition, and give how many were run.
+
+    Memory that is not written stays as it was allocated, so that initcheck can tell.
+    """
+    import torch
+
+    from fastamp import set_backend
+
+    count = 0
+    with set_backend("triton"):
+        for case in small_cases(interpreted=device == "cpu"):
+            for dtype in DTYPES:
+                drawn = case.draw(getattr(torch, dtype), torch.Generator().manual_seed(count))
+                case.ours({name: value.to(device) for name, value in drawn.items()})
+                count += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return count
+
+
+def find_tool() -> str | None:
+    """compute-sanitizer on PATH or in a CUDA toolkit."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda") if home]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def summarise(tool: str, code: int | None, output: str, seconds: float) -> dict[str, Any]:
+    """What one tool found.
+
+    Args:
+        tool: its name.
+        code: of its end; None where it ran out of time.
+        output: all that was printed.
+        seconds: how long it took.
+    """
+    errors = re.search(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+)", output)
+    reported = None if errors is None else int(errors[1] or errors[2])
+    # As "at 0x1d0 in NAME" or "at NAME+0x1d0", by version.
+    kernels = sorted(set(re.findall(r"\bat (?:0x[0-9a-f]+ in )?([A-Za-z_]\w*)", output)))
+    outcome = {0: "clean", FOUND_ERRORS: "errors", None: f"ran out of its {LIMIT_S} s"}.get(
+        code, f"failed, code {code}"
+    )
+    if outcome == "clean" and reported is None:
+        outcome = "failed, no summary"
+    found = {"tool": tool, "outcome": outcome, "errors": reported, "kernels": kernels, "seconds": round(seconds, 1)}
+    if outcome != "clean":
+        lines = [line for line in output.splitlines() if line.strip("= ")]
+        found["log"] = lines[:LOG_LINES] if outcome == "errors" else lines[-LOG_LINES:]
+    return found
+
+
+def run_tools(path: str) -> list[dict[str, Any]]:
+    """Every tool over all cases, side by side: each of them leaves the GPU idle most of the time.
+
+    Args:
+        path: of compute-sanitizer.
+    """
+    # An allocation for every tensor: within the caching allocator's blocks nothing is out of bounds.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    cases = [sys.executable, str(Path(__file__).resolve()), "--cases", "--device", "cuda"]
+    start = time.perf_counter()
+    found = []
+    with contextlib.ExitStack() as stack:
+        logs = {tool: stack.enter_context(tempfile.TemporaryFile("w+")) for tool in TOOLS}
+        running = {}
+        for tool, log in logs.items():
+            command = [path, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), *cases]
+            running[tool] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        for tool, process in running.items():
+            try:
+                code: int | None = process.wait(max(1.0, LIMIT_S + GRACE_S - (time.perf_counter() - start)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = None
+            logs[tool].seek(0)
+            found.append(summarise(tool, code, logs[tool].read(), time.perf_counter() - start))
+    return found
+
+
+def sanitize(out: Path, device: str) -> bool:
+    """Run the cases, then each tool over them where it can be; write DIR/sanitize.json.
+
+    Args:
+        out: the folder for the summary.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Whether nothing was found; True, too, where the tool is missing.
+    """
+    if device == "cpu":
+        # Before anything imports a kernel.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from fastamp.benchmarking import machine
+
+    facts = {"device": machine.device_name(torch.device(device)), "checkout": machine.commit(), **machine.versions()}
+    results: dict[str, Any] = {**facts, "cases": run_cases(device), "tools": []}
+    path = find_tool() if device == "cuda" else None
+    if path is None:
+        results["note"] = "no GPU: the cases were interpreted" if device == "cpu" else "compute-sanitizer was not found"
+        print(results["note"])
+    else:
+        results["version"] = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+        results["tools"] = run_tools(path)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sanitize.json").write_text(json.dumps(results, indent=1) + "\n")
+    for tool in results["tools"]:
+        print(
+            f"{tool['tool']}: {tool['outcome']}, {tool['errors']} errors in {', '.join(tool['kernels']) or 'no kernel'}"
+        )
+    print(f"{results['cases']} cases ran")
+    return all(tool["outcome"] == "clean" for tool in results["tools"])
+
+
+def main() -> None:
+    """The cases under all tools, or, as each of them calls it, the cases alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", help="folder for sanitize.json")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--cases", action="store_true", help="only run the cases")
+    given = parser.parse_args()
+    if given.cases:
+        signal.alarm(LIMIT_S)  # a tool that is killed would leave what it runs behind
+        print(run_cases(given.device))
+        return
+    if given.out is None:
+        parser.error("DIR is missing")
+    raise SystemExit(0 if sanitize(given.out, given.device) else 1)
+
+
+if __name__ == "__main__":
+    main()
