@@ -127,8 +127,8 @@ def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
     ("arguments", "code", "message"),
     [
         (("--networks", "gpt"), 2, "'gpt' is not one of textcnn, bert"),
-        (("--shapes", "5x5x5"), 1, "shapes are of the suite 'head', not of 'layers'"),
-        (("--dtype", "bf16"), 1, "dtypes are of the suite 'head', not of 'layers'"),
+        (("--shapes", "5x5x5"), 1, "shapes are of 'head' and 'vocabulary', not of the suite 'layers'"),
+        (("--dtype", "bf16"), 1, "dtypes are of 'head' and 'rows' and 'vocabulary', not of the suite 'layers'"),
     ],
 )
 def test_options_of_the_other_suite_are_refused(arguments, code, message):

@@ -14,7 +14,7 @@ from conftest import HAS_GPU
 
 from fastamp import benchmarking, functional, reference
 from fastamp.benchmarking import BenchConfig, Contender, Workload, contenders, disagreement, timing
-from fastamp.benchmarking.contenders import amp_autograd, cross_entropy, mixup_soft_targets
+from fastamp.benchmarking.peers import amp_autograd, cross_entropy, mixup_soft_targets
 from fastamp.cli import main
 from fastamp.cli.demo import loss_against_lambda
 from fastamp.conformance import OperationCase, StepCase, cases, check, check_case
@@ -124,9 +124,11 @@ def test_bench_writes_its_results(tmp_path):
     assert results["device"]["type"] == "cpu"
     assert results["versions"]["torch"] == torch.__version__
     assert results["copy_gb_s"] > 0
-    assert results["refused"] == results["notes"] == []
+    assert results["refused"] == []
+    liger = ("Liger, no mixing", "Liger fused linear, no mixing")
+    assert results["notes"] == [f"{name}: not run, it takes a GPU" for name in liger]
     names = {takes: [one.name for one in contenders(takes, compiled=False)] for takes in ("hidden", "logits")}
-    assert [row["contender"] for row in results["rows"]] == names["hidden"] + names["logits"]
+    assert [row["contender"] for row in results["rows"]] == [*names["hidden"], "AMP as published", *names["logits"]]
     for row in results["rows"]:
         for direction in ("forward", "backward", "both"):
             quantiles = list(row["ms"][direction].values())
@@ -142,7 +144,7 @@ def test_bench_writes_its_results(tmp_path):
 def test_bench_refuses_a_contender_that_computes_something_else(monkeypatch, tmp_path):
     wrong = Contender("Mixup as AMP", "amp", mixup_soft_targets)
     right = Contender("AMP autograd", "amp", amp_autograd)
-    monkeypatch.setattr(benchmarking.measure, "contenders", lambda takes, *, compiled: [wrong, right])
+    monkeypatch.setattr(benchmarking.suites, "contenders_of", lambda *given, **options: [wrong, right])
     result = invoke("bench", "--shapes", "50x5x3", "--rounds", 1, "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1
     assert "refused, not timed: Mixup as AMP at (50, 5) -> 3, fp32: its loss is off by" in result.output

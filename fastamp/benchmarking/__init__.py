@@ -4,33 +4,54 @@ What is behind `fastamp bench` and the files in bench/.
 """
 
 from fastamp.benchmarking import machine
-from fastamp.benchmarking.contenders import MIXUP, STEP_SIZE, Contender, contenders
+from fastamp.benchmarking.compare import Change, Comparison, compare, print_comparison, read
+from fastamp.benchmarking.contenders import MIXUP, Contender, conditional_contenders, contenders
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
-from fastamp.benchmarking.measure import GPU_ONLY, SHAPES, SUITES, BenchConfig, run, write
+from fastamp.benchmarking.measure import SUITES, BenchConfig, reduced, run, write
 from fastamp.benchmarking.networks import NETWORKS
-from fastamp.benchmarking.report import draw_png, draw_terminal, print_results
-from fastamp.benchmarking.workload import DTYPES, Runner, Workload, disagreement
+from fastamp.benchmarking.operations import HIDDEN_SHAPES, OPERATIONS, HiddenWork, operation_contenders
+from fastamp.benchmarking.peers import STEP_SIZE
+from fastamp.benchmarking.plots import draw_all, draw_growth, draw_png, draw_roofline, draw_terminal
+from fastamp.benchmarking.report import print_results
+from fastamp.benchmarking.suites import GPU_ONLY, SHAPES, VOCABULARY
+from fastamp.benchmarking.workload import DTYPES, Runner, Work, Workload, disagreement
 
 __all__ = [
     "DTYPES",
     "GPU_ONLY",
+    "HIDDEN_SHAPES",
     "MIXUP",
     "NETWORKS",
+    "OPERATIONS",
     "SHAPES",
     "STEP_SIZE",
     "SUITES",
+    "VOCABULARY",
     "BenchConfig",
+    "Change",
+    "Comparison",
     "Contender",
+    "HiddenWork",
     "LayerWorkload",
     "Runner",
+    "Work",
     "Workload",
+    "compare",
+    "conditional_contenders",
     "contenders",
     "disagreement",
+    "draw_all",
+    "draw_growth",
     "draw_png",
+    "draw_roofline",
     "draw_terminal",
     "layer_contenders",
     "machine",
+    "operation_contenders",
+    "print_comparison",
     "print_results",
+    "read",
+    "reduced",
     "run",
     "write",
 ]

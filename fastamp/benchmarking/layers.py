@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import AMPLoss, Mix, reference
-from fastamp.benchmarking.contenders import STEP_SIZE, Contender, draw, row_losses
+from fastamp.benchmarking.contenders import Contender
 from fastamp.benchmarking.networks import CLASSES, Cut, Network, Spec
+from fastamp.benchmarking.peers import STEP_SIZE, draw, row_losses
 from fastamp.benchmarking.workload import DTYPES, Runner, Work
 
 CHECK_ROWS = 32  # rows that are mixed among themselves in the check, so that float64 holds no more of them at once

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 
-from fastamp.benchmarking import machine, timing
-from fastamp.benchmarking.contenders import Contender, contenders
-from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
+from fastamp.benchmarking import machine, suites, timing
+from fastamp.benchmarking.contenders import Contender
+from fastamp.benchmarking.growth import fits
 from fastamp.benchmarking.networks import NETWORKS
-from fastamp.benchmarking.workload import DTYPES, Runner, Work, Workload, copies_to_exceed_cache, disagreement
+from fastamp.benchmarking.suites import INPUTS, SHAPES
+from fastamp.benchmarking.workload import DTYPES, Runner, Work
 
 FORMAT = 2  # of the results
-SUITES = ("head", "layers")
-# (B, D, C): the paper's CNN on TREC, its LSTM on two classes, BERT-base on five and on two, a thousand classes, and a
-# vocabulary.
-SHAPES = ((50, 300, 6), (50, 1024, 2), (24, 768, 5), (24, 768, 2), (256, 768, 1000), (4096, 1024, 32000))
-GPU_ONLY = 1 << 24  # logits of a batch beyond which a CPU would take minutes
-INPUTS = ("hidden", "logits")
+SUITES = ("head", "layers", "rows", "scaling", "vocabulary")
+# Options that are of some suites only.
+OF_SUITES = {"shapes": ("head", "vocabulary"), "dtypes": ("head", "rows", "vocabulary"), "networks": ("layers",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +30,12 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        suite: "head", steps from the last hidden rows on, or "layers", whole steps of networks that are mixed at
-            their words.
-        shapes: (B, D, C) each; of the suite "head".
-        dtypes: keys of DTYPES; None takes fp32 on a CPU, fp32 and bf16 on a GPU; of the suite "head".
+        suite: "head", steps from the last hidden rows on; "layers", whole steps of networks that are mixed at their
+            words; "rows", the operations of such a step alone; "scaling", the growth of the cost in B, C and D;
+            "vocabulary", steps from the last hidden rows on where the classes are a vocabulary.
+        shapes: (B, D, C) each; None for the suite's own; of the suites "head" and "vocabulary".
+        dtypes: keys of DTYPES; None takes fp32 on a CPU, fp32 and bf16 on a GPU, for a vocabulary bf16 alone; of the
+            suites "head", "rows" and "vocabulary".
         networks: keys of NETWORKS; None takes those for the device; of the suite "layers".
         rounds: in each of which every contender runs once.
         threads: intra-op CPU threads.
@@ -61,9 +61,9 @@ class BenchConfig:
         for name in ("rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, suite in (("shapes", "head"), ("dtypes", "head"), ("networks", "layers")):
-            if getattr(self, name) is not None and self.suite != suite:
-                raise ValueError(f"{name} are of the suite {suite!r}, not of {self.suite!r}")
+        for name, taken_by in OF_SUITES.items():
+            if getattr(self, name) is not None and self.suite not in taken_by:
+                raise ValueError(f"{name} are of {' and '.join(map(repr, taken_by))}, not of the suite {self.suite!r}")
         for shape in self.shapes or ():
             if len(shape) != 3 or min(shape) < 1:
                 raise ValueError(f"a shape is (B, D, C), each at least 1, got {shape}")
@@ -127,42 +127,49 @@ def run(
     with _threads(config.threads):
         listener("copy bandwidth")
         results["copy_gb_s"] = machine.copy_bandwidth(device)
-        works = _heads if config.suite == "head" else _networks
-        for work in works(config, device, results["notes"].append):
-            given = candidates(work) if candidates is not None else _all_contenders(work, config.compiled)
+
+        def note(line: str) -> None:
+            if line not in results["notes"]:
+                results["notes"].append(line)
+
+        for work in _works(config, device, note):
+            if candidates is not None:
+                given = candidates(work)
+            else:
+                given = suites.contenders_of(config.suite, work, compiled=config.compiled, note=note)
             _measure(work, given, config.rounds, results, listener)
+            if config.suite == "scaling":
+                results["fits"] = fits(results["rows"])
             save(results)
     return results
 
 
-def _heads(config: BenchConfig, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
-    """The workloads of the suite "head", one at a time."""
-    for takes in config.inputs:
-        for dtype in config.dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16")):
-            for shape in config.shapes or SHAPES:
-                if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
-                    note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
-                else:
-                    copies = copies_to_exceed_cache(shape, dtype, takes, device)
-                    yield Workload(shape, dtype, takes, device, copies)
+def reduced(device: str, *, rounds: int, threads: int) -> tuple[BenchConfig, ...]:
+    """Every suite in so few shapes that all of them take some minutes on two CPU cores, nothing compiled.
+
+    Args:
+        device: as in torch.device.
+        rounds: of each.
+        threads: intra-op CPU threads.
+    """
+    fewer: dict[str, dict[str, Any]] = {
+        "head": {"shapes": (SHAPES[0], SHAPES[2], SHAPES[4])},
+        "layers": {"networks": ("textcnn",)},
+    }
+    common: dict[str, Any] = {"device": device, "rounds": rounds, "threads": threads, "compiled": False}
+    return tuple(BenchConfig(suite=suite, **common, **fewer.get(suite, {})) for suite in SUITES)
 
 
-def _networks(config: BenchConfig, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
-    """The workloads of the suite "layers", one at a time: a large one's memory is free again before the next."""
-    for name in config.networks or NETWORKS:
-        spec = NETWORKS[name]
-        if (missing := spec.missing()) is not None:
-            note(f"{name}: not run, {missing} is not installed")
-        elif config.networks is None and spec.needs_gpu and device.type == "cpu":
-            note(f"{name}: not run, it takes a GPU")
-        else:
-            yield LayerWorkload(spec, device)
-
-
-def _all_contenders(work: Work, compiled: bool) -> list[Contender]:
-    if isinstance(work, LayerWorkload):
-        return layer_contenders(work, compiled=compiled)
-    return contenders(work.takes, compiled=compiled)
+def _works(config: BenchConfig, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
+    if config.suite == "head":
+        return suites.heads(config.shapes, config.dtypes, config.inputs, device, note)
+    if config.suite == "layers":
+        return suites.networks(config.networks, device, note)
+    if config.suite == "rows":
+        return suites.rows(config.dtypes, device)
+    if config.suite == "scaling":
+        return suites.scaling(device, note)
+    return suites.vocabulary(config.shapes, config.dtypes, device, note)
 
 
 def _measure(
@@ -176,7 +183,7 @@ def _measure(
         listener(f"{work.label}: {contender.name}")
         try:
             runner = work.bind(contender)
-            reason = disagreement(runner, contender.mode)
+            reason = work.disagreement(runner, contender.mode)
         except Exception as error:  # a contender that cannot run is refused with its reason, and the others go on
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if reason is not None:
@@ -231,24 +238,31 @@ def _rows(
             "mode": taken[one.name].mode,
             "clock": clock,
             "input_copies": work.copies,
-            "ms": {name: timing.quantiles(one.values(name)) for name in timing.DIRECTIONS},
+            "ms": {name: timing.quantiles(one.values(name)) for name in work.directions},
             "ratio_to": None if base is None else base.name,
             "ratio": None
             if base is None
-            else {name: timing.quantiles(one.values(name) / base.values(name)) for name in timing.DIRECTIONS},
+            else {name: timing.quantiles(one.values(name) / base.values(name)) for name in work.directions},
             **facts[one.name],
         }
         if base is not None:
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / facts[base.name]["peak_memory_bytes"]
+        if work.varies is not None:
+            row["varies"] = work.varies
         if work.least_bytes is not None:
             gb_s = work.least_bytes / row["ms"]["both"]["q50"] / 1e6
-            row |= {"bytes": work.least_bytes, "gb_s": gb_s, "percent_of_copy": 100 * gb_s / copy_gb_s}
+            row |= {
+                "bytes": work.least_bytes,
+                "moves": work.moves,
+                "gb_s": gb_s,
+                "percent_of_copy": 100 * gb_s / copy_gb_s,
+            }
         rows.append(row)
     return rows
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    """Writes the results to folder/<device>.json, or folder/<device>-layers.json, and says where."""
+    """Writes the results to folder/<device>.json, or folder/<device>-<suite>.json, and says where."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if results["suite"] == "head" else f"-{results['suite']}"
     path = folder / f"{results['device']['tag']}{suffix}.json"

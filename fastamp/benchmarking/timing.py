@@ -21,7 +21,6 @@ from fastamp.benchmarking.workload import Runner
 SLOT_SECONDS = 4e-3  # what a contender runs for in one round, at least one step
 WARMUP_STEPS, WARMUP_SECONDS = 10, 0.5  # whichever is over first
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-DIRECTIONS = ("forward", "backward", "both")
 
 
 class Sample(NamedTuple):

@@ -18,12 +18,19 @@ from fastamp.benchmarking import (
     SHAPES,
     SUITES,
     BenchConfig,
-    draw_png,
+    compare,
+    draw_all,
     draw_terminal,
+    print_comparison,
     print_results,
+    read,
+    reduced,
     run,
     write,
 )
+
+ALL = "all"
+ROUNDS_OF_ALL = 10
 
 
 class _Shapes(click.ParamType):
@@ -56,25 +63,27 @@ class _Names(click.ParamType):
         return names
 
 
-@click.command("bench")
+@click.group("bench", invoke_without_command=True)
 @click.option(
     "--suite",
-    type=click.Choice(SUITES),
+    type=click.Choice((*SUITES, ALL)),
     default=BenchConfig.suite,
-    help="head: from the last hidden rows on. layers: whole steps of networks mixed at their words.",
+    help="head: from the last hidden rows on. layers: whole steps of networks mixed at their words. rows: the "
+    "operations of such a step. scaling: growth of the cost. vocabulary: a head of tens of thousands of classes. "
+    "all: each of them in few shapes, nothing compiled, five minutes on two CPU cores.",
 )
 @click.option(
     "--shapes",
     type=_Shapes(),
     show_default=",".join("x".join(map(str, shape)) for shape in SHAPES),
-    help="Of the suite head: rows, width of the hidden state, classes.",
+    help="Of the suites head and vocabulary (which has its own): rows, width of the hidden state, classes.",
 )
 @click.option(
     "--dtype",
     "dtypes",
     type=_Names(DTYPES),
     show_default="fp32 on a CPU, fp32,bf16 on a GPU",
-    help="Of the suite head: parameters and rows.",
+    help="Of the suites head, rows and vocabulary: parameters and rows.",
 )
 @click.option(
     "--networks",
@@ -82,45 +91,86 @@ class _Names(click.ParamType):
     show_default="those that suit the device",
     help="Of the suite layers.",
 )
-@click.option("--rounds", default=BenchConfig.rounds, type=click.IntRange(1), help="Every contender runs once in each.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    show_default=f"{BenchConfig.rounds}, {ROUNDS_OF_ALL} of all",
+    help="Every contender runs once in each.",
+)
 @click.option("--threads", default=BenchConfig.threads, type=click.IntRange(1), help="CPU threads.")
 @click.option(
     "--device", show_default="cuda where there is one, else cpu", help="As in torch.device: cpu, cuda, cuda:1."
 )
 @click.option("--compiled/--no-compiled", default=True, help="Also what goes through torch.compile.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>.json and .png here.")
-def command(out: Path | None, device: str | None, **fields: Any) -> None:
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json and .png here."
+)
+@click.pass_context
+def command(
+    context: click.Context, out: Path | None, device: str | None, suite: str, rounds: int | None, **fields: Any
+) -> None:
     """Measure a training step against plain Mixup and against AMP as one writes it.
 
     Nothing is timed before it has agreed with the definition. Each suite takes two or three minutes on two cores.
     """
+    if context.invoked_subcommand is not None:
+        return
     console = Console()
+    good = True
     try:
-        config = BenchConfig(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **fields)
-        with console.status("starting") as status:
-            results = run(
-                config,
-                command=shlex.join(["fastamp", *sys.argv[1:]]),
-                listener=status.update,
-                save=lambda results: out and write(results, out),
-            )
-        print_results(results, console)
-        if out is not None:
-            path = write(results, out)
-            click.echo(f"written to {path}")
-            _draw(results, path.with_suffix(".png"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for config in _configs(suite, device, rounds, fields):
+            good = _measure(config, out, console) and good
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    if results["refused"]:
+    if not good:
         raise click.exceptions.Exit(1)
 
 
+def _configs(suite: str, device: str, rounds: int | None, fields: dict[str, Any]) -> tuple[BenchConfig, ...]:
+    if suite != ALL:
+        return (BenchConfig(suite=suite, device=device, rounds=rounds or BenchConfig.rounds, **fields),)
+    for name in ("shapes", "dtypes", "networks"):
+        if fields[name] is not None:
+            raise ValueError(f"{name} are those of a single suite, not of all")
+    return reduced(device, rounds=rounds or ROUNDS_OF_ALL, threads=fields["threads"])
+
+
+def _measure(config: BenchConfig, out: Path | None, console: Console) -> bool:
+    """Whether nobody was refused."""
+    with console.status(f"{config.suite}: starting") as status:
+        results = run(
+            config,
+            command=shlex.join(["fastamp", *sys.argv[1:]]),
+            listener=lambda line: status.update(f"{config.suite}: {line}"),
+            save=lambda results: out and write(results, out),
+        )
+    print_results(results, console)
+    if out is not None:
+        path = write(results, out)
+        click.echo(f"written to {path}")
+        _draw(results, path.with_suffix(".png"))
+    return not results["refused"]
+
+
 def _draw(results: dict[str, Any], path: Path) -> None:
-    if not any(row["ratio"] for row in results["rows"]):
-        return
     try:
-        draw_png(results, path)
-        click.echo(f"drawn in {path}")
+        for drawn in draw_all(results, path):
+            click.echo(f"drawn in {drawn}")
     except ImportError:
-        click.echo("matplotlib is not installed (pip install fastamp[plot]): drawn here instead of in a PNG")
+        click.echo("matplotlib is not installed (pip install fastamp[plot]): bars are drawn here instead of in a PNG")
         click.echo(draw_terminal(results))
+
+
+@command.command("compare")
+@click.argument("first", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def compare_command(first: Path, second: Path) -> None:
+    """Show what is slower or faster in SECOND than in FIRST, two files of `fastamp bench --out`.
+
+    Slower and faster mean that the middle halves of the rounds do not overlap.
+    """
+    try:
+        print_comparison(compare(read(first), read(second)), Console())
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,125 @@
+"""`fastamp bench compare`: two results, row by row."""
+
+import copy
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fastamp.benchmarking import compare
+from fastamp.cli import main
+
+
+def row(contender: str = "AMPLoss", q50: float = 1.0, workload: str = "(50, 300) -> 6", **others) -> dict:
+    both = {"q10": 0.8 * q50, "q25": 0.9 * q50, "q50": q50, "q75": 1.1 * q50, "q90": 1.2 * q50}
+    return {
+        "workload": workload,
+        "dtype": "fp32",
+        "clock": "eager",
+        "contender": contender,
+        "ms": {"forward": both, "backward": both, "both": both},
+        **others,
+    }
+
+
+def results(*rows: dict, **others) -> dict:
+    return {
+        "format": 2,
+        "suite": "head",
+        "device": {"type": "cpu", "name": "a processor", "tag": "cpu-a-processor"},
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "threads": 1,
+        "rows": list(rows),
+        **others,
+    }
+
+
+def invoke(folder, first: object, second: object) -> Result:
+    paths = []
+    for name, content in (("first.json", first), ("second.json", second)):
+        path = folder / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        paths.append(str(path))
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, ["bench", "compare", *paths])
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        (1.0, "within the spread"),
+        (1.2, "within the spread"),
+        (1.3, "slower"),
+        (0.7, "faster"),
+        (0.9, "within the spread"),
+    ],
+)
+def test_a_change_is_one_where_the_quartiles_are_apart(after, verdict):
+    (change,) = compare(results(row()), results(row(q50=after))).changes
+    assert change.verdict == verdict
+    assert change.ratio == pytest.approx(after)
+
+
+def test_rows_are_matched_by_workload_dtype_clock_and_contender():
+    before = [
+        row("AMPLoss", 1.0),
+        row("Mixup", 2.0),
+        row("AMPLoss", 3.0, clock="graph"),
+        row("AMPLoss", 4.0, dtype="bf16"),
+        row("AMPLoss", 5.0, workload="(24, 768) -> 5"),
+        row("AMPLoss", 6.0, varies="B"),
+    ]
+    after = copy.deepcopy(before[::-1])
+    found = compare(results(*before), results(*after))
+    assert [change.before["q50"] for change in found.changes] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert {change.ratio for change in found.changes} == {1.0}
+    assert found.only == ((), ())
+
+
+def test_the_command_shows_changes_and_what_is_in_one_only(tmp_path):
+    first = results(row("AMPLoss"), row("Mixup"), row("gone"))
+    second = results(row("AMPLoss", 2.0), row("Mixup", 1.01), row("new"), versions={"python": "3.11", "torch": "2.14"})
+    result = invoke(tmp_path, first, second)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "not the same torch: 2.13 and 2.14" in lines
+    (amp,) = (line for line in lines if "AMPLoss" in line)
+    assert "0.9-1.1" in amp
+    assert "2.00" in amp
+    assert amp.rstrip().endswith("slower")
+    assert "in the first only: (50, 300) -> 6, fp32, eager, gone" in lines
+    assert "in the second only: (50, 300) -> 6, fp32, eager, new" in lines
+    assert lines[-1] == "2 rows: 1 slower, 0 faster, 1 within the spread"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (results(row()), results(row(), suite="layers"), "the two are of different suites: 'head' and 'layers'"),
+        (results(row()), results(row(), format=3), "the two are of different formats: 2 and 3"),
+        (results(row()), results(row("another")), "the two have no row in common"),
+        ("{", results(row()), "first.json is no JSON"),
+        (results(row()), "[]", "second.json holds no results of fastamp bench: format, suite"),
+        ('{"rows": []}', results(row()), "first.json holds no results of fastamp bench: format, suite"),
+        (
+            {name: value for name, value in results(row(), format=1).items() if name != "suite"},
+            results(row()),
+            "first.json is of format 1, without a suite",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_of_one_line(tmp_path, first, second, message):
+    result = invoke(tmp_path, first, second)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("Error: ")
+    assert message in result.output.splitlines()[-1]
+
+
+def test_a_file_that_is_not_there_is_an_error_of_one_line(tmp_path):
+    result = CliRunner().invoke(main, ["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert result.exit_code == 2
+    assert "does not exist" in result.output.splitlines()[-1]
+
+
+def test_compare_measures_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("fastamp.cli.bench.run", None)
+    assert invoke(tmp_path, results(row()), results(row())).exit_code == 0

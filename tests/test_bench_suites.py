@@ -1,0 +1,285 @@
+"""`fastamp bench`: the peers, the suites "rows", "scaling" and "vocabulary", all of them in one go, and the plots."""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner, Result
+
+from fastamp import benchmarking, functional
+from fastamp.benchmarking import (
+    NETWORKS,
+    OPERATIONS,
+    BenchConfig,
+    Contender,
+    HiddenWork,
+    Workload,
+    conditional_contenders,
+    operation_contenders,
+    peers,
+    suites,
+    workload,
+)
+from fastamp.benchmarking.growth import fits
+from fastamp.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
+def small_suites(monkeypatch):
+    """The suites in sizes that take no time."""
+    monkeypatch.setattr(suites, "HIDDEN_SHAPES", ((6, 3, 5),))
+    monkeypatch.setitem(suites.VOCABULARY, "cpu", ((12, 5, 40),))
+    growth = (("B", "logits", (0, 0, 7), (4, 8, 16, 32)), ("D", "hidden", (9, 0, 3), (4, 8)))
+    monkeypatch.setitem(suites.GROWTH, "cpu", growth)
+    monkeypatch.setattr(benchmarking.measure, "SHAPES", ((6, 5, 3),) * 5)
+    tiny = {"batch": 9, "lengths": (2, 7), "vocabulary": 30, "width": 12}
+    monkeypatch.setitem(NETWORKS, "textcnn", replace(NETWORKS["textcnn"], **tiny))
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, ["bench", "--device", "cpu", *map(str, arguments)])
+
+
+def results_in(folder, suite: str) -> dict:
+    (path,) = folder.glob(f"*-{suite}.json")
+    return json.loads(path.read_text())
+
+
+# peers
+
+
+def published() -> Contender:
+    (one,) = (one for one in conditional_contenders("hidden", compiled=False) if one.name == "AMP as published")
+    return one
+
+
+def test_amp_as_published_agrees_with_the_official_options_of_the_definition():
+    work = Workload((50, 30, 6), "fp32", "hidden", CPU)
+    assert published().missing(work) is None
+    assert work.disagreement(work.bind(published()), "official") is None
+
+
+@pytest.mark.parametrize("other", [peers.amp_autograd, peers.mixup_two_terms])
+def test_another_loss_cannot_pass_for_amp_as_published(other):
+    work = Workload((50, 30, 6), "fp32", "hidden", CPU)
+    assert "its loss is off by" in work.disagreement(work.bind(Contender("other", "official", other)), "official")
+
+
+def test_amp_as_published_pays_for_a_whole_backward_pass(monkeypatch):
+    asked = []
+    right = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda of, by, **given: asked.append(len(by)) or right(of, by, **given))
+    work = Workload((8, 5, 3), "fp32", "hidden", CPU)
+    peers.amp_published(work.head, *work.inputs[0], work.mix)
+    assert asked == [4]  # λ, the rows, weight and bias
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((50, 30, 6), "bf16", "its binary cross-entropy of a softmax takes fp32"),
+        ((256, 4, 1000), "fp32", "its definition would hold (256, 1000, 1000)"),
+    ],
+)
+def test_where_amp_as_published_is_not_run_is_said(shape, dtype, said):
+    assert published().missing(Workload(shape, dtype, "hidden", CPU)) == said
+
+
+def test_liger_is_timed_where_it_is_installed_and_there_is_a_gpu(monkeypatch):
+    work = Workload((6, 5, 3), "fp32", "hidden", CPU)
+    given = [one for one in conditional_contenders("hidden", compiled=True) if "Liger" in one.name]
+    assert len(given) == 2
+    assert {one.missing(work) for one in given} == {"it takes a GPU"}
+    # On a GPU, as far as that can be told without one.
+    monkeypatch.setattr(work, "device", torch.device("cuda"))
+    for found, said in ((None, "liger_kernel is not installed"), (object(), None)):
+        monkeypatch.setattr(sys.modules[Contender.__module__], "find_spec", lambda name, found=found: found)
+        assert {one.missing(work) for one in given} == {said}
+
+
+def test_liger_is_called_by_the_names_of_its_arguments(monkeypatch):
+    module = ModuleType(peers.LIGER)
+    module.liger_cross_entropy = F.cross_entropy
+    module.liger_fused_linear_cross_entropy = lambda input, weight, target, bias=None: F.cross_entropy(
+        F.linear(input, weight, bias), target
+    )
+    for name in ("liger_kernel", "liger_kernel.transformers", peers.LIGER):
+        monkeypatch.setitem(sys.modules, name, module)
+    work = Workload((6, 5, 3), "fp32", "hidden", CPU)
+    for one in conditional_contenders("hidden", compiled=False):
+        if "Liger" in one.name:
+            assert work.disagreement(work.bind(one), one.mode) is None
+            assert one.mode == "none"
+
+
+def test_liger_is_no_base_of_ratios():
+    every = [*conditional_contenders("hidden", compiled=True), *benchmarking.contenders("hidden", compiled=True)]
+    assert not any("Liger" in base for one in every for base in one.base)
+
+
+@pytest.mark.parametrize("takes", ["hidden", "logits"])
+@pytest.mark.parametrize("mode", ["amp", "mixup", "none", "official"])
+def test_the_truth_does_not_depend_on_how_many_rows_are_taken_at_a_time(monkeypatch, takes, mode):
+    whole = Workload((20, 5, 4), "fp32", takes, CPU)
+    monkeypatch.setattr(workload, "TRUTH_ELEMENTS", 5 * 7)
+    parts = Workload((20, 5, 4), "fp32", takes, CPU)
+    assert [len(part) for part in parts._parts()] == [7, 7, 6] if takes == "hidden" else True
+    assert not torch.equal(whole.mix.partner, parts.mix.partner)
+    whole.mix = parts.mix
+    taken = parts.truth(mode)
+    monkeypatch.undo()
+    for value, other in zip(taken, whole.truth(mode), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+# rows
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_operations_agree_with_the_definition(op, dtype):
+    work = HiddenWork(op, (8, 4, 6), dtype, CPU)
+    for contender in operation_contenders(op, compiled=False):
+        assert work.disagreement(work.bind(contender), op) is None, contender.name
+
+
+def test_a_step_of_lambda_left_out_is_seen(monkeypatch):
+    right = functional.remix
+    monkeypatch.setattr(functional, "remix", lambda *given, step_size: right(*given, step_size=0.0))
+    work = HiddenWork("remix", (8, 4, 6), "fp32", CPU)
+    (ours,) = (one for one in operation_contenders("remix", compiled=False) if one.name == "fastamp")
+    assert work.disagreement(work.bind(ours), "remix").startswith("λ' is off by 2.0e-03")
+
+
+@pytest.mark.parametrize("op", ["mix", "mix with backward", "lambda_grad"])
+def test_a_wrong_operation_is_seen(monkeypatch, op):
+    name = op.split()[0]
+    right = getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda *given: right(*given) * 1.02)
+    work = HiddenWork(op, (8, 4, 6), "fp32", CPU)
+    (ours,) = (one for one in operation_contenders(op, compiled=False) if one.name == "fastamp")
+    assert "is off by 2.0e-02" in work.disagreement(work.bind(ours), op)
+
+
+def test_the_suite_of_rows_counts_bytes(small_suites, tmp_path):
+    result = invoke("--suite", "rows", "--rounds", 2, "--no-compiled", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    results = results_in(tmp_path, "rows")
+    assert results["refused"] == results["notes"] == []
+    assert len(results["rows"]) == 2 * len(OPERATIONS)
+    size = 6 * 3 * 5 * 4
+    for row in results["rows"]:
+        assert row["shape"] == {"B": 6, "T": 3, "D": 5, "C": None}
+        assert row["ratio_to"] == "PyTorch"
+        assert row["ms"].keys() == row["ratio"].keys() == {"both"}
+        assert row["bytes"] == size * OPERATIONS[row["mode"]].times
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["ms"]["both"]["q50"] / 1e6)
+        assert row["percent_of_copy"] == pytest.approx(100 * row["gb_s"] / results["copy_gb_s"])
+    assert "bytes: read h, write m of fp32, 720" in result.output
+    for name in ("-rows.png", "-rows-roofline.png"):
+        (drawn,) = tmp_path.glob(f"*{name}")
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+# scaling
+
+
+def growing(exponent: float, sizes: tuple[int, ...]) -> list[dict]:
+    common = {"varies": "B", "input": "logits", "dtype": "fp32", "contender": "AMPLoss", "clock": "eager"}
+    # Below 64 the time is that of a call.
+    return [
+        {**common, "shape": {"B": size}, "ms": {"both": {"q50": max(0.01 * size**exponent, 0.01 * 64**exponent)}}}
+        for size in sizes
+    ]
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_the_exponent_is_that_of_the_upper_half(exponent):
+    (fit,) = fits(growing(exponent, tuple(2**i for i in range(1, 12))))
+    assert fit["exponent"] == pytest.approx(exponent)
+    assert (fit["from"], fit["to"]) == (64, 2048)
+    assert len(fit["ms"]) == 11
+
+
+def test_two_sizes_make_no_exponent():
+    (fit,) = fits(growing(1.0, (4, 8)))
+    assert fit["exponent"] is None
+
+
+def test_the_suite_of_scaling_fits_every_contender(small_suites, tmp_path):
+    result = invoke("--suite", "scaling", "--rounds", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    results = results_in(tmp_path, "scaling")
+    assert results["notes"] == ["scaling: up to 2^24 elements a batch, for a CPU; on a GPU up to 2^27"]
+    found = {(fit["varies"], fit["contender"]): fit for fit in results["fits"]}
+    assert found.keys() == {(size, name) for size in "BD" for name in suites.GROWING}
+    assert found["B", "AMPLoss"]["ms"].keys() == {"4", "8", "16", "32"}
+    assert isinstance(found["B", "AMPLoss"]["exponent"], float)
+    assert {row["varies"] for row in results["rows"]} == {"B", "D"}
+    assert "growth in B, logits, fp32, eager: median ms" in result.output
+    (drawn,) = tmp_path.glob("*-scaling.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("device", suites.GROWTH)
+def test_five_powers_of_two_are_fitted_one_size_at_a_time(device):
+    for size, _, shape, values in suites.GROWTH[device]:
+        assert shape["BDC".index(size)] == 0
+        assert all(after == 2 * before for before, after in pairwise(values))
+        (fit,) = fits(growing(1.0, values))
+        assert fit["to"] / fit["from"] >= 2**5
+
+
+# vocabulary
+
+
+def test_the_suite_of_a_vocabulary_measures_chunks_beside_whole_logits(small_suites, tmp_path):
+    result = invoke("--suite", "vocabulary", "--rounds", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    results = results_in(tmp_path, "vocabulary")
+    rows = {row["contender"]: row for row in results["rows"]}
+    assert {"cross-entropy", "AMP autograd", "linear_amp_cross_entropy"} < rows.keys()
+    assert "linear_amp_cross_entropy, chunks of 1" in rows
+    assert {row["ratio_to"] for row in rows.values()} == {"cross-entropy"}
+    assert all(row["peak_memory_ratio"] > 0 for row in rows.values())
+    assert results["notes"] == [
+        "vocabulary: (12, 5, 40), for a CPU; on a GPU (4096, 4096, 32000), (8192, 2048, 128256)",
+        "Liger fused linear, no mixing: not run, it takes a GPU",
+    ]
+
+
+def test_a_vocabulary_in_chunks_takes_less_memory_than_its_logits():
+    config = BenchConfig(suite="vocabulary", shapes=((256, 16, 4000),), rounds=1)
+    results = benchmarking.run(config, command="")
+    assert results["refused"] == []
+    peak = {row["contender"]: row["peak_memory_bytes"] for row in results["rows"]}
+    assert peak["linear_amp_cross_entropy, chunks of 62"] < peak["AMPLoss"] / 2
+
+
+# all
+
+
+def test_all_suites_run_in_one_go(small_suites, tmp_path):
+    result = invoke("--suite", "all", "--rounds", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    written = {json.loads(path.read_text())["suite"] for path in tmp_path.glob("*.json")}
+    assert written == set(benchmarking.SUITES)
+
+
+@pytest.mark.parametrize("option", [("--shapes", "5x5x5"), ("--dtype", "fp32"), ("--networks", "textcnn")])
+def test_options_of_one_suite_are_none_of_all(option):
+    result = invoke("--suite", "all", *option)
+    assert result.exit_code == 1
+    assert "those of a single suite, not of all" in result.output
