@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch.utils.benchmark import Timer
-from triton.testing import do_bench_cudagraph
 
-from fastamp import functional
-from fastamp.benchmarking import DTYPES, NETWORKS, SHAPES, BenchConfig, machine, print_results, run, write
+from fastamp.benchmarking import NETWORKS, SHAPES, SUITES, BenchConfig, machine, print_results, run, write
 from fastamp.conformance import TOLERANCES, Report, Row, cases, check, print_report
 from fastamp.training import TrainConfig, train
 
-ROUNDS = {"head": 40, "layers": 20}
+ROUNDS = {"head": 24, "layers": 20, "rows": 20, "scaling": 10, "vocabulary": 10}
+STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
+UNCOMPILED = ("rows",)  # where the compiler's time would be most of the step's
 QUICK_NETWORKS = ("textcnn",)
+QUICK = {
+    "head": {"shapes": SHAPES[:1]},
+    "layers": {"networks": QUICK_NETWORKS},
+    "vocabulary": {"shapes": ((64, 32, 2000),)},
+}
 CARRIED = Path(__file__).parents[1] / "carry" / "data"
-# Hidden rows of 100 MB in bf16 to 800 MB in fp32: beyond any cache.
-HIDDEN_SHAPES, QUICK_HIDDEN_SHAPES = ((512, 128, 768), (2048, 128, 768)), ((16, 128, 768),)
 
 
 def describe(device: str) -> bool:
@@ -94,10 +95,9 @@ def warm(device: str, quick: bool) -> bool:
 def bench(out: Path, device: str, suite: str, quick: bool) -> bool:
     """A suite of the benchmark; what is done is in the JSON file also if time runs out."""
     console = Console(width=120)
-    config = BenchConfig(suite=suite, rounds=ROUNDS[suite], device=device)
+    config = BenchConfig(suite=suite, rounds=ROUNDS[suite], device=device, compiled=suite not in UNCOMPILED)
     if quick:
-        only = {"shapes": SHAPES[:1]} if suite == "head" else {"networks": QUICK_NETWORKS}
-        config = replace(config, rounds=2, **only)
+        config = replace(config, rounds=2, **QUICK.get(suite, {}))
     results = run(
         config,
         command="bench/gpu.sh DIR",
@@ -107,47 +107,6 @@ def bench(out: Path, device: str, suite: str, quick: bool) -> bool:
     print_results(results, console)
     write(results, out)
     return not results["refused"]
-
-
-def _milliseconds(device: str, body: Callable[[], object]) -> float:
-    """The device's time alone: by replays of a CUDA graph, where there is a GPU."""
-    if device == "cuda":
-        return do_bench_cudagraph(body, return_mode="median")
-    return 1e3 * Timer("body()", globals={"body": body}).blocked_autorange(min_run_time=0.1).median
-
-
-def _operations(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What to time on hidden rows of a shape, each with how many times as many bytes it has to move."""
-    hidden, grad = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    lam, partner = torch.rand(shape[0], device=device), torch.randperm(shape[0], device=device)
-    target, leaf = torch.empty_like(grad), hidden.detach().requires_grad_()
-    mixed = functional.mix(hidden, lam, partner)
-    expected = torch.lerp(hidden[partner].float(), hidden.float(), lam[:, None, None])
-    torch.testing.assert_close(mixed.float(), expected, rtol=1e-2, atol=1e-2)
-    return {
-        "copy": (2, lambda: target.copy_(grad)),
-        "mix": (2, lambda: functional.mix(hidden, lam, partner)),
-        "mix, with backward": (4, lambda: torch.autograd.grad(functional.mix(leaf, lam, partner), leaf, grad)),
-        "remix": (4, lambda: functional.remix(hidden, lam, partner, grad)),
-    }
-
-
-def ops(out: Path, device: str, quick: bool) -> bool:
-    """How near mix and remix of large hidden rows are to a copy of as many bytes."""
-    rows = []
-    for shape in QUICK_HIDDEN_SHAPES if quick else HIDDEN_SHAPES:
-        for name in ("fp32", "bf16"):
-            copied = 0.0
-            for op, (times, body) in _operations(shape, DTYPES[name], device).items():
-                moved, ms = times * math.prod(shape) * DTYPES[name].itemsize, _milliseconds(device, body)
-                gb_s = moved / ms / 1e6
-                copied = copied or gb_s
-                row = {"op": op, "shape": shape, "dtype": name, "ms": ms, "bytes": moved, "gb_s": gb_s}
-                rows.append(row | {"percent_of_copy": 100 * gb_s / copied})
-                print(f"{op:20} {shape} {name}: {ms:.3f} ms, {100 * gb_s / copied:.1f}% of a copy", flush=True)
-    facts = {"device": machine.device_name(torch.device(device)), "checkout": machine.commit(), **machine.versions()}
-    (out / "ops.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    return True
 
 
 def training(out: Path, device: str, quick: bool) -> bool:
@@ -180,7 +139,7 @@ def training(out: Path, device: str, quick: bool) -> bool:
 def main() -> None:
     """Runs one step; code 1 if it found something wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["machine", "check", "warm", "ops", "head", "layers", "training"])
+    parser.add_argument("step", choices=["machine", "check", "warm", *STEPS, "training"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases of check, rounds and networks")
@@ -189,10 +148,8 @@ def main() -> None:
         "machine": lambda: describe(given.device),
         "check": lambda: check_all(given.out, given.device, given.quick),
         "warm": lambda: warm(given.device, given.quick),
-        "ops": lambda: ops(given.out, given.device, given.quick),
-        "head": lambda: bench(given.out, given.device, "head", given.quick),
-        "layers": lambda: bench(given.out, given.device, "layers", given.quick),
         "training": lambda: training(given.out, given.device, given.quick),
+        **{step: partial(bench, given.out, given.device, suite, given.quick) for step, suite in STEPS.items()},
     }
     good = steps[given.step]()
     raise SystemExit(0 if good else 1)

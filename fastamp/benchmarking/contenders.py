@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Loss = Callable[..., Any]
 MIXUP = ("Mixup, two terms", "Mixup, soft targets")  # the faster of the two is what ratios are to
 DEFINITION_ELEMENTS = 1 << 24  # of the definition of AMP as published, which holds (B, C, C) in float64
+AUTOTUNED_ELEMENTS = 1 << 20  # of logits: the compiler's search among products of more takes minutes
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def conditional_contenders(takes: str, *, compiled: bool) -> list[Contender]:
             compiled=True,
             takes="hidden",
             compile_mode="max-autotune-no-cudagraphs",
-            missing=_no_gpu,
+            missing=_not_autotuned,
         ),
         Contender("Liger, no mixing", "none", peers.liger_cross_entropy, takes="hidden", missing=_no_liger),
         LIGER_LINEAR,
@@ -142,6 +143,11 @@ def _taken(every: list[Contender], takes: str, compiled: bool) -> list[Contender
 
 def _no_gpu(work: Workload) -> str | None:
     return None if work.device.type == "cuda" else "it takes a GPU"
+
+
+def _not_autotuned(work: Workload) -> str | None:
+    batch, _, classes = work.shape
+    return "autotuning takes minutes" if batch * classes > AUTOTUNED_ELEMENTS else _no_gpu(work)
 
 
 def _no_liger(work: Workload) -> str | None:

@@ -26,6 +26,7 @@ from fastamp.benchmarking.workload import (
 
 # (B, T, D): BERT-base's words at the paper's batch, and a large batch of long sentences.
 HIDDEN_SHAPES = ((24, 64, 768), (256, 128, 768))
+GPU_HIDDEN_SHAPES = (*HIDDEN_SHAPES, (2048, 128, 768))  # the last is far beyond any cache
 Made = dict[str, Tensor]
 Body = Callable[[Tensor, Tensor, Mix], Made]  # of h (B, ...), the gradient of the mixed rows, λ and partners
 

@@ -15,7 +15,13 @@ from fastamp.benchmarking.contenders import (
 )
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
 from fastamp.benchmarking.networks import NETWORKS
-from fastamp.benchmarking.operations import HIDDEN_SHAPES, OPERATIONS, HiddenWork, operation_contenders
+from fastamp.benchmarking.operations import (
+    GPU_HIDDEN_SHAPES,
+    HIDDEN_SHAPES,
+    OPERATIONS,
+    HiddenWork,
+    operation_contenders,
+)
 from fastamp.benchmarking.workload import DTYPES, Work, Workload, copies_to_exceed_cache
 from fastamp.chunked_head import automatic_rows
 
@@ -107,7 +113,7 @@ def networks(names: Sequence[str] | None, device: torch.device, note: Callable[[
 def rows(dtypes: Sequence[str] | None, device: torch.device) -> Iterator[Work]:
     """The workloads of the suite "rows", one at a time."""
     for dtype in dtypes_of(dtypes, device):
-        for shape in HIDDEN_SHAPES:
+        for shape in HIDDEN_SHAPES if device.type == "cpu" else GPU_HIDDEN_SHAPES:
             for op in OPERATIONS:
                 yield HiddenWork(op, shape, dtype, device)
 
