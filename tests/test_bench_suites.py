@@ -61,23 +61,23 @@ def results_in(folder, suite: str) -> dict:
 
 
 def published() -> Contender:
-    (one,) = (one for one in conditional_contenders("hidden", compiled=False) if one.name == "AMP as published")
+    (one,) = (one for one in conditional_contenders("hidden", compiled=False) if one.name == "AMP, official code")
     return one
 
 
-def test_amp_as_published_agrees_with_the_official_options_of_the_definition():
+def test_the_official_code_agrees_with_the_official_options_of_the_definition():
     work = Workload((50, 30, 6), "fp32", "hidden", CPU)
     assert published().missing(work) is None
     assert work.disagreement(work.bind(published()), "official") is None
 
 
 @pytest.mark.parametrize("other", [peers.amp_autograd, peers.mixup_two_terms])
-def test_another_loss_cannot_pass_for_amp_as_published(other):
+def test_another_loss_cannot_pass_for_the_official_code(other):
     work = Workload((50, 30, 6), "fp32", "hidden", CPU)
     assert "its loss is off by" in work.disagreement(work.bind(Contender("other", "official", other)), "official")
 
 
-def test_amp_as_published_pays_for_a_whole_backward_pass(monkeypatch):
+def test_the_official_code_pays_for_a_whole_backward_pass(monkeypatch):
     asked = []
     right = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda of, by, **given: asked.append(len(by)) or right(of, by, **given))
@@ -93,7 +93,7 @@ def test_amp_as_published_pays_for_a_whole_backward_pass(monkeypatch):
         ((256, 4, 1000), "fp32", "its definition would hold (256, 1000, 1000)"),
     ],
 )
-def test_where_amp_as_published_is_not_run_is_said(shape, dtype, said):
+def test_where_the_official_code_is_not_run_is_said(shape, dtype, said):
     assert published().missing(Workload(shape, dtype, "hidden", CPU)) == said
 
 

@@ -128,7 +128,7 @@ def test_bench_writes_its_results(tmp_path):
     liger = ("Liger, no mixing", "Liger fused linear, no mixing")
     assert results["notes"] == [f"{name}: not run, it takes a GPU" for name in liger]
     names = {takes: [one.name for one in contenders(takes, compiled=False)] for takes in ("hidden", "logits")}
-    assert [row["contender"] for row in results["rows"]] == [*names["hidden"], "AMP as published", *names["logits"]]
+    assert [row["contender"] for row in results["rows"]] == [*names["hidden"], "AMP, official code", *names["logits"]]
     for row in results["rows"]:
         for direction in ("forward", "backward", "both"):
             quantiles = list(row["ms"][direction].values())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Loss = Callable[..., Any]
 MIXUP = ("Mixup, two terms", "Mixup, soft targets")  # the faster of the two is what ratios are to
-DEFINITION_ELEMENTS = 1 << 24  # of the definition of AMP as published, which holds (B, C, C) in float64
+DEFINITION_ELEMENTS = 1 << 24  # of the definition of the official code's AMP, which holds (B, C, C) in float64
 AUTOTUNED_ELEMENTS = 1 << 20  # of logits: the compiler's search among products of more takes minutes
 
 
@@ -105,7 +105,7 @@ def contenders(takes: str, *, compiled: bool) -> list[Contender]:
 def conditional_contenders(takes: str, *, compiled: bool) -> list[Contender]:
     """Those that take a GPU, another package, or a small batch; `Contender.missing` says what a workload lacks."""
     every = [
-        Contender("AMP as published", "official", peers.amp_published, takes="hidden", missing=_definition_too_large),
+        Contender("AMP, official code", "official", peers.amp_published, takes="hidden", missing=_definition_too_large),
         Contender(
             "AMP torch.func, max-autotune",
             "amp",
