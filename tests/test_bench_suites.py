@@ -276,6 +276,9 @@ def test_all_suites_run_in_one_go(small_suites, tmp_path):
     assert result.exit_code == 0, result.output
     written = {json.loads(path.read_text())["suite"] for path in tmp_path.glob("*.json")}
     assert written == set(benchmarking.SUITES)
+    assert "reduced: nothing compiled" in results_in(tmp_path, "rows")["notes"]
+    for said in ("reduced: nothing compiled, three shapes", "reduced: nothing compiled, the TextCNN alone"):
+        assert f"note: {said}" in result.output
 
 
 @pytest.mark.parametrize("option", [("--shapes", "5x5x5"), ("--dtype", "fp32"), ("--networks", "textcnn")])
@@ -283,3 +286,19 @@ def test_options_of_one_suite_are_none_of_all(option):
     result = invoke("--suite", "all", *option)
     assert result.exit_code == 1
     assert "those of a single suite, not of all" in result.output
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", ["rows", "scaling", "vocabulary"])
+def test_suites_run_on_a_gpu(monkeypatch, suite):
+    monkeypatch.setattr(suites, "GPU_HIDDEN_SHAPES", ((24, 64, 768),))
+    monkeypatch.setitem(suites.VOCABULARY, "cuda", ((600, 64, 128000),))
+    monkeypatch.setitem(suites.GROWTH, "cuda", (("C", "logits", (64, 0, 0), (256, 1024, 4096)),))
+    results = benchmarking.run(BenchConfig(suite=suite, rounds=2, device="cuda", compiled=False), command="")
+    assert results["refused"] == []
+    assert all(row["kernel_launches"] > 0 for row in results["rows"])
+    clocks = {"eager"} if suite == "vocabulary" else {"eager", "graph"}
+    assert {row["clock"] for row in results["rows"]} == clocks

@@ -42,6 +42,7 @@ class BenchConfig:
         device: as in torch.device.
         compiled: also time what goes through torch.compile.
         inputs: "hidden" (through a linear layer) and "logits"; of the suite "head".
+        notes: what the results are to say of themselves.
 
     Raises:
         ValueError: a value out of range, or a device that is not there.
@@ -56,6 +57,7 @@ class BenchConfig:
     device: str = "cpu"
     compiled: bool = True
     inputs: tuple[str, ...] = INPUTS
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rounds", "threads"):
@@ -122,7 +124,7 @@ def run(
         "rounds": config.rounds,
         "rows": [],
         "refused": [],
-        "notes": [],
+        "notes": list(config.notes),
     }
     with _threads(config.threads):
         listener("copy bandwidth")
@@ -145,16 +147,18 @@ def run(
 
 
 def reduced(device: str, *, rounds: int, threads: int) -> tuple[BenchConfig, ...]:
-    """Every suite in so few shapes that all of them take some minutes on two CPU cores, nothing compiled.
+    """Every suite in so few shapes that all of them take some minutes on two CPU cores; `notes` say what is left out.
 
     Args:
         device: as in torch.device.
         rounds: of each.
         threads: intra-op CPU threads.
     """
+    uncompiled = "reduced: nothing compiled"
     fewer: dict[str, dict[str, Any]] = {
-        "head": {"shapes": (SHAPES[0], SHAPES[2], SHAPES[4])},
-        "layers": {"networks": ("textcnn",)},
+        "head": {"shapes": (SHAPES[0], SHAPES[2], SHAPES[4]), "notes": (f"{uncompiled}, three shapes",)},
+        "layers": {"networks": ("textcnn",), "notes": (f"{uncompiled}, the TextCNN alone",)},
+        "rows": {"notes": (uncompiled,)},
     }
     common: dict[str, Any] = {"device": device, "rounds": rounds, "threads": threads, "compiled": False}
     return tuple(BenchConfig(suite=suite, **common, **fewer.get(suite, {})) for suite in SUITES)
