@@ -4,11 +4,10 @@
 #   bench/gpu.sh DIR
 #
 # A report of the machine, the tests marked gpu, the check of every operation, small cases of every kernel under
-# compute-sanitizer where that is there, how near mix and remix are to a copy, two suites of the benchmark, and training
-# steps a second (on TREC where carry/data/trec has it). Logs and JSON go to DIR, at most ten files. A step that fails
-# or runs out of time does not keep the next one from running; the code at the end is 1 if any did. Takes the python3
-# on PATH (or $PYTHON) with its torch, triton and rich, and changes nothing in it; packages it lacks can be put as
-# wheels into carry/ beforehand:
+# compute-sanitizer where that is there, all suites of the benchmark, and training steps a second (on TREC where
+# carry/data/trec has it). Logs and JSON go to DIR, a dozen files. A step that fails or runs out of time does not keep
+# the next one from running; the code at the end is 1 if any did. Takes the python3 on PATH (or $PYTHON) with its
+# torch, triton and rich, and changes nothing in it; packages it lacks can be put as wheels into carry/ beforehand:
 #   python3 -m pip download --no-deps -d carry rich
 # BERT's steps are timed where there is transformers. DEVICE=cpu rehearses it all, with fewer cases, rounds, shapes and
 # networks, on a machine without a GPU.
@@ -68,20 +67,22 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 # First all that proves and compiles, side by side; nothing is being timed.
 if "$python" -c 'import pytest' 2>/dev/null; then
-    step tests tests 190 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
+    step tests tests 170 "$python" -m pytest "$root/tests" -c "$root/pyproject.toml" --rootdir "$root" -o addopts= \
         -p no:cacheprovider -m gpu "${workers[@]}" &
 else
     echo "tests: not run, $python has no pytest" | tee -a "$out/summary.txt"
 fi
-step check setup 190 "${steps[@]}" check "$out" &
-step warm setup 190 "${steps[@]}" warm "$out" &
-step sanitize setup 190 "$python" "$root/bench/sanitize.py" "$out" --device "$device" &
+step check setup 170 "${steps[@]}" check "$out" &
+step warm setup 170 "${steps[@]}" warm "$out" &
+step sanitize setup 170 "$python" "$root/bench/sanitize.py" "$out" --device "$device" &
 wait
 # Then the clocks, alone.
-step ops bench 35 "${steps[@]}" ops "$out"
-step head bench 130 "${steps[@]}" head "$out"
-step layers bench 90 "${steps[@]}" layers "$out"
-step training bench 45 "${steps[@]}" training "$out"
+step ops bench 25 "${steps[@]}" ops "$out"
+step head bench 105 "${steps[@]}" head "$out"
+step layers bench 75 "${steps[@]}" layers "$out"
+step scaling bench 30 "${steps[@]}" scaling "$out"
+step vocabulary bench 45 "${steps[@]}" vocabulary "$out"
+step training bench 40 "${steps[@]}" training "$out"
 
 echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 if grep -qE "failed|ran out|not run" "$out/summary.txt"; then exit 1; fi
