@@ -260,6 +260,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("cnn-rand",),
         _CONTROL_ROWS,
         comparisons=(
+            *_AGAINST_BASELINE,
+            *((f"{level}-mixup", "double-softmax") for level in _LEVELS),
             *(
                 pair
                 for level in _LEVELS

@@ -44,10 +44,11 @@ def draw(view: View, found: Sequence[Comparison], folder: Path) -> list[Image]:
     images = [_draw_ratios(view, folder) if view.experiment.columns == "ratio" else _draw_errors(view, folder)]
     if any(comparison.paired.interval is not None for comparison in found):
         images.append(_draw_differences(view, found, folder))
+    if view.experiment.columns == "ratio":
+        return images  # the others are of one share of the data
     for dataset in view.present("dataset"):
         for model in view.present("model"):
             runs = [run for run in view.runs if (run["dataset"], run["model"]) == (dataset, model)]
-            # At the largest share of the data: where a table has several, one stands for all.
             runs = [run for run in runs if run["ratio"] == max(other["ratio"] for other in runs)]
             for name, plot in (("curves", _draw_curves), ("policy", _draw_policy)):
                 image = plot(view, runs, folder / f"{view.name}-{name}-{dataset}-{model}.png")
