@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fastamp.benchmarking import (
     run,
     write,
 )
+from fastamp.cli.names import Names
 
 ALL = "all"
 ROUNDS_OF_ALL = 10
@@ -48,21 +48,6 @@ class _Shapes(click.ParamType):
         return tuple(shapes)
 
 
-class _Names(click.ParamType):
-    def __init__(self, taken: Iterable[str]) -> None:
-        self.taken = tuple(taken)
-        self.name = "|".join(self.taken) + ",..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = tuple(text.strip() for text in value.split(","))
-        for name in names:
-            if name not in self.taken:
-                self.fail(f"{name!r} is not one of {', '.join(self.taken)}", param, ctx)
-        return names
-
-
 @click.group("bench", invoke_without_command=True)
 @click.option(
     "--suite",
@@ -81,13 +66,13 @@ class _Names(click.ParamType):
 @click.option(
     "--dtype",
     "dtypes",
-    type=_Names(DTYPES),
+    type=Names(DTYPES),
     show_default="fp32 on a CPU, fp32,bf16 on a GPU",
     help="Of the suites head, rows and vocabulary: parameters and rows.",
 )
 @click.option(
     "--networks",
-    type=_Names(NETWORKS),
+    type=Names(NETWORKS),
     show_default="those that suit the device",
     help="Of the suite layers.",
 )

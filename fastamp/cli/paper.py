@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
 
+from fastamp.cli.names import Names
 from fastamp.data import DATASETS
 from fastamp.paper.display import RunsDisplay, overview
 from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment, Run
@@ -25,21 +26,7 @@ _ELSEWHERE |= {
     for name in ("data_dir", "vectors", "pretrained", "steps", "eval_every", "device", "threads")
 }
 
-
-class _Names(click.ParamType):
-    name = "NAME,..."
-
-    def __init__(self, taken: Iterable[str]) -> None:
-        self.taken = tuple(taken)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = tuple(text.strip() for text in value.split(","))
-        for name in names:
-            if name not in self.taken:
-                self.fail(f"{name!r} is not one of {', '.join(self.taken)}", param, ctx)
-        return names
+_NAMES = "NAME,..."
 
 
 class _Ratios(click.ParamType):
@@ -120,10 +107,14 @@ _READ: dict[type, Callable[[str], Any]] = {
 
 _OPTIONS = (
     click.option(
-        "--datasets", type=_Names(DATASETS), help=f"{', '.join(DATASETS)}; questions is generated and needs no files."
+        "--datasets",
+        type=Names(DATASETS, _NAMES),
+        help=f"{', '.join(DATASETS)}; questions is generated and needs no files.",
     ),
-    click.option("--models", type=_Names(RECIPES), help=f"{', '.join(RECIPES)}."),
-    click.option("--methods", type=_Names(METHODS), help="Names as --dry-run lists them, in the middle of a key."),
+    click.option("--models", type=Names(RECIPES, _NAMES), help=f"{', '.join(RECIPES)}."),
+    click.option(
+        "--methods", type=Names(METHODS, _NAMES), help="Names as --dry-run lists them, in the middle of a key."
+    ),
     click.option("--ratios", type=_Ratios(), help="Shares of the training data."),
     click.option(
         "--seeds", type=_Seeds(), default="10", help="A number of seeds from 0 on, a range 0-9, or a list 3,7."
