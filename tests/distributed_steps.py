@@ -167,6 +167,16 @@ def draws(rank: int, ranks: int) -> None:
     print("draws: different on every rank", flush=True)
 
 
+def leave() -> None:
+    """End this process with all its work done: the last line of a program that torchrun runs."""
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # After FSDP on gloo, torch 2.13 now and then aborts while the interpreter shuts down, with all work done.
+    os._exit(0)
+
+
 def main(kinds: list[str]) -> None:
     """Run some checks in this process."""
     torch.set_num_threads(1)
@@ -179,11 +189,7 @@ def main(kinds: list[str]) -> None:
             user_loop(rank, ranks)
         else:
             compare(kind, rank, ranks)
-    dist.barrier()  # nobody leaves while another still talks to it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # After FSDP on gloo, torch 2.13 now and then aborts while the interpreter shuts down, with all work done.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

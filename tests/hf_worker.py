@@ -10,6 +10,7 @@ import hf_models
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_steps import leave
 from torch import Tensor
 
 import fastamp
@@ -172,3 +173,4 @@ if __name__ == "__main__":
     different_lambdas(sys.argv[1])
     by_fsdp2()
     by_trainer_and_fsdp2(sys.argv[1])
+    leave()
