@@ -45,11 +45,14 @@ def small_cases(*, interpreted: bool) -> list[Any]:
         options: dict[str, Any] = {"loss": loss}
         marked = {"weighted": True, "ignored": True, "options": {**options, "label_smoothing": 0.1, "tie_tol": 0.0}}
         relu = {"width": 19, "activation": "relu", "dropout": 0.5, **marked}
+        paired = {**marked, "options": {**marked["options"], "pairing": "matching"}}
         cases += [
             StepCase(f"{loss} one program", batch=5, classes=3, options=options),
             StepCase(f"{loss} groups of rows", batch=67, classes=5, layout="strided", **marked),
             StepCase(f"{loss} probabilities", batch=5, classes=141, soft=True, weighted=True, options=options),
             StepCase(f"{loss} long rows", batch=2, classes=long, layout="misaligned", **marked),
+            StepCase(f"{loss} pairs", batch=5, classes=141, options={**options, "pairing": "matching"}),
+            StepCase(f"{loss} marked pairs, long", batch=3, classes=long, layout="misaligned", **paired),
             StepCase(f"{loss} head", batch=5, classes=5, width=37, layout="strided", options=options),
             StepCase(f"{loss} relu, dropout", batch=5, classes=3, **relu),
             SelectionCase(f"{loss} groups of rows", shape=(37, 5), layout="strided", options=options),
@@ -57,6 +60,7 @@ def small_cases(*, interpreted: bool) -> list[Any]:
             SelectionCase(f"{loss} long rows", shape=(2, long), layout="misaligned", options=options),
         ]
         cases += [] if interpreted else [StepCase(f"{loss} two rows a program", batch=131, classes=3, **relu)]
+    cases.append(StepCase("pairs, long", batch=3, classes=4099, options={"pairing": "matching"}))
     for op in ("mix", "lambda_grad", "remix"):
         cases += [
             OperationCase(op, "words, strided", shape=(7, 5, 13), layout="strided"),

@@ -201,8 +201,11 @@ def check_partner(partner: object, batch: int, device: torch.device) -> None:
         )
 
 
-def check_mix(lam: object, partner: object, batch: int, device: torch.device) -> None:
-    """`lam` is (B,) floating point in [0, 1], `partner` a permutation; values on the CPU only."""
+def check_mix(lam: object, partner: object, batch: int, device: torch.device, *, pairing: str = "permutation") -> None:
+    """`lam` is (B,) floating point in [0, 1], `partner` a permutation, for "matching" its own inverse.
+
+    Values are looked at on the CPU only.
+    """
     if not isinstance(lam, Tensor):
         raise TypeError(f"lam must be a tensor, got {type(lam).__name__}")
     if lam.dtype not in FLOATS:
@@ -215,6 +218,16 @@ def check_mix(lam: object, partner: object, batch: int, device: torch.device) ->
         low, high = torch.aminmax(lam)
         if not (float(low) >= 0 and float(high) <= 1):
             raise ValueError(f"lam must lie in [0, 1], got values from {float(low):g} to {float(high):g}")
+        if pairing == "matching":
+            assert isinstance(partner, Tensor)
+            there_and_back = partner[partner]
+            alone = there_and_back != torch.arange(batch)
+            if bool(alone.any()):
+                row = int(alone.int().argmax())
+                raise ValueError(
+                    f"partner must be its own inverse for pairing='matching', but row {row}'s partner is "
+                    f"{int(partner[row])}, whose partner is {int(there_and_back[row])}"
+                )
 
 
 def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:

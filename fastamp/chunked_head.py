@@ -284,7 +284,8 @@ def _rows_by_kernel(
     from fastamp import kernels
     from fastamp.ops import row_policy
 
-    policy = row_policy(how.policy, lam.dtype)
+    # The rows outside make a chunk's partners a permutation that need not be its own inverse.
+    policy = row_policy(how.policy, lam.dtype)._replace(matched=False)
     rows = kernels.amp_cross_entropy_forward(
         logits,
         target,

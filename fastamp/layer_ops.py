@@ -172,12 +172,13 @@ def selected(
         clamp=False,
         tie_abs=ties[0] if policy.mode == "amp" else 0.0,
         tie_rel=ties[1] if policy.mode == "amp" else 0.0,
+        matched=False,
     )
     logits, logits_adv = logits.detach(), None if logits_adv is None else logits_adv.detach()
     tensors = (logits, logits_adv, target.detach(), lam, partner, weight if weight is None else weight.detach())
     if not torch.compiler.is_compiling():
         return tuple(kernels.select_cross_entropy_forward(*tensors, policy=compiled_for))
-    *fields, grad_adv = _select_operator(*tensors, *compiled_for)
+    *fields, grad_adv = _select_operator(*tensors, *compiled_for[:-1])
     return (*fields, None if logits_adv is None else grad_adv)
 
 

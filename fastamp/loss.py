@@ -63,7 +63,9 @@ class AMPLoss(nn.Module):
             code does.
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
             it was computed in. 0.0 is Eq. 21 to the letter.
-        pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching.
+        pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching, in
+            which two rows are each other's partners. On a GPU that is faster where logits outgrow the cache: both
+            rows are then read once for their two mixtures.
         weight: (C,) class weights, as in nn.CrossEntropyLoss.
         ignore_index: a class index whose side of the mixture contributes nothing.
         label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.
@@ -114,9 +116,9 @@ class AMPLoss(nn.Module):
             tie_tol=tie_tol,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            pairing=pairing,
         )
         check_number("alpha", alpha, low=0.0, open_low=True)
-        check_choice("pairing", pairing)
         check_choice("reduction", reduction)
         check_choice("reweight", reweight)
         check_choice("dropout", dropout)
@@ -126,7 +128,7 @@ class AMPLoss(nn.Module):
             check_class_vector("weight", weight, len(weight), weight.device)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
-        self.alpha, self.pairing, self.reduction, self.reweight = float(alpha), pairing, reduction, reweight
+        self.alpha, self.reduction, self.reweight = float(alpha), reduction, reweight
         self.dropout = dropout
         self.generator = generator
         self.register_buffer("weight", weight)
@@ -166,7 +168,7 @@ class AMPLoss(nn.Module):
             raise TypeError(f"batch_size must be an int, got {batch_size!r}")
         if batch_size < 0:
             raise ValueError(f"batch_size must be >= 0, got {batch_size}")
-        return draw(batch_size, alpha=self.alpha, pairing=self.pairing, device=device, generator=self.generator)
+        return draw(batch_size, alpha=self.alpha, pairing=self.policy.pairing, device=device, generator=self.generator)
 
     def forward(
         self,
@@ -368,7 +370,7 @@ class AMPLoss(nn.Module):
         if mix is not None:
             if not isinstance(mix, tuple) or len(mix) != 2:
                 raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
-            check_mix(*mix, batch, device)
+            check_mix(*mix, batch, device, pairing=self.policy.pairing)
         if self.reweight is not None and self.window.device != device:
             raise ValueError(
                 f"the criterion's window is on {self.window.device}, the rows are on {device}: "
@@ -418,8 +420,6 @@ class AMPLoss(nn.Module):
             shown.append(f"reweight={self.reweight!r}")
         if self.dropout != "shared":
             shown.append(f"dropout={self.dropout!r}")
-        if self.pairing != "permutation":
-            shown.append(f"pairing={self.pairing!r}")
         if self.reduction != "mean":
             shown.append(f"reduction={self.reduction!r}")
         if self.weight is not None:

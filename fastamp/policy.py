@@ -33,6 +33,7 @@ class Policy(NamedTuple):
     tie_tol: float | str = "auto"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    pairing: str = "permutation"
 
     def tie_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """(absolute, relative) parts of the tie tolerance `absolute + relative·max(1, |ℓ|)` in `dtype`."""
@@ -56,7 +57,7 @@ class Policy(NamedTuple):
 def checked_policy(**options: Any) -> Policy:
     """A Policy of valid options; ValueError or TypeError naming the first that is not."""
     policy = Policy(**options)
-    for name in ("mode", "loss", "grad_scale"):
+    for name in ("mode", "loss", "grad_scale", "pairing"):
         check_choice(name, getattr(policy, name))
     check_number("step_size", policy.step_size, low=0.0)
     if policy.grad_clip is not None:

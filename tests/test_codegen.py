@@ -15,6 +15,7 @@ from fastamp.codegen import TARGETS
 RECORD = Path(__file__).parents[1] / "bench" / "results" / "codegen.json"
 GROUPS = (
     "rows",
+    "pairs pairs-fp64",
     "rows-fp64 loop loop-fp64 grad grad-fp64 small",
     "head head-fp64",
     "mix remix embedding select select-fp64",
@@ -81,6 +82,7 @@ def test_what_has_become_worse_is_told_by_name():
         f"takes 24 loads, {was['loads']} before",
     ]
     assert told(read=was["read"] + 2 * was["elements"]) == ["reads 6.006 bytes an element, 4.006 before"]
+    assert told(mostly_read=2 * was["mostly_read"]) == ["mostly reads 8.012 bytes an element, 4.006 before"]
     assert told(written=2 * was["written"]) == ["writes 4 bytes an element, 2 before"]
     assert told(read=was["read"] // 2, written=was["written"] // 2) == []
     (line,) = problems([{**was, "case": "bf16 N=1"}], record)
@@ -136,6 +138,17 @@ def test_bytes_are_counted_in_loops_and_branches(body, read, written):
     from fastamp.codegen.traffic import program_traffic
 
     assert program_traffic(COPY.format(body=body), ["in_ptr", "N"], {"N": 100}) == (read, written)
+
+
+def test_of_two_branches_the_first_counts_where_that_is_asked_for():
+    from fastamp.codegen.traffic import program_traffic
+
+    branch = f"scf.if %c {{\n{STORE}\n}} else {{\n{LOAD}\n{LOAD}\n}} loc(#loc3)"
+    body = f"{branch}\nscf.for %i = %c0_i32 to %N step %c64_i32  : i32 {{\n{branch}\n}}"
+    assert program_traffic(COPY.format(body=body), ["in_ptr", "N"], {"N": 100}, first_branch=True) == (0, 768)
+    assert program_traffic(COPY.format(body=body), ["in_ptr", "N"], {"N": 100}) == (1536, 0)
+    early = f"scf.if %c {{\n{LOAD}\n}} loc(#loc3)"
+    assert program_traffic(COPY.format(body=early), ["in_ptr", "N"], {}, first_branch=True) == (256, 0)
 
 
 def test_an_access_that_cannot_be_counted_is_an_error():

@@ -58,6 +58,27 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
         assert abs(loss[r].item() - value - delta) <= 2e-6 * max(1.0, abs(value)) + slack
 
 
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+@pytest.mark.parametrize("reach", [1e-3, 0.06, 0.065, 0.2, 0.3, 2.0])
+def test_delta_of_long_rows_keeps_its_digits_from_moments_and_from_passes(small_tiles, pairing, reach):
+    case = random_case(8, 37, step_size=1.0, pairing=pairing)
+    case = case._replace(partner=torch.arange(8).roll(4))
+    spread = (case.logits - case.logits[case.partner]).abs().amax()
+    # ∇λ is clipped to 1 wherever it is larger: the largest |η d| is `reach`, whatever way is taken for it.
+    case.options["step_size"] = float(reach / spread)
+    ours = by_library(case)
+    a, b = case.logits.double(), case.logits.double()[case.partner]
+    labels = torch.stack([case.target, case.target[case.partner]], 1)
+    mass = torch.stack([case.lam, 1 - case.lam], 1).double()
+
+    def loss(lam):
+        x = lam.double()[:, None] * a + (1 - lam.double()[:, None]) * b
+        return x.logsumexp(1) - (mass * x.gather(1, labels)).sum(1)
+
+    # At the λ' that was taken: rounded, it is at another distance than ε·clip(∇λ).
+    torch.testing.assert_close(ours.delta.double(), loss(ours.lam_adv) - loss(case.lam), rtol=1e-5, atol=1e-10)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("scale", [30.0, 100.0])
 def test_saturated_rows_have_finite_losses_and_gradients(backend, loss, scale):

@@ -27,6 +27,7 @@ LAUNCHED = {
     "amp_cross_entropy": {
         "_amp_cross_entropy_kernel",
         "_amp_rows_kernel",
+        "_amp_pairs_kernel",
         "_amp_rows_grad_kernel",
         "_amp_total_kernel",
         "_rescale_kernel",
@@ -40,7 +41,7 @@ LAUNCHED = {
 }
 # What goes through tiles of a few elements as well.
 SMALL = {
-    "amp_cross_entropy": ["cross_entropy probabilities"],
+    "amp_cross_entropy": ["cross_entropy probabilities", "cross_entropy pairs"],
     "linear_amp_cross_entropy": ["cross_entropy head", "softmax_bce relu, dropout"],
     "mix": ["words, strided"],
     "lambda_grad": ["words, strided"],

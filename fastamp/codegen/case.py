@@ -30,13 +30,15 @@ class Case(NamedTuple):
     sizes: dict[str, int]  # integer arguments that loops run to
 
 
-def variants(itemsize: int) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
+def variants(itemsize: int, *, matched: bool = False) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
     """Name, policy, soft targets, class weights: the lightest and the heaviest of each loss."""
-    yield "cross_entropy", PLAIN, False, False
-    yield "cross_entropy+all", MASKED, True, True
+    plain, masked = (policy._replace(matched=matched) for policy in (PLAIN, MASKED))
+    suffix = ", matched" if matched else ""
+    yield f"cross_entropy{suffix}", plain, False, False
+    yield f"cross_entropy+all{suffix}", masked, True, True
     if itemsize == 4:
-        yield "softmax_bce", PLAIN._replace(bce=True), False, False
-    yield "softmax_bce+all", MASKED._replace(bce=True), True, True
+        yield f"softmax_bce{suffix}", plain._replace(bce=True), False, False
+    yield f"softmax_bce+all{suffix}", masked._replace(bce=True), True, True
 
 
 def tiles(width: int, block: int) -> int:

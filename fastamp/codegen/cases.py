@@ -7,11 +7,12 @@ rows share, as class weights: it is in what is counted, and weighs where rows ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from fastamp.codegen.case import DTYPES, Case, tiles, variants
 from fastamp.codegen.layer_cases import embedding_cases, mix_cases, remix_cases, select_cases
-from fastamp.kernels import amp_cross_entropy, config, embedding_mix, linear_head, rows_loop
+from fastamp.kernels import amp_cross_entropy, config, embedding_mix, linear_head, rows_grad, rows_loop, rows_pairs
 from fastamp.kernels import select_cross_entropy as select
 
 TOTAL_ROWS = 4096  # rows that _amp_total_kernel sums
@@ -25,9 +26,11 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
     return signature | ({"weight_ptr": wide} if weighted else {})
 
 
-def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]]) -> Iterator[Case]:
+def row_cases(
+    itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]], *, matched: bool = False
+) -> Iterator[Case]:
     """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
-    for name, policy, soft, weighted in variants(itemsize):
+    for name, policy, soft, weighted in variants(itemsize, matched=matched):
         for batch, classes in bce_sizes if policy.bce else sizes:
             launch = config.forward_config(batch, classes, itemsize, policy)
             if not launch.in_registers:
@@ -39,7 +42,11 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
             single = launch.block_b >= batch
-            signature |= {"loss_ptr": wide, "divisor_ptr": wide} if single else {"inverse_ptr": "*i64"}
+            if single:
+                signature |= {"loss_ptr": wide, "divisor_ptr": wide}
+            elif not matched:
+                signature |= {"inverse_ptr": "*i64"}
+            rows = 2 if matched else launch.block_b
             constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c}
             long = classes >= 1024
             yield Case(
@@ -51,10 +58,35 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple
                 ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
                 launch.num_warps,
                 launch.block_c * width if long else 0,
-                launch.block_b * launch.block_c,
+                rows * launch.block_c,
                 (3 if soft else 2) * width,
                 {},
             )
+
+
+def pair_cases(itemsize: int) -> Iterator[Case]:
+    """Pairs of long rows: the scalars and both gradients."""
+    for name, policy, soft, weighted in variants(itemsize, matched=True):
+        classes = 32000
+        if policy.bce:
+            continue
+        launch = config.pairs_config(itemsize, dense_target=soft)
+        width = 2 if itemsize == 4 and not weighted else itemsize
+        data = DTYPES[width]
+        signature = row_signature(itemsize, data, soft, weighted)
+        yield Case(
+            f"{name} {data[1:]} C={classes}",
+            rows_pairs._amp_pairs_kernel,
+            launch,
+            signature | {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"},
+            {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
+            ("logits_ptr", "dlogits_ptr", "stride_zm", "C"),
+            launch.num_warps,
+            launch.block_c * width,
+            2 * tiles(classes, launch.block_c),
+            (3 if soft else 2) * width,
+            {"C": classes},
+        )
 
 
 def loop_cases(itemsize: int) -> Iterator[Case]:
@@ -79,27 +111,28 @@ def loop_cases(itemsize: int) -> Iterator[Case]:
         )
 
 
-def grad_cases(itemsize: int) -> Iterator[Case]:
+def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
     """The gradient from those scalars: few classes, several, and rows of many tiles."""
-    for name, policy, soft, weighted in variants(itemsize):
-        for classes in (2, 64, 32000):
+    for name, policy, soft, weighted in variants(itemsize, matched=matched):
+        for classes in (32000,) if matched else (2, 64, 32000):
             launch = config.backward_config(classes, itemsize, policy)
             width = 2 if itemsize == 4 and not weighted else itemsize
             data = DTYPES[width]
             signature = row_signature(itemsize, data, soft, weighted)
-            signature |= {"inverse_ptr": "*i64", "upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
+            signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
+            signature |= {} if matched else {"inverse_ptr": "*i64"}
             signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
             long = classes >= 1024
             yield Case(
                 f"{name} {data[1:]} C={classes}",
-                rows_loop._amp_rows_grad_kernel,
+                rows_grad._amp_rows_grad_kernel,
                 launch,
                 signature,
                 {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
                 ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
                 launch.num_warps,
                 launch.block_c * width if long else 0,
-                launch.block_b * launch.block_c,
+                (2 if matched else launch.block_b) * launch.block_c,
                 (3 if soft else 2) * width,
                 {},
             )
@@ -146,7 +179,7 @@ def small_cases() -> Iterator[Case]:
         wide = DTYPES[itemsize]
         yield Case(
             f"{wide[1:]} B={TOTAL_ROWS}",
-            rows_loop._amp_total_kernel,
+            rows_grad._amp_total_kernel,
             config.TOTAL_BLOCK,
             {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64"},
             {"BLOCK": config.TOTAL_BLOCK},
@@ -159,7 +192,7 @@ def small_cases() -> Iterator[Case]:
         )
     yield Case(
         "bf16",
-        rows_loop._rescale_kernel,
+        rows_grad._rescale_kernel,
         config.RESCALE_BLOCK,
         {
             "dlogits_ptr": "*bf16",
@@ -186,6 +219,7 @@ HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)
 ASSERTING_KERNELS = (
     amp_cross_entropy._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
+    rows_pairs._amp_pairs_kernel,
     linear_head._linear_head_kernel,
     embedding_mix._embedding_mix_kernel,
     select._select_kernel,
@@ -196,6 +230,10 @@ GROUPS_OF_CASES = {
     "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)], [(50, 6), (4096, 1024)]),
     "loop": lambda: loop_cases(4),
     "loop-fp64": lambda: loop_cases(8),
+    "pairs": lambda: itertools.chain(
+        row_cases(4, LONG[::2], BCE[-1:], matched=True), pair_cases(4), grad_cases(4, matched=True)
+    ),
+    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], [], matched=True), pair_cases(8)),
     "grad": lambda: grad_cases(4),
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),

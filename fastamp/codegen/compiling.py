@@ -69,7 +69,9 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
     compiled = triton.compile(source, target=gpu, options=options)
     taken = _nvidia(compiled, case.num_warps) if backend == "cuda" else _amd(compiled, case.kernel.__name__)
     shared = compiled.metadata.shared
-    moved = program_traffic(compiled.asm["ttgir"], [name for name in names if name in case.signature], case.sizes)
+    text, arguments = compiled.asm["ttgir"], [name for name in names if name in case.signature]
+    moved = program_traffic(text, arguments, case.sizes)
+    mostly = program_traffic(text, arguments, case.sizes, first_branch=True)
     row = {
         "target": target,
         "kernel": case.kernel.__name__,
@@ -82,6 +84,8 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
         "elements": case.elements,
         "read": moved.read,
         "written": moved.written,
+        "mostly_read": mostly.read,
+        "mostly_written": mostly.written,
         "floor": case.floor,
     }
     held = case.row_bytes // (case.num_warps * lanes)

@@ -16,9 +16,10 @@ from fastamp.codegen import TARGETS
 from fastamp.codegen.compiling import compile_group
 
 NAME = "codegen"
-FORMAT = 1
+FORMAT = 2
 RERUN = "python -m fastamp.codegen --out bench/results"
 Row = dict[str, Any]
+WAYS = {"read": "reads", "written": "writes"}
 HEADINGS = ("case", "launch", "read + written", "floor", "x floor", "load, store", "registers", "occupancy %", "spills")
 PREFACE = """# What the compiler makes of the kernels
 
@@ -27,11 +28,12 @@ Written by `{command}` with {versions}, checkout {checkout}; no GPU was needed o
 Bytes are per element of the largest matrix: what one program asks for in global memory, counted in the code Triton
 compiled, over the elements of its tiles. A row that is read as its own and again as a neighbour's counts every time,
 though the second read mostly ends in a cache: so this is what is asked for, and a bound on what memory has to deliver.
-A loop counts as often as it turns, or once where only the device knows; of two branches, the one that moves more. The
-floor is what cannot be avoided: every input element read once, every output element written once. Load and store are
-the widest access, in bytes. Numbers separated by slashes are {targets}; occupancy is theoretical, from registers, warps
-and shared memory. A kernel that asserts takes more registers on AMD than it would without: it calls a function that
-prints.
+A loop counts as often as it turns, or once where only the device knows. Of two branches the one that is mostly taken
+counts, and behind it, if that is another, the one that moves more: long rows whose step of λ is large are read once
+more. The floor is what cannot be avoided: every input element read once, every output element written once. Load and
+store are the widest access, in bytes. Numbers separated by slashes are {targets}; occupancy is theoretical, from
+registers, warps and shared memory. A kernel that asserts takes more registers on AMD than it would without: it calls a
+function that prints.
 """
 
 
@@ -106,11 +108,14 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _line(case: str, rows: list[Row]) -> str:
     first = rows[0]
-    read, written = (max(row[way] for row in rows) / first["elements"] for way in ("read", "written"))
+    read, written, read_at_most, written_at_most = (
+        max(row[way] for row in rows) / first["elements"] for way in ("mostly_read", "mostly_written", *WAYS)
+    )
+    at_most = f", at most {read_at_most:.2f} + {written_at_most:.2f}"
     cells = [
         case,
         _launch(first),
-        f"{read:.2f} + {written:.2f}",
+        f"{read:.2f} + {written:.2f}" + at_most * ((read, written) != (read_at_most, written_at_most)),
         f"{first['floor']:g}",
         f"{(read + written) / first['floor']:.2f}",
         _slashed(f"{row['load_width']}, {row['store_width']}" for row in rows),
@@ -162,10 +167,11 @@ def problems(rows: Iterable[Row], recorded: dict[str, Any]) -> list[str]:
 
 
 def _worse(row: Row, was: Row, *, same_compiler: bool) -> Iterable[str]:
-    for way, verb in (("read", "reads"), ("written", "writes")):
-        now, before = row[way] / row["elements"], was[way] / was["elements"]
-        if now > before * (1 + 1e-9):
-            yield f"{verb} {now:.4g} bytes an element, {before:.4g} before"
+    for way, verb in WAYS.items():
+        for how in ("", "mostly_"):
+            now, before = row[how + way] / row["elements"], was[how + way] / was["elements"]
+            if now > before * (1 + 1e-9):
+                yield f"{how.replace('_', ' ')}{verb} {now:.4g} bytes an element, {before:.4g} before"
     # Another launch has another number of accesses: with other tiles, or more of them a thread.
     if same_compiler and row["launch"] == was["launch"]:
         for what in ("load", "store"):

@@ -4,7 +4,8 @@ Every load and store of that text becomes the same accesses in machine code: non
 counts with all elements of its tile, whether or not a mask leaves some out, as the elements that bytes are divided by
 do; what a tile smaller than the program's threads makes some of them do twice is not counted, since it comes from the
 cache in the same instruction. A loop counts as often as it turns where it runs to a constant or to an argument of known
-size, otherwise once; of two branches the one that moves more.
+size, otherwise once. Of two branches either the one that moves more counts, or the first: kernels put first what is
+done mostly.
 """
 
 from __future__ import annotations
@@ -35,21 +36,24 @@ class Traffic(NamedTuple):
 
 
 class _Region:
-    """What is between two braces; of a branch's regions only the dearest counts."""
+    """What is between two braces, or, of a branch, between the last two; and the branches before it."""
 
     def __init__(self, turns: int) -> None:
         self.turns = turns
         self.here = Traffic(0, 0)
-        self.before = Traffic(0, 0)  # the other branch
+        self.before: list[Traffic] = []
 
 
-def program_traffic(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]) -> Traffic:
+def program_traffic(
+    ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int], *, first_branch: bool = False
+) -> Traffic:
     """Bytes that one program asks for.
 
     Args:
         ttgir: the text of one kernel.
         arguments: names of those that are not constants, in order.
         sizes: values of integer arguments that loops run to.
+        first_branch: of two branches count the first, not the dearer.
 
     Raises:
         ValueError: the text has an access that is not understood.
@@ -68,7 +72,7 @@ def program_traffic(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, in
         if constant:
             values[constant[1]] = int(constant[2])
         if text.startswith("}"):
-            _close(stack, other_branch=text.startswith("} else {"))
+            _close(stack, other_branch=text.startswith("} else {"), first_branch=first_branch)
         found = ACCESS.search(text)
         if found and found[1] not in IN_SHARED_MEMORY:
             stack[-1].here = stack[-1].here.plus(_access(found[1], text))
@@ -78,14 +82,15 @@ def program_traffic(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, in
     return stack[0].here
 
 
-def _close(stack: list[_Region], *, other_branch: bool) -> None:
+def _close(stack: list[_Region], *, other_branch: bool, first_branch: bool) -> None:
     region = stack[-1]
-    dearest = max(region.here, region.before, key=sum)
+    branches = [*region.before, region.here]
     if other_branch:
-        region.before, region.here = dearest, Traffic(0, 0)
+        region.before, region.here = branches, Traffic(0, 0)
     else:
         stack.pop()
-        stack[-1].here = stack[-1].here.plus(dearest, region.turns)
+        taken = branches[0] if first_branch else max(branches, key=sum)
+        stack[-1].here = stack[-1].here.plus(taken, region.turns)
 
 
 def _turns(loop: re.Match[str], values: Mapping[str, int]) -> int:

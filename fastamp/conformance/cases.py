@@ -16,6 +16,7 @@ from torch import Tensor
 from fastamp import functional, reference
 from fastamp.conformance.case import SPOILED, Case, Outcome, Tensors, gradients, laid_out, lam_dtype
 from fastamp.conformance.operations import EmbeddingCase, OperationCase, SelectionCase
+from fastamp.mixing import draw
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StepCase:
             "hidden": laid_out(hidden.to(dtype), self.layout),
             "target": labels,
             "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
-            "partner": torch.randperm(batch, generator=generator),
+            "partner": draw(batch, pairing=self.options.get("pairing", "permutation"), generator=generator).partner,
             "upstream": normal(batch).to(lam_dtype(dtype)),
         }
         if self.soft:
@@ -109,6 +110,7 @@ class StepCase:
 
         def run(mode: str) -> reference.Result:
             options = {**self.options, "mode": mode, "reduction": "none", "weight": class_weight}
+            options.pop("pairing", None)  # a promise, that the definition has no use for
             return reference.amp(head, leaves["hidden"], target, lam, partner, **options)
 
         mode = self.options.get("mode", "amp")
@@ -166,11 +168,13 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield StepCase(f"{loss} clamp", options={**options, "clamp": True, "step_size": 0.4})
         yield StepCase(f"{loss} to the letter", options={**options, "tie_tol": 1e-3, "step_size": 0.1})
         yield StepCase(f"{loss} 300 classes", batch=12, classes=300, options=options)
+        yield StepCase(f"{loss} pairs", batch=13, classes=300, options={**options, "pairing": "matching"})
         yield StepCase(f"{loss} TextCNN head", batch=50, width=300, activation="relu", dropout=0.5, options=options)
         yield StepCase(f"{loss} BERT head", batch=24, classes=5, width=768, options=options)
     if not quick:
         yield StepCase("cross_entropy 5000 classes", batch=6, classes=5000)
         yield StepCase("cross_entropy 20000 classes", batch=4, classes=20000)
+        yield StepCase("cross_entropy pairs of 20000 classes", batch=5, classes=20000, options={"pairing": "matching"})
     yield OperationCase("mix", "rows of 30")
     yield OperationCase("mix", "words, strided", shape=(7, 5, 12), layout="strided")
     yield OperationCase("lambda_grad", "rows of 30")

@@ -51,7 +51,7 @@ def amp_cross_entropy(
         num_items: replaces the divisor of the mean; a number or a 0-d tensor.
         return_stats: also return a `MixStats`.
         **options: mode, loss, step_size, grad_clip, grad_scale, clamp, tie_tol, ignore_index, label_smoothing,
-            as `fastamp.AMPLoss` documents them.
+            as `fastamp.AMPLoss` documents them; pairing="matching" promises that partner is its own inverse.
 
     Returns:
         The loss, () or (B,), float32 (float64 for float64 logits); with return_stats a tuple (loss, MixStats).
@@ -66,7 +66,7 @@ def amp_cross_entropy(
     check_choice("reduction", reduction)
     check_logits("logits", logits)
     check_target(target, logits)
-    check_mix(lam, partner, len(logits), logits.device)
+    check_mix(lam, partner, len(logits), logits.device, pairing=policy.pairing)
     check_class_vector("weight", weight, logits.shape[1], logits.device)
     check_num_items(num_items)
     facts = host_facts(logits, target, policy)
@@ -149,7 +149,7 @@ def linear_amp_cross_entropy(
     check_device("linear_weight", linear_weight, hidden.device)
     check_class_vector("linear_bias", linear_bias, classes, hidden.device)
     check_target(target, hidden.new_empty(()).expand(len(hidden), classes))
-    check_mix(lam, partner, len(hidden), hidden.device)
+    check_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
     check_class_vector("weight", weight, classes, hidden.device)
     check_num_items(num_items)
     if activation not in (None, "relu"):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import RESCALE_BLOCK, TOTAL_BLOCK, backward_config, forward_config
+from .config import RESCALE_BLOCK, TOTAL_BLOCK, backward_config, forward_config, pairs_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -44,13 +44,18 @@ from .rows import (
     tile_index,
     tile_mask,
 )
-from .rows_loop import _amp_rows_grad_kernel, _amp_rows_kernel, _amp_total_kernel, _rescale_kernel
+from .rows_grad import _amp_rows_grad_kernel, _amp_total_kernel, _rescale_kernel
+from .rows_loop import _amp_rows_kernel
+from .rows_pairs import _amp_pairs_kernel
 from .rows_registers import bce_role, cross_entropy_role
 
 
 @triton.jit
 def _register_role(
-    logits_ptr,
+    a,  # tile of the row's logits
+    b,  # tile of its partner's
+    shift_a,  # per row
+    shift_b,  # per row
     target_ptr,
     lam_ptr,
     weight_ptr,
@@ -62,18 +67,12 @@ def _register_role(
     cols,
     B,
     C,
-    stride_zm,
-    stride_zn,
     step_size,
     policy: tl.constexpr,
     STORE: tl.constexpr,  # whether the rows' scalars are written to rows_ptr
 ):
     """The role of `row` mixed with `other`: loss, divisor share and λ* per row, and the tile of g."""
     lam = tl.load(lam_ptr + row)
-    a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
-    b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam.dtype)
-    shift_a = row_shift(a)
-    shift_b = row_shift(b)
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
     on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
     if policy.bce:
@@ -110,7 +109,7 @@ def _amp_cross_entropy_kernel(
     target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
-    inverse_ptr,  # (B,) int64 with inverse[partner[r]] = r; None: one program holds the batch and finds it
+    inverse_ptr,  # (B,) int64 with inverse[partner[r]] = r; None: it is partner, or one program finds it
     weight_ptr,  # (C,) class weights or None
     grad_divisor_ptr,  # () divisor of ∇λ or None
     dlogits_ptr,  # (B, C) contiguous, the complete gradient, or None
@@ -127,67 +126,62 @@ def _amp_cross_entropy_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Loss and complete gradient of BLOCK_B rows, whole rows in registers (1-11)."""
+    """Loss and complete gradient of BLOCK_B rows, whole rows in registers (1-11).
+
+    Where partner is its own inverse, and a program has one row, the smaller row of a pair does both.
+    """
     row, cols, ok = tile_index(tl.program_id(0), 0, B, BLOCK_B, BLOCK_C)
+    pairs: tl.constexpr = policy.matched and BLOCK_B == 1 and loss_ptr is None
     other = tl.load(partner_ptr + row)
-    loss, share, lam_sel, g = _register_role(
-        logits_ptr,
-        target_ptr,
-        lam_ptr,
-        weight_ptr,
-        grad_divisor_ptr,
-        rows_ptr,
-        row,
-        other,
-        ok,
-        cols,
-        B,
-        C,
-        stride_zm,
-        stride_zn,
-        step_size,
-        policy,
-        True,
-    )
-    scale = tl.full((), divisor, loss.dtype)
-    if loss_ptr is not None:
-        mass = rows_total(tl.where(ok, share, 0.0))
-        scale = tl.where(scale == 0.0, mass, scale)
-        tl.store(loss_ptr, rows_total(tl.where(ok, loss, 0.0)) / scale)
-        tl.store(divisor_ptr, scale)
-    if dlogits_ptr is not None:
-        if inverse_ptr is not None:
-            source = tl.load(inverse_ptr + row)
-        elif BLOCK_B == 1:
-            source = row
-        else:
-            every = tl.arange(0, BLOCK_B)[None, :]
-            points = tl.load(partner_ptr + every, mask=every < B, other=-1)
-            source = row_sum(tl.where(points == row, every, 0)).to(tl.int64)
-        _, _, lam_source, g_source = _register_role(
-            logits_ptr,
-            target_ptr,
-            lam_ptr,
-            weight_ptr,
-            grad_divisor_ptr,
-            rows_ptr,
-            source,
-            row,
-            ok,
-            cols,
-            B,
-            C,
-            stride_zm,
-            stride_zn,
-            step_size,
-            policy,
-            False,
-        )
-        dz = lam_sel * g + (1.0 - lam_source) * g_source
-        # Nothing kept: the mean is 0/0, and its gradient 0.
-        dz = tl.where(scale == 0.0, 0.0, dz / tl.where(scale == 0.0, 1.0, scale))
-        mask = tile_mask(ok, cols, C, BLOCK_B)
-        tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
+    if policy.matched:
+        tl.device_assert(tl.load(partner_ptr + other) == row, "partner is not its own inverse")
+    if not pairs or other >= row:
+        dtype = lam_ptr.dtype.element_ty
+        a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, dtype)
+        b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, dtype)
+        shift_a = row_shift(a)
+        shift_b = row_shift(b)
+        loss, share, lam_sel, g = _register_role(
+            a, b, shift_a, shift_b, target_ptr, lam_ptr, weight_ptr, grad_divisor_ptr, rows_ptr,
+            row, other, ok, cols, B, C, step_size, policy, True,
+        )  # fmt: skip
+        scale = tl.full((), divisor, loss.dtype)
+        if loss_ptr is not None:
+            mass = rows_total(tl.where(ok, share, 0.0))
+            scale = tl.where(scale == 0.0, mass, scale)
+            tl.store(loss_ptr, rows_total(tl.where(ok, loss, 0.0)) / scale)
+            tl.store(divisor_ptr, scale)
+        if pairs or dlogits_ptr is not None:
+            if policy.matched:
+                source = other
+                c = b
+                shift_c = shift_b
+            else:
+                if inverse_ptr is not None:
+                    source = tl.load(inverse_ptr + row)
+                elif BLOCK_B == 1:
+                    source = row
+                else:
+                    every = tl.arange(0, BLOCK_B)[None, :]
+                    points = tl.load(partner_ptr + every, mask=every < B, other=-1)
+                    source = row_sum(tl.where(points == row, every, 0)).to(tl.int64)
+                c = load_logits(logits_ptr, source, cols, C, stride_zm, stride_zn, dtype)
+                shift_c = row_shift(c)
+            _, _, lam_source, g_source = _register_role(
+                c, a, shift_c, shift_a, target_ptr, lam_ptr, weight_ptr, grad_divisor_ptr, rows_ptr,
+                source, row, ok, cols, B, C, step_size, policy, pairs,
+            )  # fmt: skip
+            if dlogits_ptr is not None:
+                # Nothing kept: the mean is 0/0, and its gradient 0.
+                over = tl.where(scale == 0.0, 0.0, 1.0 / tl.where(scale == 0.0, 1.0, scale))
+                g = over * g
+                g_source = over * g_source
+                mask = tile_mask(ok, cols, C, BLOCK_B)
+                dz = lam_sel * g + (1.0 - lam_source) * g_source
+                tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
+                if pairs:
+                    dz = lam_source * g_source + (1.0 - lam_sel) * g
+                    tl.store(dlogits_ptr + other * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 class Forward(NamedTuple):
@@ -236,9 +230,36 @@ def amp_cross_entropy_forward(
     config = forward_config(batch, classes, lam.element_size(), policy)
     single = config.in_registers and config.block_b >= batch
     assumed = 0.0 if divisor is None or single else divisor or float(batch)
+    pairs = policy.matched and not policy.bce and not config.in_registers
+    if pairs:
+        dense_target = target.is_floating_point() or policy.label_smoothing > 0
+        config = pairs_config(lam.element_size(), dense_target=dense_target)
     dlogits = None
+    # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
+    if want_grad and divisor is not None and logits.dtype != torch.float16 and (config.in_registers or pairs):
+        dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
     with on_device_of(logits):
-        if not config.in_registers:
+        if pairs:
+            _amp_pairs_kernel[(batch,)](
+                logits,
+                target,
+                lam,
+                partner,
+                weight,
+                grad_divisor,
+                dlogits,
+                rows,
+                batch,
+                classes,
+                *logits.stride(),
+                step_size,
+                assumed,
+                policy=policy,
+                BLOCK_C=config.block_c,
+                num_warps=config.num_warps,
+                **ASSERTING,
+            )
+        elif not config.in_registers:
             _amp_rows_kernel[(batch,)](
                 logits,
                 target,
@@ -257,15 +278,12 @@ def amp_cross_entropy_forward(
                 **ASSERTING,
             )
         else:
-            # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
-            if want_grad and divisor is not None and logits.dtype != torch.float16:
-                dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
             _amp_cross_entropy_kernel[(triton.cdiv(batch, config.block_b),)](
                 logits,
                 target,
                 lam,
                 partner,
-                None if single or dlogits is None else inverse_permutation(partner),
+                None if single or dlogits is None or policy.matched else inverse_permutation(partner),
                 weight,
                 grad_divisor,
                 dlogits,
@@ -312,7 +330,7 @@ def amp_cross_entropy_backward(
             target.contiguous(),
             lam.contiguous(),
             partner.contiguous(),
-            inverse_permutation(partner),
+            None if policy.matched else inverse_permutation(partner),
             None if weight is None else weight.contiguous(),
             rows,
             upstream,

@@ -14,6 +14,9 @@ REGISTER_WORDS = 4096  # longest row held in registers
 REGISTER_WORDS_BCE = 2048
 LOOP_WORDS = 2048  # tile of a longer row
 LOOP_WORDS_BCE = 1024
+PAIR_WORDS = 2048  # tile of a pair of longer rows, whose sums are twice as many
+PAIR_WORDS_HEAVY = 1024  # where every class has target mass, which takes sums of its own; and in float64
+PAIR_WARPS = 16
 SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole
 SINGLE_PROGRAM_ROWS = 64
 ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together
@@ -70,6 +73,17 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -
     light = policy.never_rejects or policy.mode == "mixup"
     per_warp = WORDS_PER_WARP // 4 if policy.bce else WORDS_PER_WARP if light else WORDS_PER_WARP // 2
     return Config(block_b, block_c, min(max(1, words // per_warp), 16), True)
+
+
+def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
+    """The launch of the forward over pairs of rows too long for registers.
+
+    Args:
+        itemsize: bytes of the compute dtype, 4 or 8.
+        dense_target: probabilities, or labels that are smoothed.
+    """
+    words = PAIR_WORDS_HEAVY if dense_target or itemsize == 8 else PAIR_WORDS
+    return Config(1, words * 4 // itemsize, PAIR_WARPS * 4 // itemsize, False)
 
 
 def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:

@@ -33,7 +33,7 @@ from .rows import (
     takes_adversarial,
     target_tile,
 )
-from .rows_loop import _amp_total_kernel
+from .rows_grad import _amp_total_kernel
 from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role
 
 FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
@@ -294,6 +294,8 @@ def launch_linear_head(
     if config is None:
         raise ValueError(f"a head of {classes} classes over {depth} features does not fit in registers")
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    partner = partner.contiguous()
+    inverse = None if not want_grad else partner if policy.matched else inverse_permutation(partner)
     programs = triton.cdiv(batch, config.rows)
     assumed = 1.0 if divisor is None else divisor or float(batch)
     rows = lam.new_empty(FIELDS, batch) if want_rows else None
@@ -312,8 +314,8 @@ def launch_linear_head(
             bias if bias is None else bias.contiguous(),
             target.contiguous(),
             lam.contiguous(),
-            partner.contiguous(),
-            inverse_permutation(partner) if want_grad else None,
+            partner,
+            inverse,
             None if keep is None else keep.contiguous(),
             None if class_weight is None else class_weight.contiguous(),
             grad_divisor,

@@ -54,6 +54,7 @@ class RowPolicy(NamedTuple):
     label_smoothing: float
     tie_abs: float
     tie_rel: float
+    matched: bool = False  # promises that partner is its own inverse
 
     @property
     def never_rejects(self) -> bool:
