@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import RESCALE_BLOCK, TOTAL_BLOCK, backward_config, forward_config, pairs_config
+from .config import RESCALE_BLOCK, TOTAL_BLOCK, Config, backward_config, forward_config, pairs_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -48,6 +48,7 @@ from .rows_grad import _amp_rows_grad_kernel, _amp_total_kernel, _rescale_kernel
 from .rows_loop import _amp_rows_kernel
 from .rows_pairs import _amp_pairs_kernel
 from .rows_registers import bce_role, cross_entropy_role
+from .tuning import batch_class, tuned
 
 
 @triton.jit
@@ -238,69 +239,46 @@ def amp_cross_entropy_forward(
     # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
     if want_grad and divisor is not None and logits.dtype != torch.float16 and (config.in_registers or pairs):
         dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
-    with on_device_of(logits):
+    tensors = (logits, target, lam, partner)
+    sizes = (batch, classes, *logits.stride(), step_size)
+    inverse = None
+    if config.in_registers and not single and dlogits is not None and not policy.matched:
+        inverse = inverse_permutation(partner)
+
+    def launch(config: Config) -> None:
+        options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
         if pairs:
-            _amp_pairs_kernel[(batch,)](
-                logits,
-                target,
-                lam,
-                partner,
-                weight,
-                grad_divisor,
-                dlogits,
-                rows,
-                batch,
-                classes,
-                *logits.stride(),
-                step_size,
-                assumed,
-                policy=policy,
-                BLOCK_C=config.block_c,
-                num_warps=config.num_warps,
-                **ASSERTING,
-            )
+            _amp_pairs_kernel[(batch,)](*tensors, weight, grad_divisor, dlogits, rows, *sizes, assumed, **options)
         elif not config.in_registers:
-            _amp_rows_kernel[(batch,)](
-                logits,
-                target,
-                lam,
-                partner,
-                weight,
-                grad_divisor,
-                rows,
-                batch,
-                classes,
-                *logits.stride(),
-                step_size,
-                policy=policy,
-                BLOCK_C=config.block_c,
-                num_warps=config.num_warps,
-                **ASSERTING,
-            )
+            _amp_rows_kernel[(batch,)](*tensors, weight, grad_divisor, rows, *sizes, **options)
         else:
             _amp_cross_entropy_kernel[(triton.cdiv(batch, config.block_b),)](
-                logits,
-                target,
-                lam,
-                partner,
-                None if single or dlogits is None or policy.matched else inverse_permutation(partner),
+                *tensors,
+                inverse,
                 weight,
                 grad_divisor,
                 dlogits,
                 rows,
                 loss if single else None,
                 loss_divisor if single else None,
-                batch,
-                classes,
-                *logits.stride(),
-                step_size,
+                *sizes,
                 divisor or 0.0 if single else assumed,
-                policy=policy,
                 BLOCK_B=config.block_b,
-                BLOCK_C=config.block_c,
-                num_warps=config.num_warps,
-                **ASSERTING,
+                **options,
             )
+
+    if single:
+        free: tuple[str, ...] = ("num_warps",)
+    else:
+        free = ("block_b" if config.in_registers else "block_c", "num_warps")
+    with on_device_of(logits):
+        tuned(
+            "_amp_cross_entropy_kernel",
+            lambda: (*_facts(logits, target, policy), "pairs" if policy.matched else "rows", logits.device),
+            config,
+            free,
+            launch,
+        )
         if loss is not None and not single:
             _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
     return Forward(rows, loss, loss_divisor, dlogits, assumed)
@@ -322,16 +300,18 @@ def amp_cross_entropy_backward(
     batch, classes = logits.shape
     upstream = upstream.to(lam.dtype)
     dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
-    config = backward_config(classes, lam.element_size(), policy)
-    grid = (triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c))
-    with on_device_of(logits):
-        _amp_rows_grad_kernel[grid](
+    target, lam, partner = target.contiguous(), lam.contiguous(), partner.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    inverse = None if policy.matched else inverse_permutation(partner)
+
+    def launch(config: Config) -> Tensor:
+        _amp_rows_grad_kernel[(triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c))](
             logits,
-            target.contiguous(),
-            lam.contiguous(),
-            partner.contiguous(),
-            None if policy.matched else inverse_permutation(partner),
-            None if weight is None else weight.contiguous(),
+            target,
+            lam,
+            partner,
+            inverse,
+            weight,
             rows,
             upstream,
             divisor,
@@ -345,7 +325,23 @@ def amp_cross_entropy_backward(
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
         )
-    return dlogits
+        return dlogits
+
+    config = backward_config(classes, lam.element_size(), policy)
+    with on_device_of(logits):
+        return tuned(
+            "_amp_rows_grad_kernel",
+            lambda: (*_facts(logits, target, policy), "pairs" if policy.matched else "rows", logits.device),
+            config,
+            ("block_b", "block_c", "num_warps"),
+            launch,
+        )
+
+
+def _facts(logits: Tensor, target: Tensor, policy: RowPolicy) -> tuple[object, ...]:
+    """What decides which launch is the fastest."""
+    batch, classes = logits.shape
+    return logits.dtype, target.dtype, policy.loss, policy.mode, batch_class(batch), f"C={classes}"
 
 
 def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float) -> Tensor:

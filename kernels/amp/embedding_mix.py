@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import embedding_grad_config, mix_config
+from .config import Config, EmbeddingConfig, embedding_grad_config, mix_config
 from .launch import inverse_permutation, on_device_of
 from .mix import mixed_tile, tile_of
 from .rows import ASSERTING, tile_mask
+from .tuning import batch_class, tuned
 
 
 @triton.jit
@@ -162,15 +163,15 @@ def embedding_mix_forward(ids: Tensor, table: Tensor, lam: Tensor, partner: Tens
     """
     size, depth = table.shape
     mixed = torch.empty(*ids.shape, depth, dtype=table.dtype, device=table.device)
-    config = mix_config(depth, table.element_size())
+    ids, lam, partner = ids.contiguous(), lam.contiguous(), partner.contiguous()
     tokens = ids.numel()
-    grid = (triton.cdiv(tokens, config.block_b) * triton.cdiv(depth, config.block_c),)
-    with on_device_of(table):
-        _embedding_mix_kernel[grid](
-            ids.contiguous(),
+
+    def launch(config: Config) -> Tensor:
+        _embedding_mix_kernel[(triton.cdiv(tokens, config.block_b) * triton.cdiv(depth, config.block_c),)](
+            ids,
             table,
-            lam.contiguous(),
-            partner.contiguous(),
+            lam,
+            partner,
             mixed,
             tokens,
             ids.shape[1],
@@ -182,7 +183,17 @@ def embedding_mix_forward(ids: Tensor, table: Tensor, lam: Tensor, partner: Tens
             num_warps=config.num_warps,
             **ASSERTING,
         )
-    return mixed
+        return mixed
+
+    config = mix_config(depth, table.element_size())
+    with on_device_of(table):
+        return tuned(
+            "_embedding_mix_kernel",
+            lambda: (table.dtype, batch_class(tokens), f"D={depth}", table.device),
+            config,
+            ("block_b", "block_c", "num_warps"),
+            launch,
+        )
 
 
 def embedding_mix_backward(
@@ -202,23 +213,24 @@ def embedding_mix_backward(
     dtable = torch.zeros(size, depth, dtype=upstream.dtype, device=upstream.device)
     tokens = ids.numel()
     sorted_ids, order = ids.reshape(-1).sort(stable=True)
-    config = embedding_grad_config(depth, lam.element_size())
-    chunks, blocks = triton.cdiv(tokens, config.piece), triton.cdiv(depth, config.block_d)
-    pieces = torch.empty(chunks, 2, depth, dtype=lam.dtype, device=upstream.device)
+    lam, inverse = lam.contiguous(), inverse_permutation(partner)
     padding = -1 if padding_idx is None else padding_idx
-    options = {
-        "PIECE": config.piece,
-        "ROWS": config.rows,
-        "BLOCK_D": config.block_d,
-        "num_warps": config.num_warps,
-    }
-    with on_device_of(upstream):
+
+    def launch(config: EmbeddingConfig) -> Tensor:
+        chunks, blocks = triton.cdiv(tokens, config.piece), triton.cdiv(depth, config.block_d)
+        pieces = torch.empty(chunks, 2, depth, dtype=lam.dtype, device=upstream.device)
+        options = {
+            "PIECE": config.piece,
+            "ROWS": config.rows,
+            "BLOCK_D": config.block_d,
+            "num_warps": config.num_warps,
+        }
         _run_pieces_kernel[(tokens * blocks,)](
             sorted_ids,
             order,
             upstream,
-            lam.contiguous(),
-            inverse_permutation(partner),
+            lam,
+            inverse,
             dtable,
             pieces,
             tokens,
@@ -230,4 +242,14 @@ def embedding_mix_backward(
         )
         if chunks > 1:
             _long_runs_kernel[(chunks * blocks,)](sorted_ids, pieces, dtable, tokens, chunks, depth, padding, **options)
-    return dtable
+        return dtable
+
+    config = embedding_grad_config(depth, lam.element_size())
+    with on_device_of(upstream):
+        return tuned(
+            "_run_pieces_kernel",
+            lambda: (upstream.dtype, batch_class(tokens), f"D={depth}", upstream.device),
+            config,
+            ("block_d", "num_warps"),
+            launch,
+        )

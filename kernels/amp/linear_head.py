@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import TOTAL_BLOCK, linear_head_config
+from .config import TOTAL_BLOCK, HeadConfig, linear_head_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -35,6 +35,7 @@ from .rows import (
 )
 from .rows_grad import _amp_total_kernel
 from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role
+from .tuning import batch_class, tuned
 
 FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
 
@@ -296,28 +297,31 @@ def launch_linear_head(
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     partner = partner.contiguous()
     inverse = None if not want_grad else partner if policy.matched else inverse_permutation(partner)
-    programs = triton.cdiv(batch, config.rows)
     assumed = 1.0 if divisor is None else divisor or float(batch)
     rows = lam.new_empty(FIELDS, batch) if want_rows else None
-    dhidden = dweight = dbias = loss = loss_divisor = None
+    dhidden = loss = loss_divisor = None
     if want_grad:
         # float16 is rounded after the upstream gradient, a loss scale mostly, has been applied.
         wide = hidden.dtype == torch.float16
         dhidden = torch.empty(batch, depth, dtype=lam.dtype if wide else hidden.dtype, device=hidden.device)
-        dweight = lam.new_empty(programs, classes, depth)
-        dbias = lam.new_empty(programs, classes)
         upstream = None if upstream is None else upstream.to(lam.dtype)
-    with on_device_of(hidden):
+    weight, target, lam = weight.contiguous(), target.contiguous(), lam.contiguous()
+    bias, keep, class_weight = (None if given is None else given.contiguous() for given in (bias, keep, class_weight))
+
+    def launch(config: HeadConfig) -> tuple[Tensor | None, Tensor | None]:
+        programs = triton.cdiv(batch, config.rows)
+        dweight = lam.new_empty(programs, classes, depth) if want_grad else None
+        dbias = lam.new_empty(programs, classes) if want_grad else None
         _linear_head_kernel[(programs,)](
             hidden,
-            weight.contiguous(),
-            bias if bias is None else bias.contiguous(),
-            target.contiguous(),
-            lam.contiguous(),
+            weight,
+            bias,
+            target,
+            lam,
             partner,
             inverse,
-            None if keep is None else keep.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
+            keep,
+            class_weight,
             grad_divisor,
             upstream,
             rows,
@@ -339,9 +343,27 @@ def launch_linear_head(
             num_warps=config.num_warps,
             **ASSERTING,
         )
+        if dweight is None or dbias is None:
+            return None, None
+        return dweight.sum(0), dbias.sum(0)
+
+    with on_device_of(hidden):
+        dweight, dbias = tuned(
+            "_linear_head_kernel",
+            lambda: (
+                hidden.dtype,
+                policy.loss,
+                policy.mode,
+                relu,
+                batch_class(batch),
+                f"D={depth} C={classes}",
+                hidden.device,
+            ),
+            config,
+            ("rows", "num_warps"),
+            launch,
+        )
         if rows is not None and divisor is not None:
             loss, loss_divisor = lam.new_empty(()), lam.new_empty(())
             _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
-    if dweight is not None and dbias is not None:
-        dweight, dbias = dweight.sum(0), dbias.sum(0)
     return HeadForward(rows, loss, loss_divisor, dhidden, dweight, dbias, assumed)

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import mix_config
+from .config import Config, mix_config
 from .launch import as_matrix, inverse_permutation, on_device_of
 from .rows import tile_index, tile_mask
+from .tuning import batch_class, tuned
 
 
 @triton.jit
@@ -112,15 +113,14 @@ def mix_backward(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor) -> Tensor:
-    flat = as_matrix(rows)
+    flat, lam = as_matrix(rows), lam.contiguous()
     batch, width = flat.shape
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    config = mix_config(width, rows.element_size())
-    grid = (triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)
-    with on_device_of(rows):
-        kernel[grid](
+
+    def launch(config: Config) -> Tensor:
+        kernel[(triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)](
             flat,
-            lam.contiguous(),
+            lam,
             index,
             out,
             batch,
@@ -130,4 +130,14 @@ def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor
             BLOCK_N=config.block_c,
             num_warps=config.num_warps,
         )
-    return out
+        return out
+
+    config = mix_config(width, rows.element_size())
+    with on_device_of(rows):
+        return tuned(
+            kernel.__name__,
+            lambda: (rows.dtype, batch_class(batch), f"N={width}", rows.device),
+            config,
+            ("block_b", "block_c", "num_warps"),
+            launch,
+        )

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import inner_product_config, mix_config, remix_config
+from .config import Config, PartsConfig, inner_product_config, mix_config, remix_config
 from .launch import as_matrix, on_device_of
 from .mix import load_rows, mixed_tile, tile_of
 from .rows import RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
+from .tuning import batch_class, tuned
 
 
 @triton.jit
@@ -107,16 +108,16 @@ def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: t
         partner: (B,) int64 permutation.
         dtype: the compute dtype.
     """
-    g, h = as_matrix(grad_mixed), as_matrix(hidden)
+    g, h, partner = as_matrix(grad_mixed), as_matrix(hidden), partner.contiguous()
     batch, width = h.shape
-    config = inner_product_config(width, h.element_size())
-    parts = triton.cdiv(width, config.part)
-    products = torch.empty(batch, parts, dtype=dtype, device=h.device)
-    with on_device_of(h):
+
+    def launch(config: PartsConfig) -> Tensor:
+        parts = triton.cdiv(width, config.part)
+        products = torch.empty(batch, parts, dtype=dtype, device=h.device)
         _inner_product_kernel[(triton.cdiv(batch, config.block_b) * parts,)](
             g,
             h,
-            partner.contiguous(),
+            partner,
             products,
             batch,
             width,
@@ -128,7 +129,18 @@ def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: t
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
         )
-    return products
+        return products
+
+    config = inner_product_config(width, h.element_size())
+    # Not its parts: each is some tiles long, and there are at most so many.
+    with on_device_of(h):
+        return tuned(
+            "_inner_product_kernel",
+            lambda: (h.dtype, batch_class(batch), f"N={width}", h.device),
+            config,
+            ("block_b", "num_warps"),
+            launch,
+        )
 
 
 def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,24 +170,21 @@ def remix_forward(
         policy: for mode, grad_clip and clamp.
         step_size: ε.
     """
-    g, h, lam = as_matrix(grad_mixed), as_matrix(hidden), lam.contiguous()
+    g, h, lam, partner = as_matrix(grad_mixed), as_matrix(hidden), lam.contiguous(), partner.contiguous()
     batch, width = h.shape
     grad, lam_adv = torch.empty_like(lam), torch.empty_like(lam)
     mixed = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
-    config = remix_config(width, lam.element_size())
-    products = None
-    if config is None:
-        products = inner_products(g, h, partner, lam.dtype)
-        config = mix_config(width, h.element_size())
+    whole = remix_config(width, lam.element_size())
+    products = inner_products(g, h, partner, lam.dtype) if whole is None else None
     parts = 0 if products is None else products.shape[1]
-    grid = (triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)
-    with on_device_of(h):
-        _remix_kernel[grid](
+
+    def launch(config: Config) -> tuple[Tensor, Tensor, Tensor]:
+        _remix_kernel[(triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)](
             g if products is None else None,
             products,
             h,
             lam,
-            partner.contiguous(),
+            partner,
             grad_divisor,
             grad,
             lam_adv,
@@ -192,4 +201,11 @@ def remix_forward(
             BLOCK_P=triton.next_power_of_2(max(1, parts)),
             num_warps=config.num_warps,
         )
-    return grad, lam_adv, mixed
+        return grad, lam_adv, mixed
+
+    config = whole or mix_config(width, h.element_size())
+    free = ("block_b", "num_warps") if whole else ("block_b", "block_c", "num_warps")
+    with on_device_of(h):
+        return tuned(
+            "_remix_kernel", lambda: (h.dtype, batch_class(batch), f"N={width}", h.device), config, free, launch
+        )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import select_config
+from .config import Config, select_config
 from .launch import on_device_of
 from .rows import (
     ASSERTING,
@@ -32,6 +32,7 @@ from .rows import (
 )
 from .rows_loop import bce_scan
 from .rows_registers import bce_at, cross_entropy_at
+from .tuning import batch_class, tuned
 
 
 @triton.jit
@@ -320,12 +321,23 @@ def select_cross_entropy_forward(
         grad_adv,
     )
     strides = (*logits.stride(), *(logits if logits_adv is None else logits_adv).stride())
-    config = select_config(classes, lam.element_size(), bce=policy.bce)
-    options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
-    with on_device_of(logits):
+
+    def launch(config: Config) -> Selection:
+        options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
         if config.in_registers:
             grid = (triton.cdiv(batch, config.block_b),)
             _select_kernel[grid](*tensors, batch, classes, *strides, BLOCK_B=config.block_b, **options)
         else:
             _select_rows_kernel[(batch,)](*tensors, classes, *strides, **options)
-    return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
+        return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
+
+    config = select_config(classes, lam.element_size(), bce=policy.bce)
+    free = ("block_b" if config.in_registers else "block_c", "num_warps")
+    with on_device_of(logits):
+        return tuned(
+            "_select_kernel",
+            lambda: (logits.dtype, target.dtype, policy.loss, batch_class(batch), f"C={classes}", logits.device),
+            config,
+            free,
+            launch,
+        )

@@ -1,0 +1,203 @@
+"""FASTAMP_AUTOTUNE=1: every launch may be searched for; what it is never changes what is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import TRITON_DEVICE
+
+from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, StepCase, check_case
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from triton.runtime.errors import OutOfResources
+
+tuning = import_module("fastamp.kernels.tuning")
+
+CASES = [
+    StepCase("one program", batch=5, classes=3),
+    StepCase("groups of rows", batch=67, classes=5),
+    StepCase("pairs", batch=5, classes=141, options={"pairing": "matching"}),
+    StepCase("long rows", batch=2, classes=4099),
+    StepCase("long pairs", batch=3, classes=4099, options={"pairing": "matching"}),
+    StepCase("softmax_bce", batch=3, classes=141, options={"loss": "softmax_bce"}),
+    StepCase("head", batch=5, classes=5, width=37),
+    StepCase("relu, dropout", batch=5, classes=3, width=19, activation="relu", dropout=0.5),
+    OperationCase("mix", "words", shape=(7, 5, 13)),
+    OperationCase("lambda_grad", "long rows", shape=(3, 9001)),
+    OperationCase("remix", "words", shape=(7, 5, 13)),
+    OperationCase("remix", "long rows", shape=(3, 9001)),
+    SelectionCase("rows", shape=(7, 77)),
+    SelectionCase("long rows", shape=(2, 4099)),
+    EmbeddingCase("words", shape=(7, 5, 13)),
+]
+
+
+class Tile(NamedTuple):
+    """A launch."""
+
+    size: int
+    num_warps: int
+
+
+@pytest.fixture
+def tunes(monkeypatch, tmp_path):
+    """Tuning is on, and knows nothing yet; the folder of what it finds."""
+    monkeypatch.setattr(tuning, "ENABLED", True)
+    monkeypatch.setattr(tuning, "INTERPRETED", 1)
+    monkeypatch.setattr(tuning, "_stores", {})
+    monkeypatch.setenv("FASTAMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def held(folder):
+    (file,) = folder.iterdir()
+    return json.loads(file.read_text())
+
+
+def search(times, kernel="_some_kernel"):
+    """The launches that a kernel was run with in one call on the CPU, and what the call gave; a run takes `times`."""
+    ran = []
+
+    def run(given):
+        ran.append(given)
+        if times.get(given) is None:
+            raise OutOfResources(1, 0, "registers")
+        return given
+
+    clock = iter(range(10**6))
+    now = [0.0]
+
+    def perf_counter():
+        if next(clock) % 2:  # the end of a measurement
+            now[0] += times[ran[-1]]
+        return now[0]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tuning.time, "perf_counter", perf_counter)
+    try:
+        about = ("fp32", "B<=8", torch.device("cpu"))
+        made = tuning.tuned(kernel, lambda: about, Tile(4, 8), ("size", "num_warps"), run)
+    finally:
+        patch.undo()
+    return ran, made
+
+
+EVERY = {Tile(size, warps): size + warps for size in (2, 4, 8) for warps in (4, 8, 16)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
+def test_every_candidate_of_every_kernel_computes_the_same(tunes, case):
+    def check():
+        finding = check_case(case, TRITON_DEVICE, "triton", torch.float32)
+        assert not finding.failures, finding.failures
+
+    check()
+    found = held(tunes)["launches"]
+    assert found
+    candidates = {key: entry["ms"] for key, entry in found.items()}
+    # Each of them in turn stands as the one that was found.
+    for number in range(max(map(len, candidates.values()))):
+        for key, entry in found.items():
+            texts = list(candidates[key])
+            assert entry["launch"] in texts
+            entry["launch"] = texts[number % len(texts)]
+        (file,) = tunes.iterdir()
+        file.write_text(json.dumps({**held(tunes), "launches": found}))
+        tuning._stores.clear()
+        check()
+
+
+def test_the_fastest_launch_is_taken_and_remembered(tunes):
+    ran, made = search(EVERY | {Tile(8, 16): 0.001})
+    assert made == Tile(8, 16)
+    assert set(ran) == set(EVERY)
+    again, made = search(EVERY)
+    assert again == [Tile(8, 16)] == [made]
+    tuning._stores.clear()  # another process
+    again, made = search(EVERY)
+    assert again == [Tile(8, 16)] == [made]
+    entry = held(tunes)["launches"]["_some_kernel fp32 B<=8"]
+    assert entry["launch"] == "size=8 num_warps=16"
+    assert entry["ms"]["size=2 num_warps=4"] == 6000
+
+
+def test_a_launch_that_the_device_has_no_room_for_is_passed_over(tunes):
+    _, made = search({**EVERY, Tile(2, 4): None, Tile(2, 8): 0.5})
+    assert made == Tile(2, 8)
+    assert held(tunes)["launches"]["_some_kernel fp32 B<=8"]["ms"]["size=2 num_warps=4"] is None
+
+
+def test_other_errors_of_a_launch_are_not_swallowed(tunes):
+    def run(_):
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.tuned("_some_kernel", lambda: (torch.device("cpu"),), Tile(4, 8), ("size",), run)
+    assert not tunes.exists()
+
+
+def test_what_was_found_for_other_kernels_or_another_compiler_is_not_taken(tunes, monkeypatch):
+    search(EVERY)
+    for name in ("kernels", "triton", "format"):
+        (file,) = tunes.iterdir()
+        file.write_text(json.dumps({**held(tunes), name: "another"}))
+        tuning._stores.clear()
+        ran, _ = search(EVERY)
+        assert set(ran) == set(EVERY), name
+
+
+def test_a_spoiled_file_is_told_and_replaced(tunes):
+    search(EVERY)
+    (file,) = tunes.iterdir()
+    file.write_text("{")
+    tuning._stores.clear()
+    with pytest.warns(UserWarning, match="is not a file of launches; they are searched for anew"):
+        ran, _ = search(EVERY)
+    assert set(ran) == set(EVERY)
+    assert held(tunes)["launches"]
+
+
+def test_two_processes_keep_what_both_found(tunes):
+    search(EVERY, kernel="_first_kernel")
+    mine = dict(tuning._stores)
+    tuning._stores.clear()
+    search(EVERY, kernel="_second_kernel")
+    tuning._stores.clear()
+    tuning._stores.update(mine)
+    search(EVERY, kernel="_third_kernel")
+    assert {key.split()[0] for key in held(tunes)["launches"]} == {"_first_kernel", "_second_kernel", "_third_kernel"}
+
+
+def test_without_the_switch_nothing_is_searched_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTAMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "ENABLED", False)
+    ran, made = search(EVERY)
+    assert ran == [Tile(4, 8)] == [made]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("1", "True"), ("0", "False"), ("", "False"), ("yes", None)])
+def test_the_switch_is_0_or_1(value, enabled):
+    command = [sys.executable, "-c", "from fastamp.kernels import tuning; print(tuning.ENABLED)"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FASTAMP_AUTOTUNE": value})
+    if enabled is None:
+        assert run.returncode != 0
+        assert "FASTAMP_AUTOTUNE must be 0 or 1, got 'yes'" in run.stderr
+    else:
+        assert run.stdout.strip() == enabled, run.stderr
+
+
+def test_the_folder_follows_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTAMP_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.folder() == tmp_path / "fastamp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuning.folder() == tmp_path / "home" / ".cache" / "fastamp"
