@@ -20,12 +20,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> Any:
         # Grad mode is on in a backward only for create_graph=True; torch.compile refuses that itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return backward(ctx, *upstream)
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "fastamp's losses can be differentiated once, not twice: backward was called with create_graph=True"
             )
-        with torch.no_grad():
-            return backward(ctx, *upstream)
+        return backward(ctx, *upstream)
 
     return wrapper
 

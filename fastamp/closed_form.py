@@ -76,7 +76,7 @@ def mixed_target(
     if target.is_floating_point():
         on = torch.lerp(target.index_select(0, partner).to(lam.dtype), target.to(lam.dtype), lam)
     else:
-        label, label_mass, other_mass = target.unsqueeze(1), lam, 1 - lam
+        label, label_mass, other_mass = target.unsqueeze(1), lam, lam.neg().add_(1)  # faster than 1 - lam
         if not all_kept:
             is_kept = label != policy.ignore_index
             label = torch.where(is_kept, label, 0)
@@ -291,8 +291,8 @@ def tame_total(
     if policy.mode != "mixup":
         p = x.softmax(1)
         p = p if total is None else p.mul_(total.unsqueeze(1))
-        grad = scaled_grad(p.sub_(on).mul_(d).sum(1), policy, grad_divisor)
-        column = step_lam(lam, grad, policy).unsqueeze(1)
+        slope = p.sub_(on).mul_(d).sum(1, keepdim=True)
+        column = step_lam(column, scaled_grad(slope, policy, grad_divisor), policy)
         x = torch.addcmul(other, column, d)
     logp = x.log_softmax(1)
     negative_loss = (on * logp).sum()
