@@ -127,6 +127,7 @@ class _Remix(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         grad, lam_adv, rows = _remix(*arguments)
         ctx.mark_non_differentiable(grad, lam_adv)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(lam_adv, arguments[3])
         return grad, lam_adv, rows
 

@@ -130,6 +130,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, target, lam, partner, weight, out.rows, out.divisor)
         ctx.policy, ctx.dlogits, ctx.assumed = policy, out.dlogits, out.assumed
         ctx.mark_non_differentiable(out.rows)
+        ctx.set_materialize_grads(False)  # a zero gradient of what has none would be a launch
         return (out.rows[kernels.LOSS].clone() if out.loss is None else out.loss), out.rows
 
     @staticmethod
@@ -322,19 +323,20 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
         if out.dhidden is None:
             ctx.save_for_backward(*tensors)
         else:
-            ctx.save_for_backward(out.dhidden, out.dweight, out.dbias, out.divisor)
-        ctx.options, ctx.reduces, ctx.assumed = options, out.dhidden is not None, out.assumed
+            ctx.save_for_backward(out.dhidden, out.dweight, out.dbias, out.factor)
+        ctx.options, ctx.reduces = options, out.dhidden is not None
         ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
         ctx.mark_non_differentiable(out.rows)
+        ctx.set_materialize_grads(False)  # a zero gradient of what has none would be a launch
         return (out.rows[kernels.LOSS].clone() if out.loss is None else out.loss), out.rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.reduces:
-            dhidden, dweight, dbias, divisor = ctx.saved_tensors
-            factor = grad_loss * torch.where(divisor == 0, 0, ctx.assumed / divisor)
-            grads = [dhidden * factor, dweight * factor, dbias * factor]
+            dhidden, dweight, dbias, factor = ctx.saved_tensors
+            factor = factor * grad_loss
+            grads = [dhidden * factor, *torch._foreach_mul([dweight, dbias], factor)]
         else:
             out = kernels.launch_linear_head(
                 *ctx.saved_tensors,

@@ -168,6 +168,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(rows.grad_mixed, rows.lam, partner, *if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
         ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
+        ctx.set_materialize_grads(False)
         return reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
 
     @staticmethod
@@ -342,6 +343,7 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
         ctx.divisor = divisor if isinstance(divisor, float) else None
         ctx.dtypes = hidden.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
         ctx.mark_non_differentiable(rows.lam_adv, rows.grad, rows.delta, rows.mask)
+        ctx.set_materialize_grads(False)
         return reduced(rows.loss, reduction, divisor), rows.lam_adv, rows.grad, rows.delta, rows.mask
 
     @staticmethod

@@ -181,7 +181,7 @@ def small_cases() -> Iterator[Case]:
             f"{wide[1:]} B={TOTAL_ROWS}",
             rows_grad._amp_total_kernel,
             config.TOTAL_BLOCK,
-            {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64"},
+            {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64", "assumed": "fp64"},
             {"BLOCK": config.TOTAL_BLOCK},
             (),
             4,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import RESCALE_BLOCK, TOTAL_BLOCK, Config, backward_config, forward_config, pairs_config
+from .config import RESCALE_BLOCK, TOTAL_BLOCK, Config, backward_config, cdiv, forward_config, pairs_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -252,7 +252,7 @@ def amp_cross_entropy_forward(
         elif not config.in_registers:
             _amp_rows_kernel[(batch,)](*tensors, weight, grad_divisor, rows, *sizes, **options)
         else:
-            _amp_cross_entropy_kernel[(triton.cdiv(batch, config.block_b),)](
+            _amp_cross_entropy_kernel[(cdiv(batch, config.block_b),)](
                 *tensors,
                 inverse,
                 weight,
@@ -280,7 +280,7 @@ def amp_cross_entropy_forward(
             launch,
         )
         if loss is not None and not single:
-            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
+            _amp_total_kernel[(1,)](rows, loss, loss_divisor, None, batch, divisor, 0.0, BLOCK=TOTAL_BLOCK, num_warps=4)
     return Forward(rows, loss, loss_divisor, dlogits, assumed)
 
 
@@ -305,7 +305,7 @@ def amp_cross_entropy_backward(
     inverse = None if policy.matched else inverse_permutation(partner)
 
     def launch(config: Config) -> Tensor:
-        _amp_rows_grad_kernel[(triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c))](
+        _amp_rows_grad_kernel[(cdiv(batch, config.block_b), cdiv(classes, config.block_c))](
             logits,
             target,
             lam,
@@ -348,7 +348,7 @@ def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float)
     """Multiply `dlogits` in place by upstream·assumed/divisor; touches no memory where that is 1."""
     numel = dlogits.numel()
     with on_device_of(dlogits):
-        _rescale_kernel[(min(triton.cdiv(numel, RESCALE_BLOCK), 2048),)](
+        _rescale_kernel[(min(cdiv(numel, RESCALE_BLOCK), 2048),)](
             dlogits, upstream, divisor, numel, assumed, BLOCK=RESCALE_BLOCK, num_warps=8
         )
     return dlogits

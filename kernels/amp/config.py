@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
 from .rows import RowPolicy
 
 # Sizes are in 4-byte words of the compute dtype. tests/test_codegen.py compiles what these can choose, and fails on a
@@ -41,6 +39,16 @@ EMBEDDING_ROWS = 4  # tokens whose gradients are in registers at a time
 EMBEDDING_WORDS = 512  # columns of them
 
 
+def cdiv(size: int, tile: int) -> int:
+    """Tiles that cover a size. Triton's own function is one for kernels, too, and takes the host microseconds."""
+    return -(-size // tile)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below size >= 1; see `cdiv`."""
+    return 1 << (size - 1).bit_length()
+
+
 class Config(NamedTuple):
     """A launch: how many rows and columns a program holds, and by how many warps."""
 
@@ -59,13 +67,13 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -
         itemsize: bytes of the compute dtype, 4 or 8.
         policy: what the kernel is compiled for.
     """
-    block_c = triton.next_power_of_2(classes)
+    block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
     if words > (REGISTER_WORDS_BCE if policy.bce else REGISTER_WORDS):
         tile = LOOP_WORDS_BCE if policy.bce else LOOP_WORDS
         return Config(1, tile * 4 // itemsize, tile // WORDS_PER_WARP, False)
     # A batch that one program can hold is summed there: loss and gradient leave in one launch.
-    block_b = triton.next_power_of_2(batch)
+    block_b = next_power_of_2(batch)
     if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
         return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
     group = ROW_GROUP_WORDS // 2 if policy.bce else ROW_GROUP_WORDS
@@ -88,7 +96,7 @@ def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
 
 def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
     """The launch of the gradient from stored scalars."""
-    block_c = min(triton.next_power_of_2(classes), (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize)
+    block_c = min(next_power_of_2(classes), (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize)
     return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, 1, False)
 
 
@@ -100,7 +108,7 @@ def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
         itemsize: bytes of the compute dtype, 4 or 8.
         bce: softmax_bce instead of cross-entropy.
     """
-    block_c = triton.next_power_of_2(classes)
+    block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
     group, per_warp = (ROW_GROUP_WORDS // 2, WORDS_PER_WARP // 2) if bce else (ROW_GROUP_WORDS, WORDS_PER_WARP)
     if words > (REGISTER_WORDS_BCE if bce else REGISTER_WORDS):
@@ -129,13 +137,13 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, b
         itemsize: bytes of the compute dtype, 4 or 8.
         bce: softmax_bce instead of cross-entropy.
     """
-    block_c = max(2, triton.next_power_of_2(classes))
-    block_d = triton.next_power_of_2(depth)
+    block_c = max(2, next_power_of_2(classes))
+    block_d = next_power_of_2(depth)
     words = block_c * block_d * itemsize // 4
     if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > (HEAD_WORDS_BCE if bce else HEAD_WORDS):
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
-    rows = max(1, min(8, triton.cdiv(batch, 128)))
+    rows = max(1, min(8, cdiv(batch, 128)))
     return HeadConfig(rows, block_c, block_d, 8)
 
 
@@ -147,7 +155,7 @@ def mix_config(width: int, itemsize: int) -> Config:
         itemsize: bytes of an element in memory.
     """
     tile = MIX_BYTES // itemsize
-    block_n = min(triton.next_power_of_2(width), tile)
+    block_n = min(next_power_of_2(width), tile)
     block_b = min(tile // block_n, MIX_ROWS)
     return Config(block_b, block_n, max(1, 4 * block_b * block_n // tile), False)
 
@@ -159,7 +167,7 @@ def remix_config(width: int, itemsize: int) -> Config | None:
         width: N, elements of a row.
         itemsize: bytes of the compute dtype, 4 or 8.
     """
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     words = block_n * itemsize // 4
     if words > REMIX_WORDS:
         return None
@@ -185,7 +193,7 @@ def inner_product_config(width: int, itemsize: int) -> PartsConfig:
     tile = mix_config(width, itemsize)
     part = tile.block_c
     if width > part:
-        part *= max(PART_TILES, triton.cdiv(triton.cdiv(width, MAX_PARTS), part))
+        part *= max(PART_TILES, cdiv(cdiv(width, MAX_PARTS), part))
     return PartsConfig(tile.block_b, tile.block_c, part, tile.num_warps)
 
 
@@ -205,6 +213,6 @@ def embedding_grad_config(depth: int, itemsize: int) -> EmbeddingConfig:
         depth: D.
         itemsize: bytes of the compute dtype, 4 or 8.
     """
-    block_d = min(triton.next_power_of_2(depth), EMBEDDING_WORDS * 4 // itemsize)
+    block_d = min(next_power_of_2(depth), EMBEDDING_WORDS * 4 // itemsize)
     num_warps = max(1, EMBEDDING_ROWS * block_d * itemsize // 4 // 512)
     return EmbeddingConfig(EMBEDDING_PIECE, EMBEDDING_ROWS, block_d, num_warps)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, EmbeddingConfig, embedding_grad_config, mix_config
+from .config import Config, EmbeddingConfig, cdiv, embedding_grad_config, mix_config
 from .launch import inverse_permutation, on_device_of
 from .mix import mixed_tile, tile_of
 from .rows import ASSERTING, tile_mask
@@ -167,7 +167,7 @@ def embedding_mix_forward(ids: Tensor, table: Tensor, lam: Tensor, partner: Tens
     tokens = ids.numel()
 
     def launch(config: Config) -> Tensor:
-        _embedding_mix_kernel[(triton.cdiv(tokens, config.block_b) * triton.cdiv(depth, config.block_c),)](
+        _embedding_mix_kernel[(cdiv(tokens, config.block_b) * cdiv(depth, config.block_c),)](
             ids,
             table,
             lam,
@@ -217,7 +217,7 @@ def embedding_mix_backward(
     padding = -1 if padding_idx is None else padding_idx
 
     def launch(config: EmbeddingConfig) -> Tensor:
-        chunks, blocks = triton.cdiv(tokens, config.piece), triton.cdiv(depth, config.block_d)
+        chunks, blocks = cdiv(tokens, config.piece), cdiv(depth, config.block_d)
         pieces = torch.empty(chunks, 2, depth, dtype=lam.dtype, device=upstream.device)
         options = {
             "PIECE": config.piece,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import TOTAL_BLOCK, HeadConfig, linear_head_config
+from .config import TOTAL_BLOCK, HeadConfig, cdiv, linear_head_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -239,15 +239,14 @@ def _linear_head_kernel(
 
 
 class HeadForward(NamedTuple):
-    """What `launch_linear_head` leaves; gradients are divided by `assumed`."""
+    """What `launch_linear_head` leaves."""
 
     rows: Tensor | None  # (7, B)
     loss: Tensor | None  # () reduced loss
-    divisor: Tensor | None  # () what it was divided by
+    factor: Tensor | None  # () what the gradients are to be multiplied by, the upstream gradient apart
     dhidden: Tensor | None  # (B, D) hidden's dtype, or the compute dtype for float16
     dweight: Tensor | None  # (C, D) compute dtype
     dbias: Tensor | None  # (C,) compute dtype
-    assumed: float
 
 
 def launch_linear_head(
@@ -299,7 +298,7 @@ def launch_linear_head(
     inverse = None if not want_grad else partner if policy.matched else inverse_permutation(partner)
     assumed = 1.0 if divisor is None else divisor or float(batch)
     rows = lam.new_empty(FIELDS, batch) if want_rows else None
-    dhidden = loss = loss_divisor = None
+    dhidden = loss = factor = None
     if want_grad:
         # float16 is rounded after the upstream gradient, a loss scale mostly, has been applied.
         wide = hidden.dtype == torch.float16
@@ -309,7 +308,7 @@ def launch_linear_head(
     bias, keep, class_weight = (None if given is None else given.contiguous() for given in (bias, keep, class_weight))
 
     def launch(config: HeadConfig) -> tuple[Tensor | None, Tensor | None]:
-        programs = triton.cdiv(batch, config.rows)
+        programs = cdiv(batch, config.rows)
         dweight = lam.new_empty(programs, classes, depth) if want_grad else None
         dbias = lam.new_empty(programs, classes) if want_grad else None
         _linear_head_kernel[(programs,)](
@@ -364,6 +363,6 @@ def launch_linear_head(
             launch,
         )
         if rows is not None and divisor is not None:
-            loss, loss_divisor = lam.new_empty(()), lam.new_empty(())
-            _amp_total_kernel[(1,)](rows, loss, loss_divisor, batch, divisor, BLOCK=TOTAL_BLOCK, num_warps=4)
-    return HeadForward(rows, loss, loss_divisor, dhidden, dweight, dbias, assumed)
+            loss, factor = lam.new_empty(()), lam.new_empty(())
+            _amp_total_kernel[(1,)](rows, loss, None, factor, batch, divisor, assumed, BLOCK=TOTAL_BLOCK, num_warps=4)
+    return HeadForward(rows, loss, factor, dhidden, dweight, dbias)

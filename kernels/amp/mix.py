@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, mix_config
+from .config import Config, cdiv, mix_config
 from .launch import as_matrix, inverse_permutation, on_device_of
 from .rows import tile_index, tile_mask
 from .tuning import batch_class, tuned
@@ -118,7 +118,7 @@ def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
     def launch(config: Config) -> Tensor:
-        kernel[(triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)](
+        kernel[(cdiv(batch, config.block_b) * cdiv(width, config.block_c),)](
             flat,
             lam,
             index,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, PartsConfig, inner_product_config, mix_config, remix_config
+from .config import Config, PartsConfig, cdiv, inner_product_config, mix_config, next_power_of_2, remix_config
 from .launch import as_matrix, on_device_of
 from .mix import load_rows, mixed_tile, tile_of
 from .rows import RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
@@ -112,9 +112,9 @@ def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: t
     batch, width = h.shape
 
     def launch(config: PartsConfig) -> Tensor:
-        parts = triton.cdiv(width, config.part)
+        parts = cdiv(width, config.part)
         products = torch.empty(batch, parts, dtype=dtype, device=h.device)
-        _inner_product_kernel[(triton.cdiv(batch, config.block_b) * parts,)](
+        _inner_product_kernel[(cdiv(batch, config.block_b) * parts,)](
             g,
             h,
             partner,
@@ -179,7 +179,7 @@ def remix_forward(
     parts = 0 if products is None else products.shape[1]
 
     def launch(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-        _remix_kernel[(triton.cdiv(batch, config.block_b) * triton.cdiv(width, config.block_c),)](
+        _remix_kernel[(cdiv(batch, config.block_b) * cdiv(width, config.block_c),)](
             g if products is None else None,
             products,
             h,
@@ -198,7 +198,7 @@ def remix_forward(
             policy=policy,
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_c,
-            BLOCK_P=triton.next_power_of_2(max(1, parts)),
+            BLOCK_P=next_power_of_2(max(1, parts)),
             num_warps=config.num_warps,
         )
         return grad, lam_adv, mixed

@@ -126,9 +126,11 @@ def _amp_rows_grad_kernel(
 def _amp_total_kernel(
     rows_ptr,  # (fields, B)
     loss_ptr,  # () out
-    divisor_ptr,  # () out
+    divisor_ptr,  # () out, or None
+    factor_ptr,  # () out, or None: what gradients that were divided by `assumed` are to be multiplied by
     B,
     divisor: tl.float64,  # 0 stands for the kept mass
+    assumed: tl.float64,
     BLOCK: tl.constexpr,
 ):
     """Sum the rows' losses and divide, in one program and always in the same order."""
@@ -141,7 +143,12 @@ def _amp_total_kernel(
     scale = tl.full((), divisor, loss.dtype)
     scale = tl.where(scale == 0.0, tl.sum(mass), scale)
     tl.store(loss_ptr, tl.sum(loss) / scale)
-    tl.store(divisor_ptr, scale)
+    if divisor_ptr is not None:
+        tl.store(divisor_ptr, scale)
+    if factor_ptr is not None:
+        # Nothing kept: the mean is 0/0, and its gradient 0.
+        assumed = tl.full((), assumed, loss.dtype)
+        tl.store(factor_ptr, tl.where(scale == 0.0, 0.0, assumed / tl.where(scale == 0.0, 1.0, scale)))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, select_config
+from .config import Config, cdiv, select_config
 from .launch import on_device_of
 from .rows import (
     ASSERTING,
@@ -325,7 +325,7 @@ def select_cross_entropy_forward(
     def launch(config: Config) -> Selection:
         options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
         if config.in_registers:
-            grid = (triton.cdiv(batch, config.block_b),)
+            grid = (cdiv(batch, config.block_b),)
             _select_kernel[grid](*tensors, batch, classes, *strides, BLOCK_B=config.block_b, **options)
         else:
             _select_rows_kernel[(batch,)](*tensors, classes, *strides, **options)

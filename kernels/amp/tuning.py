@@ -24,6 +24,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from .config import next_power_of_2
+
 FORMAT = 1
 MAX_WARPS = 32
 WARMUP_MS, TIMED_MS = 5, 25  # of each candidate on a GPU; elsewhere it runs INTERPRETED times
@@ -75,7 +77,7 @@ def tuned(
 
 def batch_class(batch: int) -> str:
     """Batches of one class share a launch: up to a power of two."""
-    return f"B<={triton.next_power_of_2(batch)}"
+    return f"B<={next_power_of_2(batch)}"
 
 
 def neighbours(launch: Launch, free: tuple[str, ...]) -> Iterator[Launch]:
