@@ -180,3 +180,26 @@ def test_occupancy_follows_from_the_scarcest_resource(target, registers, num_war
     from fastamp.codegen.occupancy import occupancy
 
     assert occupancy(target, registers, num_warps, shared) == expected
+
+
+def test_launches_stand_beside_their_neighbours(tmp_path):
+    command = [sys.executable, "-m", "fastamp.codegen", "--neighbours", "--out", str(tmp_path), "--jobs", "1"]
+    run = subprocess.run([*command, "--group", "loop-fp64"], capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "launches.json").read_text())["rows"]
+    cases = {row["case"] for row in rows}
+    assert [row["case"] for row in rows if row["chosen"]] == list(dict.fromkeys(row["case"] for row in rows))
+    for case in cases:
+        of_case = [row for row in rows if row["case"] == case]
+        launches = {row["launch"] for row in of_case}
+        assert len(launches) == len(of_case) == 9  # half, one and two times the tile and the warps
+        (frozen,) = [row for row in recorded()["rows"] if (row["case"], row["target"]) == (case, "sm_90")
+                     and row["kernel"] == of_case[0]["kernel"]]  # fmt: skip
+        (chosen,) = [row for row in of_case if row["chosen"]]
+        assert (chosen["launch"], chosen["registers"]) == (frozen["launch"], frozen["registers"])
+    text = (tmp_path / "launches.md").read_text()
+    assert all(f"| {case} | (1, " in text for case in cases)
+    two = [*command, "--target", "sm_80", "--target", "sm_90"]
+    run = subprocess.run(two, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2
+    assert "--neighbours takes one --target, got sm_80, sm_90" in run.stderr
