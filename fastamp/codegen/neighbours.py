@@ -39,15 +39,17 @@ Row = dict[str, Any]
 
 def variations(case: Case) -> Iterator[Case]:
     """The case, and the same with every neighbour of its launch that a program can have."""
-    tile = next((name for name in ("BLOCK_C", "BLOCK_N", "BLOCK_D") if name in case.constants), None)
     fields = getattr(case.launch, "_fields", ())
+    if "num_warps" not in fields:  # a size alone, which nothing is known to be better than
+        yield case
+        return
+    tile = next((name for name in ("BLOCK_C", "BLOCK_N", "BLOCK_D") if name in case.constants), None)
     loops = "in_registers" in fields and not case.launch.in_registers and case.launch.block_b == 1 and tile is not None
-    free = ("block_c", "num_warps") if loops else ("num_warps",) if "num_warps" in fields else ()
-    for launch in neighbours(case.launch, free):
+    for launch in neighbours(case.launch, ("block_c", "num_warps") if loops else ("num_warps",)):
         constants = dict(case.constants)
         if loops and tile is not None:
             constants[tile] = launch.block_c
-        yield case._replace(launch=launch, num_warps=getattr(launch, "num_warps", case.num_warps), constants=constants)
+        yield case._replace(launch=launch, num_warps=launch.num_warps, constants=constants)
 
 
 def compile_group(group: str, target: str) -> list[Row]:

@@ -1,4 +1,10 @@
-"""Launches, from shape and compute width alone: a frozen heuristic, no tuning at run time."""
+"""Launches, from shape and compute width alone: a frozen table. FASTAMP_AUTOTUNE=1 searches about it: see tuning.py.
+
+Sizes are in 4-byte words of the compute dtype: float64 has half as many columns. tests/test_codegen.py compiles what
+these can choose, and fails on a spill. Beside each entry stands what chose it: registers and occupancy for sm_90 from
+bench/results/launches.md, which has the neighbours of every launch, or spills on any of five architectures. Which of
+the neighbours is the fastest only a GPU can say, and none has been asked yet.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +12,38 @@ from typing import NamedTuple
 
 from .rows import RowPolicy
 
-# Sizes are in 4-byte words of the compute dtype. tests/test_codegen.py compiles what these can choose, and fails on a
-# spill; which of the spill-free choices is fastest is for a GPU to say.
-REGISTER_WORDS = 4096  # longest row held in registers
-REGISTER_WORDS_BCE = 2048
-LOOP_WORDS = 2048  # tile of a longer row
-LOOP_WORDS_BCE = 1024
-PAIR_WORDS = 2048  # tile of a pair of longer rows, whose sums are twice as many
-PAIR_WORDS_HEAVY = 1024  # where every class has target mass, which takes sums of its own; and in float64
-PAIR_WARPS = 16
-SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole
+# amp_cross_entropy, rows in registers
+REGISTER_WORDS = 4096  # longest row; of 8192 words 20 to 90 accesses spill on sm_80, sm_90 and sm_100
+REGISTER_WORDS_BCE = 2048  # holds twice as much of a row
+WORDS_PER_WARP = 256  # 8 a lane: 16 bytes of bf16, 94-120 registers, 25-31%; twice as many words: 168-192, 12-19%
+WORDS_PER_WARP_HEAVY = 128  # where MinOp may reject, two losses and gradients: 56-128 registers; twice: 92-191
+WORDS_PER_WARP_BCE = 64  # 64-102 registers, 25-50%; twice: 96-190
+MAX_WARPS = 16
+SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole: 186-202 registers by 8 warps, one program
 SINGLE_PROGRAM_ROWS = 64
-ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together
+ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together: 62-127 registers
+ROW_GROUP_WORDS_BCE = 64
 ROW_GROUP_ROWS = 32
-WORDS_PER_WARP = 256
-GRAD_WORDS = 512
-GRAD_WORDS_BCE = 256
-TOTAL_BLOCK = 1024
+# amp_cross_entropy, longer rows by loops, and their gradient
+LOOP_WORDS = 2048  # by 8 warps 91 registers and 25%; by 4 warps 166; half the tile by 8: 48 and 62%, loads of 8 bytes
+LOOP_WORDS_BCE = 1024  # by 4 warps 147-168; by 2 warps spills
+PAIR_WORDS = 2048  # by 16 warps 96 registers and 25%; by 8 warps 158 and 12%
+PAIR_WORDS_HEAVY = 1024  # every class has target mass, or float64: 100 registers and 25%; by 8 warps 142 and 12%
+PAIR_WARPS = 16
+GRAD_WORDS = 512  # by 2 warps 40 registers and 75%; by one 50% at most, for there can be 32 programs
+GRAD_WORDS_BCE = 256  # by one warp 100-149 registers; twice the tile: 190-228
+TOTAL_BLOCK = 1024  # one program: whatever is enough to read 4096 losses in four turns
 RESCALE_BLOCK = 4096
+# select_cross_entropy: as the rows above, by at most 8 warps
+SELECT_WARPS = 8
+# linear_head
 HEAD_CLASSES = 16
-HEAD_WORDS = 8192  # largest W in registers, in 4-byte words, under cross-entropy
-HEAD_WORDS_BCE = 4096
+HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
+HEAD_WORDS_BCE = 4096  # 100-224 registers; by 16 warps up to 38 spills
 HEAD_DEPTH = 1024
-MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread
+HEAD_WARPS = 8
+# mix, remix, embedding_mix
+MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread of 4 warps, 62-100%
 MIX_ROWS = 64  # most rows of such a tile
 REMIX_WORDS = 8192  # longest row of which ∇λ is taken in registers
 REMIX_WORDS_PER_WARP = 512
@@ -76,11 +91,12 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -
     block_b = next_power_of_2(batch)
     if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
         return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
-    group = ROW_GROUP_WORDS // 2 if policy.bce else ROW_GROUP_WORDS
-    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
     light = policy.never_rejects or policy.mode == "mixup"
-    per_warp = WORDS_PER_WARP // 4 if policy.bce else WORDS_PER_WARP if light else WORDS_PER_WARP // 2
-    return Config(block_b, block_c, min(max(1, words // per_warp), 16), True)
+    group, per_warp = ROW_GROUP_WORDS, WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
+    if policy.bce:
+        group, per_warp = ROW_GROUP_WORDS_BCE, WORDS_PER_WARP_BCE
+    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
+    return Config(block_b, block_c, min(max(1, words // per_warp), MAX_WARPS), True)
 
 
 def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
@@ -96,8 +112,10 @@ def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
 
 def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
     """The launch of the gradient from stored scalars."""
-    block_c = min(next_power_of_2(classes), (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize)
-    return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, 1, False)
+    most = (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize
+    block_c = min(next_power_of_2(classes), most)
+    warps = 2 if block_c == most and not policy.bce else 1
+    return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, warps, False)
 
 
 def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
@@ -110,12 +128,14 @@ def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
     """
     block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
-    group, per_warp = (ROW_GROUP_WORDS // 2, WORDS_PER_WARP // 2) if bce else (ROW_GROUP_WORDS, WORDS_PER_WARP)
+    group, per_warp = ROW_GROUP_WORDS, WORDS_PER_WARP
+    if bce:
+        group, per_warp = ROW_GROUP_WORDS_BCE, WORDS_PER_WARP_HEAVY
     if words > (REGISTER_WORDS_BCE if bce else REGISTER_WORDS):
         block_c = (LOOP_WORDS_BCE if bce else LOOP_WORDS) * 4 // itemsize
         return Config(1, block_c, block_c // per_warp, False)
     block_b = min(max(1, group // words), ROW_GROUP_ROWS)
-    return Config(block_b, block_c, min(max(1, words // per_warp), 8), True)
+    return Config(block_b, block_c, min(max(1, words // per_warp), SELECT_WARPS), True)
 
 
 class HeadConfig(NamedTuple):
@@ -144,7 +164,7 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, b
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, cdiv(batch, 128)))
-    return HeadConfig(rows, block_c, block_d, 8)
+    return HeadConfig(rows, block_c, block_d, HEAD_WARPS)
 
 
 def mix_config(width: int, itemsize: int) -> Config:
