@@ -15,6 +15,7 @@ from torch import Tensor
 import fastamp
 from fastamp import functional, reference
 from fastamp.backend import has_triton, uses_triton
+from fastamp.mixing import draw
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -159,6 +160,12 @@ def random_case(batch: int, classes: int, *, dtype: torch.dtype = torch.float32,
         options,
         upstream,
     )
+
+
+def paired_case(batch: int, classes: int, **options: Any) -> Case:
+    """A random case whose partners are a matching, and are promised to be one."""
+    _, partner = draw(batch, pairing="matching")
+    return random_case(batch, classes, pairing="matching", **options)._replace(partner=partner)
 
 
 def by_definition(case: Case, dtype: torch.dtype) -> Outcome:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_contract, by_library, random_case
+from conftest import assert_contract, by_library, paired_case
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastamp
 from fastamp import AMPLoss, functional
-from fastamp.mixing import draw
 
 OPTIONS = [
     {},
@@ -25,12 +24,6 @@ OPTIONS = [
     {"grad_scale": "mean", "num_items": 11.0},
     {"loss": "softmax_bce", "step_size": 0.1},
 ]
-
-
-def paired_case(batch, classes, **options):
-    """A random case whose partners are a matching that is promised to be one."""
-    _, partner = draw(batch, pairing="matching")
-    return random_case(batch, classes, pairing="matching", **options)._replace(partner=partner)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
