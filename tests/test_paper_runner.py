@@ -62,6 +62,46 @@ def execute(folder: Path, runs, options=OPTIONS, **arguments):
 
 # Configurations
 
+_LEVELS = ("word", "sent")
+_ALPHAS = {"@alpha=0.2": 0.2, "": 1.0, "@alpha=0.5": 0.5, "@alpha=1.5": 1.5}
+_STEPS = {"@eps=0.01": 0.01, "@eps=0.03": 0.03, "@eps=0.1": 0.1, "@eps=0.3": 0.3, "@eps=1": 1.0}
+# By method: the method of TrainConfig, preset, reweight, pass_dropout, step_size, alpha.
+_FIELDS = {
+    **{name: (name, "default", None, None, 0.002, 1.0) for name in ("none", "nonlinear-mixup", "double-softmax")},
+    **{f"{at}-maxop": (f"{at}-maxop", "default", None, None, 0.002, 1.0) for at in _LEVELS},
+    **{
+        f"{at}-{kind}{suffix}": (f"{at}-{kind}", "default", None, None, 0.002, alpha)
+        for at in _LEVELS
+        for kind in ("mixup", "amp")
+        for suffix, alpha in _ALPHAS.items()
+    },
+    **{
+        f"{at}-amp{suffix}": (f"{at}-amp", "default", None, None, step_size, 1.0)
+        for at in _LEVELS
+        for suffix, step_size in _STEPS.items()
+    },
+    **{
+        f"{at}-{kind}": (f"{at}-{kind.partition('@')[0]}", *fields, 1.0)
+        for at in _LEVELS
+        for kind, fields in {
+            "amp@redrawn": ("default", None, "redrawn", 0.002),
+            "amp@eps=0+redrawn": ("default", None, "redrawn", 0.0),
+            "mixup@official": ("official", None, None, 0.002),
+            "amp@official": ("official", None, None, 0.002),
+            "amp@official+no-reweight": ("official", "none", None, 0.002),
+            "amp@official+shared": ("official", None, "shared", 0.002),
+            "amp@paper": ("paper", None, None, 0.002),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_what_its_name_says(method):
+    config = Options().config(run_of(method))
+    names = ("method", "preset", "reweight", "pass_dropout", "step_size", "alpha")
+    assert tuple(getattr(config, name) for name in names) == _FIELDS[method]
+
 
 def test_a_methods_own_fields_win_over_those_of_all_runs():
     options = Options(overrides={"alpha": 0.7}, steps=9)
@@ -121,7 +161,7 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_Worker", InThisProcess)
-        patch.setitem(METHODS, "broken", Method("Diverges", {"method": "none", "lr": 1e30}))
+        patch.setitem(METHODS, "broken", Method("Diverges", {"method": "sent-amp", "lr": 1e30}))
         progress = execute(folder, [run_of("broken"), *RUNS_ASKED])
     assert (progress.total, progress.done, progress.failed, progress.active) == (3, 3, 1, ())
     assert progress.steps_done == progress.steps == 3 * 60
@@ -132,7 +172,7 @@ def whole(tmp_path_factory) -> Path:
 def test_a_run_that_diverges_is_recorded_as_failed_and_the_others_go_on(whole):
     failed, *done = read(whole).records
     assert (failed["key"], failed["status"]) == ("questions/cnn-rand/broken/1/0", "failed")
-    assert failed["error"].startswith("DivergedError: ")
+    assert failed["error"].startswith("DivergedError: the logits became NaN or infinite at step ")
     assert "lr is 1e+30" in failed["error"]
     assert "Traceback" in failed["traceback"]
     assert [(line["key"], line["status"]) for line in done] == [(run.key, "done") for run in RUNS_ASKED]
