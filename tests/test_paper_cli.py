@@ -1,5 +1,6 @@
 """`fastamp paper`: every table and figure by its command, on small settings."""
 
+import gzip
 import io
 import json
 import re
@@ -115,7 +116,8 @@ def test_the_same_command_again_runs_nothing_and_needs_no_threads(made):
     place = options.index("--threads")
     result = invoke("figure2", *options[:place], *options[place + 2 :], "--jobs", 2)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("10 of 10 runs, in ")
+    assert "\n10 of 10 runs, in " in f"\n{result.output}"
+    assert "no run here uses hidden_size, which is for model 'bilstm', not for 'textcnn'" in result.output
     assert (folder / LINES).read_bytes() == before
 
 
@@ -199,7 +201,13 @@ def test_without_a_subcommand_it_lists_the_titles():
         ("--set lower=yes", "lower takes bool, not 'yes'"),
         ("--set dropout=2", "dropout must be below 1, got 2.0"),
         ("--models cnn-glove", "cnn-glove needs vectors: give --vectors"),
-        ("--models cnn-glove --vectors gone.txt --datasets questions", "gone.txt cannot be read: No such file"),
+        ("--models cnn-glove --vectors gone.txt --datasets questions", "cannot read gone.txt: No such file"),
+        ("--models cnn-glove --vectors v.txt --set embedding_dim=8 --datasets questions", "but v.txt has width 2"),
+        ("--models lstm-glove --vectors torn.gz --datasets questions", "the compressed file is damaged"),
+        ("--models bert --pretrained ./gone --datasets questions", "there is no folder ./gone"),
+        ("--models lstm-rand --set hidden_size=7 --datasets questions", "must be even, got 7"),
+        ("--set fold=3 --datasets questions", "has test examples of its own, and no folds"),
+        ("--set capture=true", "capture needs a cuda device, got device 'cpu'"),
         ("--datasets questions,trec --data-dir gone", "gone/trec/train.tsv: No such file"),
         ("--datasets questions --device cuda:99", "device 'cuda:99' cannot be used"),
         ("--jobs 0", "0 is not in the range x>=1"),
@@ -207,6 +215,8 @@ def test_without_a_subcommand_it_lists_the_titles():
 )
 def test_what_cannot_be_run_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("v.txt").write_text("what 1 2\n")
+    Path("torn.gz").write_bytes(gzip.compress(b"what 1 2\n")[:-4])
     result = invoke("figure2", *arguments.split(), "--out", "out")
     assert result.exit_code != 0
     assert message in result.output
@@ -232,13 +242,13 @@ def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_
         raise ValueError("kept")
 
     monkeypatch.setattr("fastamp.cli.paper.execute_all", keep)
-    settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none", "fold": "2"}
+    settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none"}
     sets = [argument for pair in settings.items() for argument in ("--set", "=".join(pair))]
     arguments = ("--datasets", "questions", "--methods", "sent-amp", "--jobs", 3, "--retry-failed", *sets)
     result = invoke("figure2", *arguments, "--out", tmp_path / "out")
     assert "kept" in result.output
-    assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none", "fold": 2}
-    assert [type(value) for value in taken.values()] == [bool, float, int, str, int]
+    assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none"}
+    assert [type(value) for value in taken.values()] == [bool, float, int, str]
 
 
 # Display

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,20 +135,38 @@ def test_a_device_that_is_not_there_is_refused_before_any_run(device, message):
         Options(device=device)
 
 
-def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path):
+def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path, encoder):
     runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-glove", "bert")]
     settings = []
-    for folder, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
-        (tmp_path / folder).mkdir()
-        path = tmp_path / folder / "vectors.txt"
-        path.write_text(text)
-        settings.append(Options(vectors=str(path), pretrained=str(path.parent)).settings(runs))
+    for name, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
+        folder = tmp_path / name
+        shutil.copytree(encoder, folder)
+        (folder / "README.md").write_text(text)
+        (tmp_path / f"{name}.txt").write_text(text)
+        settings.append(Options(vectors=f"{folder}.txt", pretrained=str(folder)).settings(runs))
     assert settings[0] == settings[1]
     assert settings[0]["vectors"] != settings[2]["vectors"]
     assert settings[0]["pretrained"] != settings[2]["pretrained"]
-    assert Options(vectors=str(path)).settings(runs)["pretrained"] == "bert-base-uncased"
-    with pytest.raises(ValueError, match=r"gone\.txt cannot be read: No such file"):
-        Options(vectors=str(tmp_path / "gone.txt")).settings(runs[:1])
+
+
+def test_the_digest_of_the_data_sees_the_case_of_the_texts(tmp_path):
+    (tmp_path / "trec").mkdir()
+    digests = set()
+    for question in ("Who ?", "who ?", "Who  ?"):
+        for part in ("train", "test"):
+            lines = "".join(f"{i % 6}\t{question}\n" for i in range(60))
+            (tmp_path / "trec" / f"{part}.tsv").write_text("label\ttext\n" + lines)
+        run = Run("trec", "cnn-rand", "none", 1.0, 0)
+        digests.add(Options(data_dir=str(tmp_path)).settings([run])["data"]["trec"])
+    assert len(digests) == 3
+
+
+def test_an_override_goes_to_the_runs_that_use_it_and_one_that_none_uses_is_told():
+    options = Options(overrides={"hidden_size": 8, "alpha": 0.5})
+    runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-rand", "lstm-rand")]
+    assert [options.config(run).hidden_size for run in runs] == [1024, 8]
+    assert options.notices(runs) == ["no run here uses alpha, which is for methods that mix, not for 'none'"]
+    assert options.notices([*runs, run_of("sent-amp")]) == []
 
 
 # Runs. Every process costs seconds, so a folder serves several tests, all in one worker of pytest's.

@@ -216,7 +216,7 @@ def _run(
             _list(runs, out, retry_failed)
             return
         with claim(out, options.settings(runs), text) as writer:
-            for notice in writer.notices:
+            for notice in (*options.notices(runs), *writer.notices):
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
                 progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)

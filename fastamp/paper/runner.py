@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastamp.data import load
+from fastamp.data.files import blocks
 from fastamp.paper.plan import METHODS, Run
 from fastamp.paper.results import SETTINGS, ResultsWriter, read
 from fastamp.paper.worker import Job, record, work
-from fastamp.training import TrainConfig
+from fastamp.training.config import TrainConfig, unused_fields, usable_device
 from fastamp.training.recipes import RECIPES, recipe
+from fastamp.training.task import Task
 
 POLL_SECONDS = 1.0
 _TAIL_BYTES = 4096  # of metrics.jsonl, more than a line
@@ -37,7 +39,7 @@ class Options:
 
     Attributes:
         steps, eval_every: None takes the recipe's.
-        overrides: fields of TrainConfig; those that make a method what it is win over them.
+        overrides: fields of TrainConfig, given to the runs that use them; those that make a method what it is win.
         data_dir, vectors, pretrained: as in TrainConfig, given to the models that use them.
         device: as in torch.device.
         threads: CPU threads of a run.
@@ -56,7 +58,7 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_device(self.device)
+        usable_device(self.device)
 
     def config(self, run: Run) -> TrainConfig:
         """The configuration of a run.
@@ -77,7 +79,7 @@ class Options:
             "eval_every": self.eval_every,
             "device": self.device,
             "threads": self.threads,
-            **self.overrides,
+            **{name: value for name, value in self.overrides.items() if name not in _unused(run)},
             **METHODS[run.method].fields,
             "dataset": run.dataset,
             "fraction": run.ratio,
@@ -89,52 +91,52 @@ class Options:
             fields["pretrained"] = self.pretrained
         return recipe(run.model, **fields)
 
+    def notices(self, runs: Collection[Run]) -> list[str]:
+        """Sentences for the user on overrides that none of the runs uses; other runs in the folder may."""
+        return [
+            f"no run here uses {name}, which is for {_unused(next(iter(runs)))[name]}"
+            for name in self.overrides
+            if all(name in _unused(run) for run in runs)
+        ]
+
     def settings(self, runs: Iterable[Run]) -> dict[str, Any]:
-        """What the runs share, as a results folder keeps it; reads all their data.
+        """What the runs share, as a results folder keeps it.
+
+        Reads the data, and makes the model, of every data set and backbone: what a run would fail at must not take the
+        folder.
 
         Raises:
-            ValueError: data or vectors that are missing or malformed.
+            ValueError: data, vectors or an encoder that are missing, malformed or do not fit the other options.
         """
         configs = {(run.dataset, run.model): self.config(run) for run in runs}
+        vectors = encoder = None
+        for config in configs.values():
+            task = Task.load(config, torch.device("cpu"))
+            task.model(config)
+            vectors = vectors or config.vectors
+            encoder = encoder or task.encoder
         datasets = dict.fromkeys(dataset for dataset, _ in configs)
-        vectors = next((c.vectors for c in configs.values() if c.vectors is not None), None)
-        pretrained = next((c.pretrained for c in configs.values() if c.pretrained is not None), None)
         return {
             "steps": self.steps,
             "eval_every": self.eval_every,
             "threads": self.threads,
             "overrides": dict(self.overrides),
-            "data": {name: load(name, data_dir=self.data_dir).fingerprint() for name in datasets},
-            "vectors": None if vectors is None else _digest([Path(vectors)]),
-            "pretrained": pretrained
-            if pretrained is None or not Path(pretrained).is_dir()
-            else _digest(path for path in sorted(Path(pretrained).rglob("*")) if path.is_file()),
+            "data": {name: load(name, data_dir=self.data_dir).text_fingerprint() for name in datasets},
+            "vectors": None if vectors is None else _file_digest(vectors),
+            "pretrained": None if encoder is None else encoder.digest,
         }
 
 
-def _check_device(name: str) -> None:
-    """Refuses here what every run would fail at; makes no context on the device, as using it would."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name!r} cannot be used: torch finds {count} CUDA devices here")
+def _unused(run: Run) -> dict[str, str]:
+    """`unused_fields` of a run."""
+    return unused_fields(RECIPES[run.model].fields["model"], METHODS[run.method].fields["method"])
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents."""
+def _file_digest(path: str) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    for block in blocks(Path(path)):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ import fastamp
 from fastamp.checks import NonFiniteError
 from fastamp.training.batches import Batches, error_rate
 from fastamp.training.checkpoint import MetricsLog, load_json, load_tensors, save_json, save_tensors
-from fastamp.training.config import TrainConfig
+from fastamp.training.config import TrainConfig, usable_device
 from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater
@@ -113,9 +113,7 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         DivergedError: the loss or the logits became NaN or infinite; nothing of that is in the checkpoints.
     """
     out = Path(out)
-    device = _device(config.device)
-    if config.capture and device.type != "cuda":
-        raise ValueError(f"capture needs a cuda device, got device {config.device!r}")
+    device = usable_device(config.device)
     with _own_randomness(device, config.threads):
         task = Task.load(config, device)
         run = _Run(config, out, device, task)
@@ -124,17 +122,6 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         if saved.exists():
             run.restore(load_tensors(saved), saved)
         return run.finish(listener or Listener())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
-    return device
 
 
 @contextmanager
