@@ -16,8 +16,8 @@ from fastamp.cli import main
 from fastamp.paper import runner
 from fastamp.paper.display import RunsDisplay, duration
 from fastamp.paper.plan import EXPERIMENTS, METHODS
+from fastamp.paper.progress import Active, Progress
 from fastamp.paper.results import LINES, read
-from fastamp.paper.runner import Active, Progress
 
 SMALL = "--steps 6 --eval-every 3 --seeds 2 --threads 1 --set embedding_dim=8 --set hidden_size=8"
 ASKED = {
@@ -255,32 +255,36 @@ def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_
 
 
 def progress(**fields) -> Progress:
-    return Progress(**{"total": 4, "done": 1, "failed": 0, "steps": 400, "steps_done": 150, "began": 0.0, **fields})
+    return Progress(**{"total": 4, "done": 1, "failed": 0, "steps": 400, "steps_done": 150, **fields})
 
 
-def test_a_terminal_shows_runs_under_way_and_what_has_ended(monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+def test_a_terminal_shows_runs_under_way_and_what_has_ended():
     out = io.StringIO()
     with RunsDisplay(Console(file=out, force_terminal=True, width=150)) as display:
-        display.polled(progress(active=(Active("trec/cnn-rand/none/1/0", 50, 100, 12.5), Active("b", 0, 100, None))))
+        active = (Active("trec/cnn-rand/none/1/0", 50, 100, 12.5, 3.0), Active("b", 0, 100, None, None))
+        display.polled(progress(active=active))
         display._live.refresh()
-        display.ended({"key": "c", "status": "failed", "error": "[odd] text"}, progress(done=2, failed=1))
+        display.ended(
+            {"key": "c", "status": "failed", "error": "[odd] text"}, progress(done=2, failed=1, seconds_left=500)
+        )
         display._live.refresh()
     shown = out.getvalue()
     assert re.search(r"trec/cnn-rand/none/1/0 .*step .*50.*dev error .*12\.5", shown)
     assert "c: failed: [odd] text" in shown
-    # 250 of 400 steps at half a step a second
     assert re.search(r"2 of .*4 runs.*1.* failed, about .*8.* min left", shown)
 
 
-def test_elsewhere_every_run_that_has_ended_is_a_line(capsys, monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+def test_elsewhere_every_run_that_has_ended_is_a_line(capsys):
     line = {"key": "c", "status": "done", "result": {"test_error": 10.4, "best_dev_error": 9.123}}
     with RunsDisplay(Console(force_terminal=False)) as display:
         display.polled(progress())
-        display.ended(line, progress())
+        display.ended(line, progress(unknown=3))
+        display.ended(line, progress(unknown=2, seconds_left=500))
+        display.ended(line, progress(seconds_left=500))
         display.ended(line, progress(done=4))
     assert capsys.readouterr().out.splitlines() == [
+        "c: test error 10.40% (dev 9.12%); 1 of 4 runs, time left not known yet",
+        "c: test error 10.40% (dev 9.12%); 1 of 4 runs, about 8 min and 2 runs of unknown length left",
         "c: test error 10.40% (dev 9.12%); 1 of 4 runs, about 8 min left",
         "c: test error 10.40% (dev 9.12%); 4 of 4 runs",
     ]

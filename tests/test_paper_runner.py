@@ -63,46 +63,6 @@ def execute(folder: Path, runs, options=OPTIONS, **arguments):
 
 # Configurations
 
-_LEVELS = ("word", "sent")
-_ALPHAS = {"@alpha=0.2": 0.2, "": 1.0, "@alpha=0.5": 0.5, "@alpha=1.5": 1.5}
-_STEPS = {"@eps=0.01": 0.01, "@eps=0.03": 0.03, "@eps=0.1": 0.1, "@eps=0.3": 0.3, "@eps=1": 1.0}
-# By method: the method of TrainConfig, preset, reweight, pass_dropout, step_size, alpha.
-_FIELDS = {
-    **{name: (name, "default", None, None, 0.002, 1.0) for name in ("none", "nonlinear-mixup", "double-softmax")},
-    **{f"{at}-maxop": (f"{at}-maxop", "default", None, None, 0.002, 1.0) for at in _LEVELS},
-    **{
-        f"{at}-{kind}{suffix}": (f"{at}-{kind}", "default", None, None, 0.002, alpha)
-        for at in _LEVELS
-        for kind in ("mixup", "amp")
-        for suffix, alpha in _ALPHAS.items()
-    },
-    **{
-        f"{at}-amp{suffix}": (f"{at}-amp", "default", None, None, step_size, 1.0)
-        for at in _LEVELS
-        for suffix, step_size in _STEPS.items()
-    },
-    **{
-        f"{at}-{kind}": (f"{at}-{kind.partition('@')[0]}", *fields, 1.0)
-        for at in _LEVELS
-        for kind, fields in {
-            "amp@redrawn": ("default", None, "redrawn", 0.002),
-            "amp@eps=0+redrawn": ("default", None, "redrawn", 0.0),
-            "mixup@official": ("official", None, None, 0.002),
-            "amp@official": ("official", None, None, 0.002),
-            "amp@official+no-reweight": ("official", "none", None, 0.002),
-            "amp@official+shared": ("official", None, "shared", 0.002),
-            "amp@paper": ("paper", None, None, 0.002),
-        }.items()
-    },
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_what_its_name_says(method):
-    config = Options().config(run_of(method))
-    names = ("method", "preset", "reweight", "pass_dropout", "step_size", "alpha")
-    assert tuple(getattr(config, name) for name in names) == _FIELDS[method]
-
 
 def test_a_methods_own_fields_win_over_those_of_all_runs():
     options = Options(overrides={"alpha": 0.7}, steps=9)
@@ -334,6 +294,24 @@ if __name__ == "__main__":
     assert resumed["result"]["resumed_from"] >= 5
     assert numbers(folder) == numbers(whole)
     assert not (folder / RUNS).exists()
+
+
+@together
+def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypatch):
+    class Seen(Display):
+        left = ()
+
+        def ended(self, line, progress):
+            self.left += (progress.unknown,)
+
+    for name in ("settings.json", LINES):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    monkeypatch.setattr(runner, "_Worker", InThisProcess)
+    display = Seen()
+    asked = [run_of(method, 1) for method in ("none", "word-amp", "word-mixup")]
+    progress = execute(tmp_path, asked, display=display)
+    assert display.left == (1, 0, 0)  # the second is under way and has a rate, the third waits without one
+    assert progress.seconds_left == 0
 
 
 # A worker's part, in this process
