@@ -17,6 +17,10 @@ from fastamp.policy import check_number
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class NonFiniteError(ValueError):
+    """The user's f returned NaN or +inf."""
+
+
 def check_float_rows(name: str, value: object, *, dims: int | None = None) -> None:
     """`value` is a plain floating-point tensor (B, ...), of `dims` dimensions if given."""
     if not isinstance(value, Tensor):
@@ -128,7 +132,7 @@ def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub
         wrong = ~(logits.detach() < torch.inf).all(1)
         if bool(wrong.any()):
             first = int(wrong.int().argmax())
-            raise ValueError(f"f returned NaN or +inf in {int(wrong.sum())} of {batch} rows, first in row {first}")
+            raise NonFiniteError(f"f returned NaN or +inf in {int(wrong.sum())} of {batch} rows, first in row {first}")
     return logits
 
 

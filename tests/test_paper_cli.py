@@ -1,5 +1,6 @@
 """`fastamp paper`: every table and figure by its command, on small settings."""
 
+import gzip
 import io
 import json
 import re
@@ -15,8 +16,8 @@ from fastamp.cli import main
 from fastamp.paper import runner
 from fastamp.paper.display import RunsDisplay, duration
 from fastamp.paper.plan import EXPERIMENTS, METHODS
+from fastamp.paper.progress import Active, Progress
 from fastamp.paper.results import LINES, read
-from fastamp.paper.runner import Active, Progress
 
 SMALL = "--steps 6 --eval-every 3 --seeds 2 --threads 1 --set embedding_dim=8 --set hidden_size=8"
 ASKED = {
@@ -115,7 +116,8 @@ def test_the_same_command_again_runs_nothing_and_needs_no_threads(made):
     place = options.index("--threads")
     result = invoke("figure2", *options[:place], *options[place + 2 :], "--jobs", 2)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("10 of 10 runs, in ")
+    assert "\n10 of 10 runs, in " in f"\n{result.output}"
+    assert "no run here uses hidden_size, which is for model 'bilstm', not for 'textcnn'" in result.output
     assert (folder / LINES).read_bytes() == before
 
 
@@ -199,7 +201,13 @@ def test_without_a_subcommand_it_lists_the_titles():
         ("--set lower=yes", "lower takes bool, not 'yes'"),
         ("--set dropout=2", "dropout must be below 1, got 2.0"),
         ("--models cnn-glove", "cnn-glove needs vectors: give --vectors"),
-        ("--models cnn-glove --vectors gone.txt --datasets questions", "gone.txt cannot be read: No such file"),
+        ("--models cnn-glove --vectors gone.txt --datasets questions", "cannot read gone.txt: No such file"),
+        ("--models cnn-glove --vectors v.txt --set embedding_dim=8 --datasets questions", "but v.txt has width 2"),
+        ("--models lstm-glove --vectors torn.gz --datasets questions", "the compressed file is damaged"),
+        ("--models bert --pretrained ./gone --datasets questions", "there is no folder ./gone"),
+        ("--models lstm-rand --set hidden_size=7 --datasets questions", "must be even, got 7"),
+        ("--set fold=3 --datasets questions", "has test examples of its own, and no folds"),
+        ("--set capture=true", "capture needs a cuda device, got device 'cpu'"),
         ("--datasets questions,trec --data-dir gone", "gone/trec/train.tsv: No such file"),
         ("--datasets questions --device cuda:99", "device 'cuda:99' cannot be used"),
         ("--jobs 0", "0 is not in the range x>=1"),
@@ -207,6 +215,8 @@ def test_without_a_subcommand_it_lists_the_titles():
 )
 def test_what_cannot_be_run_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("v.txt").write_text("what 1 2\n")
+    Path("torn.gz").write_bytes(gzip.compress(b"what 1 2\n")[:-4])
     result = invoke("figure2", *arguments.split(), "--out", "out")
     assert result.exit_code != 0
     assert message in result.output
@@ -232,45 +242,49 @@ def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_
         raise ValueError("kept")
 
     monkeypatch.setattr("fastamp.cli.paper.execute_all", keep)
-    settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none", "fold": "2"}
+    settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none"}
     sets = [argument for pair in settings.items() for argument in ("--set", "=".join(pair))]
     arguments = ("--datasets", "questions", "--methods", "sent-amp", "--jobs", 3, "--retry-failed", *sets)
     result = invoke("figure2", *arguments, "--out", tmp_path / "out")
     assert "kept" in result.output
-    assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none", "fold": 2}
-    assert [type(value) for value in taken.values()] == [bool, float, int, str, int]
+    assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none"}
+    assert [type(value) for value in taken.values()] == [bool, float, int, str]
 
 
 # Display
 
 
 def progress(**fields) -> Progress:
-    return Progress(**{"total": 4, "done": 1, "failed": 0, "steps": 400, "steps_done": 150, "began": 0.0, **fields})
+    return Progress(**{"total": 4, "done": 1, "failed": 0, "steps": 400, "steps_done": 150, **fields})
 
 
-def test_a_terminal_shows_runs_under_way_and_what_has_ended(monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+def test_a_terminal_shows_runs_under_way_and_what_has_ended():
     out = io.StringIO()
     with RunsDisplay(Console(file=out, force_terminal=True, width=150)) as display:
-        display.polled(progress(active=(Active("trec/cnn-rand/none/1/0", 50, 100, 12.5), Active("b", 0, 100, None))))
+        active = (Active("trec/cnn-rand/none/1/0", 50, 100, 12.5, 3.0), Active("b", 0, 100, None, None))
+        display.polled(progress(active=active))
         display._live.refresh()
-        display.ended({"key": "c", "status": "failed", "error": "[odd] text"}, progress(done=2, failed=1))
+        display.ended(
+            {"key": "c", "status": "failed", "error": "[odd] text"}, progress(done=2, failed=1, seconds_left=500)
+        )
         display._live.refresh()
     shown = out.getvalue()
     assert re.search(r"trec/cnn-rand/none/1/0 .*step .*50.*dev error .*12\.5", shown)
     assert "c: failed: [odd] text" in shown
-    # 250 of 400 steps at half a step a second
     assert re.search(r"2 of .*4 runs.*1.* failed, about .*8.* min left", shown)
 
 
-def test_elsewhere_every_run_that_has_ended_is_a_line(capsys, monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 300.0)
+def test_elsewhere_every_run_that_has_ended_is_a_line(capsys):
     line = {"key": "c", "status": "done", "result": {"test_error": 10.4, "best_dev_error": 9.123}}
     with RunsDisplay(Console(force_terminal=False)) as display:
         display.polled(progress())
-        display.ended(line, progress())
+        display.ended(line, progress(unknown=3))
+        display.ended(line, progress(unknown=2, seconds_left=500))
+        display.ended(line, progress(seconds_left=500))
         display.ended(line, progress(done=4))
     assert capsys.readouterr().out.splitlines() == [
+        "c: test error 10.40% (dev 9.12%); 1 of 4 runs, time left not known yet",
+        "c: test error 10.40% (dev 9.12%); 1 of 4 runs, about 8 min and 2 runs of unknown length left",
         "c: test error 10.40% (dev 9.12%); 1 of 4 runs, about 8 min left",
         "c: test error 10.40% (dev 9.12%); 4 of 4 runs",
     ]

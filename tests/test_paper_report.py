@@ -17,6 +17,12 @@ from fastamp.paper.statistics import Cell
 MACHINE = {"device": "cpu", "torch": "2.13.0", "fastamp": "0.1.0", "threads": 1}
 SETTINGS = {"format": 1, "steps": 20, "threads": 1, "commands": []}
 LAM = [i / 20 for i in range(21)]
+LEAST = "trec, least (selected on test)"
+
+
+def result_of(error: float, steps: int = 20, types_covered=None, tokens_covered=None) -> dict:
+    covered = {"types_covered": types_covered, "tokens_covered": tokens_covered}
+    return {"test_error": error, "least_test_error": error - 1.5, "steps": steps, **covered}
 
 
 def done(method="none", seed=0, error=10.0, *, dataset="trec", model="cnn-rand", ratio=1.0, **fields) -> dict:
@@ -28,7 +34,7 @@ def done(method="none", seed=0, error=10.0, *, dataset="trec", model="cnn-rand",
         "key": run.key,
         **vars(run),
         "config": {"fold": None},
-        "result": {"test_error": error, "least_test_error": error - 1.5, "steps": 20},
+        "result": result_of(error),
         "history": [{"step": step, **(policy if "amp" in method else {})} for step in (10, 20)],
         "curves": None,
         "seconds": 60.0,
@@ -67,8 +73,9 @@ def row(text: str, *start: str) -> list[str]:
 
 def test_a_cell_is_mean_deviation_and_number_of_seeds():
     text = render([done(seed=seed, error=error) for seed, error in enumerate((10.0, 11.0, 12.0))], ran("table2"))
-    assert row(text, "Model", "Method") == ["Model", "Method", "trec", "paper"]
-    assert row(text, "CNN-rand", "Baseline") == ["CNN-rand", "Baseline", "11.00 ± 1.00 (3)", "not at hand"]
+    assert row(text, "Model", "Method") == ["Model", "Method", "trec", LEAST, "paper"]
+    ours = ["11.00 ± 1.00 (3)", "9.50 ± 1.00 (3)"]
+    assert row(text, "CNN-rand", "Baseline") == ["CNN-rand", "Baseline", *ours, "not at hand"]
 
 
 def test_one_seed_has_no_deviation():
@@ -81,11 +88,11 @@ def test_rows_and_columns_stand_in_the_plan_order_and_missing_cells_are_dashes()
         :5
     ]
     assert table == [
-        ["Model", "Method", "trec", "mr", "paper"],
-        ["CNN-rand", "Baseline", "–", "10.00 (1)", "not at hand"],
-        ["CNN-rand", "SentMixup", "10.00 (1)", "–", "not at hand"],
-        ["CNN-rand", "SentAMP", "–", "10.00 (1)", "not at hand"],
-        ["BERT", "Baseline", "10.00 (1)", "–", "not at hand"],
+        ["Model", "Method", "trec", LEAST, "mr", LEAST.replace("trec", "mr"), "paper"],
+        ["CNN-rand", "Baseline", "–", "–", "10.00 (1)", "8.50 (1)", "not at hand"],
+        ["CNN-rand", "SentMixup", "10.00 (1)", "8.50 (1)", "–", "–", "not at hand"],
+        ["CNN-rand", "SentAMP", "–", "–", "10.00 (1)", "8.50 (1)", "not at hand"],
+        ["BERT", "Baseline", "10.00 (1)", "8.50 (1)", "–", "–", "not at hand"],
     ]
 
 
@@ -102,12 +109,17 @@ def test_rows_with_fewer_seeds_are_marked():
     assert row(text, "CNN-rand", "Baseline")[2] == "10.00 ± 0.00 (2)"
 
 
-def test_the_metric_selected_on_test_data_has_a_table_of_its_own():
+def test_the_metric_selected_on_test_data_is_a_labelled_column_and_by_ratio_a_table_of_its_own():
     text = render([done(error=12.0)], ran("table2"))
-    ours, official = text.split("### Least test error, selected on test data")
-    assert "12.00 (1)" in ours
-    assert "10.50" not in ours
-    assert row(official, "CNN-rand")[2] == "10.50 (1)"
+    assert row(text, "Model")[2:4] == ["trec", LEAST]
+    assert row(text, "CNN-rand")[2:4] == ["12.00 (1)", "10.50 (1)"]
+    assert "### Test error" not in text
+    assert "selects the model by the test data" in text
+    text = render([done(model="lstm-glove", ratio=ratio, error=12.0) for ratio in (0.1, 1.0)], ran("table3"))
+    ours, official = text.split("### Test error, least (selected on test)")
+    assert row(ours, "trec")[3:] == ["12.00 (1)", "12.00 (1)", "not at hand"]
+    assert row(official, "Data set")[3:] == ["10%", "100%"]
+    assert row(official, "trec")[3:] == ["10.50 (1)", "10.50 (1)"]
 
 
 def test_a_comparison_gives_difference_interval_improvement_and_p():
@@ -156,8 +168,23 @@ def test_claims_of_the_abstract_stand_beside_ours():
     assert "Clear readings: 1 better, 1 worse." in text
 
 
-def test_failed_runs_are_listed_unless_done_later():
-    text = render([done(), failed("sent-amp", 3), failed("none", 0)], ran("table2"))
+def test_a_comparison_that_several_tables_have_is_adjusted_once():
+    shared = (("sent-amp", "sent-mixup"),)
+    table = EXPERIMENTS["table2"]
+    experiments = {
+        "one": replace(table, comparisons=shared),
+        "two": replace(table, comparisons=(*shared, ("none", "sent-mixup"))),
+    }
+    records = [*pair_of_methods(), *(done("none", seed, 10.0 + 0.4 * seed) for seed in range(8))]
+    one, two = render(records, ran("one", "two"), experiments=experiments).split("## two:")
+    found = [row(part, "trec", "CNN-rand", "SentAMP", "SentMixup")[7:9] for part in (one, two)]
+    assert found == [["0.008", "0.016"]] * 2  # of two comparisons, though the first table has one
+    assert row(two, "trec", "CNN-rand", "Baseline")[7:9] == ["1.000 ‡", "1.000"]
+    assert "for the number of different comparisons in this report" in one
+
+
+def test_failed_runs_are_listed():
+    text = render([done(), failed("sent-amp", 3)], ran("table2"))
     assert text.count("DivergedError") == 1
     assert "- `trec/cnn-rand/sent-amp/1/3`: DivergedError: the loss is nan" in text
     assert "Runs: 1 done, 1 failed; 60 s of runs" in text
@@ -170,11 +197,57 @@ def test_nothing_done_is_said():
 
 def test_header_names_machines_lengths_and_commands():
     other = done(seed=1, machine={**MACHINE, "device": "NVIDIA H100"})
-    longer = done(seed=2, result={"test_error": 1.0, "least_test_error": 1.0, "steps": 30})
+    longer = done(seed=2, result=result_of(1.0, steps=30))
     text = render([done(), other, longer], ran("table2"))
     assert "- Machine: NVIDIA H100, torch 2.13.0, fastamp 0.1.0, threads 1 (1 runs)" in text
     assert "- Length: 20 steps (2 runs), 30 steps (1 runs). **Not the same for all runs.**" in text
     assert "    fastamp paper table2 --out results" in text
+
+
+def test_commands_whose_runs_are_missing_are_marked():
+    commands = [
+        "fastamp paper table2 --datasets trec --models cnn-rand --methods none,sent-amp --seeds 0-2 --out results",
+        "fastamp paper table2 --datasets=trec --models=cnn-rand --methods none --seeds 2 --out results",
+        "fastamp paper table9 --seeds 3",
+        "fastamp paper table2 --models cnn-old",
+        "another",
+    ]
+    records = [done(), done(seed=1), done("sent-amp"), failed("sent-amp", 1)]
+    text = render(records, {**SETTINGS, "commands": commands})
+    lines = [line[4:] for line in text.splitlines() if line[:4] == "    "]
+    assert lines == [f"{commands[0]}  # unfinished: 3 of 6 runs missing", *commands[1:]]
+    assert "Commands: 1 of them unfinished, as marked:" in text
+    text = render(records, {**SETTINGS, "commands": commands[1:2]})
+    assert "Commands:\n" in text
+    assert "unfinished" not in text
+
+
+def test_header_says_what_the_vectors_cover():
+    covered = [
+        done(seed=seed, model="cnn-glove", result=result_of(9.0, types_covered=97.5, tokens_covered=99.5 + seed / 4))
+        for seed in (0, 1)
+    ]
+    text = render([done(), *covered], ran("table2"))
+    assert "- Pre-trained vectors cover, of trec: 97.5% of its words and 99.50 to 99.75% of its tokens" in text
+    assert "vectors cover" not in render([done()], ran("table2"))
+
+
+def test_notes_say_what_the_intervals_leave_out_and_what_a_share_of_the_data_is_of():
+    text = render([done()], ran("table2"))
+    assert "do not contain its own sampling error" in text
+    assert "dev data that select the step are not reduced" not in text
+    assert "dev data that select the step are not reduced" in render([done(ratio=0.1)], ran("table3"))
+    assert "Folds share training sentences" in render([done(dataset="mr")], ran("table2"))
+
+
+def test_the_ablation_names_what_each_row_adds():
+    methods = ("word-mixup", "sent-mixup", "sent-maxop", "sent-amp")
+    text = render([done(method, model="lstm-glove") for method in methods], ran("table2", "table5"))
+    table2, table5 = text.split("## table5:")
+    assert row(table2, "LSTM-glove", "SentMixup")
+    labels = [fields[1] for fields in rows(table5) if fields[0] == "LSTM-glove"]
+    assert labels == ["Word +RandOp (WordMixup)", "Sent +RandOp (SentMixup)", "Sent +MaxOp", "SentAMP"]
+    assert row(table5, "trec", "LSTM-glove", "Sent +MaxOp")[3] == "Sent +RandOp (SentMixup)"
 
 
 def test_seeds_that_are_folds_are_said_to_be():
@@ -195,18 +268,21 @@ def test_the_order_of_the_lines_does_not_matter():
     assert render(records, ran("table2")) == text
 
 
-def test_a_table_that_was_asked_for_takes_what_is_outside_its_extent():
-    records = [done(ratio=ratio) for ratio in (0.1, 1.0)]  # the plan's table3 has no cnn-rand
-    text = render(records, ran("table3"))
-    assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table3"]
-    assert row(text, "trec")[:2] == ["trec", "CNN-rand"]
+@pytest.mark.parametrize("others", [(), ("figure2",)], ids=["alone", "beside another"])
+def test_a_table_holds_its_extent_and_what_was_asked_of_it(others):
+    records = [done(ratio=ratio) for ratio in (0.07, 0.1, 1.0)]  # of which the plan's table3 has neither
+    text = render(records, ran("table3 --models cnn-rand --ratios 0.07,0.1", *others))
+    assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table3", *others]
+    table = text.split("## table3:")[1]
+    assert row(table, "Data set")[3:6] == ["7%", "10%", "100%"]
+    assert row(table, "trec")[:3] == ["trec", "CNN-rand", "Baseline"]
 
 
 def test_of_several_tables_each_has_its_runs_and_the_rest_stands_last():
     records = [done(model="lstm-glove"), done(model="lstm-glove", ratio=0.1), done(model="lstm-glove-fixed")]
     text = render(records, ran("table2", "table3"))
     assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table2", "table3", "other"]
-    assert row(text, "LSTM-glove, fixed vectors")[1:] == ["Baseline", "10.00 (1)", "not at hand"]
+    assert row(text, "LSTM-glove, fixed vectors")[1:] == ["Baseline", "10.00 (1)", "8.50 (1)", "not at hand"]
 
 
 def test_without_commands_no_table_repeats_another():
@@ -225,9 +301,9 @@ def test_published_cells_stand_beside_ours(tmp_path):
     published = read_published(path)
     assert published == {PublishedCell("table2", Cell("trec", "cnn-rand", "sent-amp")): 7.25}
     text = render([done(), done("sent-amp")], ran("table2"), published=published)
-    assert row(text, "Model") == ["Model", "Method", "trec", "trec, paper"]
-    assert row(text, "CNN-rand", "Baseline")[2:] == ["10.00 (1)", "–"]
-    assert row(text, "CNN-rand", "SentAMP")[2:] == ["10.00 (1)", "7.25"]
+    assert row(text, "Model") == ["Model", "Method", "trec", LEAST, "trec, paper"]
+    assert row(text, "CNN-rand", "Baseline")[2:] == ["10.00 (1)", "8.50 (1)", "–"]
+    assert row(text, "CNN-rand", "SentAMP")[2:] == ["10.00 (1)", "8.50 (1)", "7.25"]
     assert "not at hand" not in text
 
 
@@ -235,44 +311,6 @@ def test_published_cells_of_another_table_are_not_at_hand_here():
     published = {PublishedCell("table5", Cell("trec", "lstm-glove", "none")): 9.0}
     text = render([done(model="lstm-glove")], ran("table2"), published=published)
     assert row(text, "LSTM-glove")[-1] == "not at hand"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("table2\ttrec\tcnn-rand\tnone\t1", "5 tab-separated columns; takes 6"),
-        ("table9\ttrec\tcnn-rand\tnone\t1\t9", "unknown experiment 'table9'; takes table2"),
-        ("table2\timdb\tcnn-rand\tnone\t1\t9", "table2 has no dataset 'imdb'; takes trec"),
-        ("table5\ttrec\tcnn-rand\tnone\t1\t9", "table5 has no model 'cnn-rand'; takes lstm-glove"),
-        ("table2\ttrec\tcnn-rand\tword-maxop\t1\t9", "table2 has no method 'word-maxop'; takes none"),
-        ("table2\ttrec\tcnn-rand\tnone\t0.5\t9", "table2 has no ratio 0.5; takes 1"),
-        ("table2\ttrec\tcnn-rand\tnone\t1\t9,5", "error must be a number, got '9,5'"),
-        ("table2\ttrec\tcnn-rand\tnone\tnan\t9", "ratio must be a number, got 'nan'"),
-        ("table2\ttrec\tcnn-rand\tnone\t1\t101", "error must be in [0, 100], got 101"),
-        ("table2\tsst1\tbert\tnone\t1\t8", "the same cell as on a line before"),
-    ],
-)
-def test_malformed_published_cells_are_refused_with_file_and_line(tmp_path, line, message):
-    path = tmp_path / "cells.tsv"
-    path.write_text("\t".join(COLUMNS) + f"\ntable2\tsst1\tbert\tnone\t1\t9\n{line}\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}:3: {message}")):
-        read_published(path)
-
-
-@pytest.mark.parametrize("content", ["", "dataset\terror\n", ",".join(COLUMNS)])
-def test_published_file_without_its_header_is_refused(tmp_path, content):
-    path = tmp_path / "cells.tsv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:1: the header must be"):
-        read_published(path)
-
-
-def test_unreadable_published_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*absent\.tsv: No such file"):
-        read_published(tmp_path / "absent.tsv")
-    (tmp_path / "latin.tsv").write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_published(tmp_path / "latin.tsv")
 
 
 def with_curves(record: dict) -> dict:
@@ -311,7 +349,7 @@ def test_captions_say_what_the_points_are_and_which_gradients_do_not_compare(tmp
 def test_ratios_are_drawn_as_a_curve(tmp_path):
     pytest.importorskip("matplotlib")
     records = [done(seed=seed, ratio=ratio, error=seed / ratio) for seed in (0, 1) for ratio in (0.1, 1.0)]
-    path = write(tmp_path, records, ran("table3"))
+    path = write(tmp_path, records, ran("table3 --models cnn-rand"))
     assert_images(tmp_path, path.read_text(encoding="utf-8"), {"table3-ratios.png"})
 
 

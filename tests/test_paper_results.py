@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fastamp.paper.results import LINES, claim, read
+from fastamp.paper.results import LINES, RUNS, claim, read
 
 SETTINGS = {
     "steps": 6,
@@ -24,6 +24,11 @@ WHAT = ("dataset", "model", "method", "ratio", "seed", "config", "result", "hist
 
 def line_of(key: str, status: str = "done", **fields) -> dict:
     return {"status": status, "key": key, **dict.fromkeys(WHAT), "error": None, **fields}
+
+
+def config_of(**fields) -> dict:
+    none = {"vectors": None, "pretrained": None}
+    return {"dataset": "trec", "model": "textcnn", "method": "none", **none, **fields}
 
 
 def test_lines_are_read_back_and_the_newest_of_a_key_counts(tmp_path):
@@ -114,8 +119,9 @@ def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
 
 
 def test_a_folder_of_another_configuration_is_refused_and_the_differences_named(tmp_path):
-    with claim(tmp_path, {**SETTINGS, "vectors": "v"}, "first"):
-        pass
+    with claim(tmp_path, {**SETTINGS, "vectors": "v"}, "first") as writer:
+        writer.append(line_of("a", config=config_of(method="sent-amp", vectors="glove.txt")))
+    before = (tmp_path / "settings.json").read_bytes()
     other = {
         **SETTINGS,
         "steps": None,
@@ -130,7 +136,32 @@ def test_a_folder_of_another_configuration_is_refused_and_the_differences_named(
     )
     with pytest.raises(ValueError, match=message), claim(tmp_path, other, "second"):
         pass
-    assert read(tmp_path).settings["commands"] == ["first"]
+    assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_settings_that_no_finished_run_used_are_replaced_and_runs_under_way_start_over(tmp_path):
+    with claim(tmp_path, {**SETTINGS, "data": {"trec": "a", "mr": "b"}, "vectors": "wrong"}, "first") as writer:
+        writer.append(line_of("a", config=config_of()))
+        writer.append(line_of("b", "failed"))
+        writer.run_folder("c").mkdir(parents=True)
+    right = {**SETTINGS, "overrides": {"lr": 0.5, "hidden_size": 8}, "data": {"mr": "c"}, "vectors": "right"}
+    with claim(tmp_path, right, "second") as writer:
+        (notice,) = writer.notices
+        assert notice.endswith("used them: hidden_size 8 (there the recipe's), data of mr, vectors")
+        assert not (tmp_path / RUNS).exists()
+    settings = read(tmp_path).settings
+    assert settings == {"format": 1, **right, "data": {"trec": "a", "mr": "c"}, "commands": ["first", "second"]}
+    with claim(tmp_path, right, "second") as writer:
+        assert writer.notices == ()
+
+
+def test_without_a_finished_run_another_configuration_takes_the_place_of_the_first(tmp_path):
+    with claim(tmp_path, SETTINGS, "wrong") as writer:
+        writer.append(line_of("a", "failed"))
+    other = {**SETTINGS, "steps": 7, "threads": 2, "overrides": {}}
+    with claim(tmp_path, other, "right"):
+        pass
+    assert read(tmp_path).settings == {"format": 1, **other, "commands": ["right"]}
 
 
 def test_data_vectors_and_commands_may_be_added(tmp_path):

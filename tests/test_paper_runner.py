@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,20 +95,38 @@ def test_a_device_that_is_not_there_is_refused_before_any_run(device, message):
         Options(device=device)
 
 
-def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path):
+def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path, encoder):
     runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-glove", "bert")]
     settings = []
-    for folder, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
-        (tmp_path / folder).mkdir()
-        path = tmp_path / folder / "vectors.txt"
-        path.write_text(text)
-        settings.append(Options(vectors=str(path), pretrained=str(path.parent)).settings(runs))
+    for name, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
+        folder = tmp_path / name
+        shutil.copytree(encoder, folder)
+        (folder / "README.md").write_text(text)
+        (tmp_path / f"{name}.txt").write_text(text)
+        settings.append(Options(vectors=f"{folder}.txt", pretrained=str(folder)).settings(runs))
     assert settings[0] == settings[1]
     assert settings[0]["vectors"] != settings[2]["vectors"]
     assert settings[0]["pretrained"] != settings[2]["pretrained"]
-    assert Options(vectors=str(path)).settings(runs)["pretrained"] == "bert-base-uncased"
-    with pytest.raises(ValueError, match=r"gone\.txt cannot be read: No such file"):
-        Options(vectors=str(tmp_path / "gone.txt")).settings(runs[:1])
+
+
+def test_the_digest_of_the_data_sees_the_case_of_the_texts(tmp_path):
+    (tmp_path / "trec").mkdir()
+    digests = set()
+    for question in ("Who ?", "who ?", "Who  ?"):
+        for part in ("train", "test"):
+            lines = "".join(f"{i % 6}\t{question}\n" for i in range(60))
+            (tmp_path / "trec" / f"{part}.tsv").write_text("label\ttext\n" + lines)
+        run = Run("trec", "cnn-rand", "none", 1.0, 0)
+        digests.add(Options(data_dir=str(tmp_path)).settings([run])["data"]["trec"])
+    assert len(digests) == 3
+
+
+def test_an_override_goes_to_the_runs_that_use_it_and_one_that_none_uses_is_told():
+    options = Options(overrides={"hidden_size": 8, "alpha": 0.5})
+    runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-rand", "lstm-rand")]
+    assert [options.config(run).hidden_size for run in runs] == [1024, 8]
+    assert options.notices(runs) == ["no run here uses alpha, which is for methods that mix, not for 'none'"]
+    assert options.notices([*runs, run_of("sent-amp")]) == []
 
 
 # Runs. Every process costs seconds, so a folder serves several tests, all in one worker of pytest's.
@@ -121,7 +140,7 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_Worker", InThisProcess)
-        patch.setitem(METHODS, "broken", Method("Diverges", {"method": "none", "lr": 1e30}))
+        patch.setitem(METHODS, "broken", Method("Diverges", {"method": "sent-amp", "lr": 1e30}))
         progress = execute(folder, [run_of("broken"), *RUNS_ASKED])
     assert (progress.total, progress.done, progress.failed, progress.active) == (3, 3, 1, ())
     assert progress.steps_done == progress.steps == 3 * 60
@@ -132,7 +151,7 @@ def whole(tmp_path_factory) -> Path:
 def test_a_run_that_diverges_is_recorded_as_failed_and_the_others_go_on(whole):
     failed, *done = read(whole).records
     assert (failed["key"], failed["status"]) == ("questions/cnn-rand/broken/1/0", "failed")
-    assert failed["error"].startswith("DivergedError: ")
+    assert failed["error"].startswith("DivergedError: the logits became NaN or infinite at step ")
     assert "lr is 1e+30" in failed["error"]
     assert "Traceback" in failed["traceback"]
     assert [(line["key"], line["status"]) for line in done] == [(run.key, "done") for run in RUNS_ASKED]
@@ -275,6 +294,24 @@ if __name__ == "__main__":
     assert resumed["result"]["resumed_from"] >= 5
     assert numbers(folder) == numbers(whole)
     assert not (folder / RUNS).exists()
+
+
+@together
+def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypatch):
+    class Seen(Display):
+        left = ()
+
+        def ended(self, line, progress):
+            self.left += (progress.unknown,)
+
+    for name in ("settings.json", LINES):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    monkeypatch.setattr(runner, "_Worker", InThisProcess)
+    display = Seen()
+    asked = [run_of(method, 1) for method in ("none", "word-amp", "word-mixup")]
+    progress = execute(tmp_path, asked, display=display)
+    assert display.left == (1, 0, 0)  # the second is under way and has a rate, the third waits without one
+    assert progress.seconds_left == 0
 
 
 # A worker's part, in this process

@@ -193,13 +193,3 @@ def test_runs_by_cell_and_seed():
 
 def test_failed_runs_have_no_error():
     assert finished([line(status="failed", error="diverged")]) == []
-
-
-def test_a_run_that_is_there_twice_is_refused():
-    with pytest.raises(ValueError, match="two results of the run trec/cnn-rand/none/1/0"):
-        finished([line(), line(percent=11.0)])
-
-
-def test_another_format_is_refused():
-    with pytest.raises(ValueError, match="format 2; takes 1"):
-        finished([line(format=2)])

@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
         ({"clip_norm": 0}, ValueError, "clip_norm must be above 0, got 0"),
         ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
         ({"preset": "fast"}, ValueError, "unknown preset 'fast'; takes one of default, paper, official"),
-        ({"preset": "official"}, ValueError, "preset 'official' is for methods that mix by AMPLoss, not for 'none'"),
+        ({"preset": "official"}, ValueError, "preset is for methods that mix by AMPLoss, not for 'none'"),
         ({"pass_dropout": "none"}, ValueError, "pass_dropout must be one of shared, redrawn, or None; got 'none'"),
         ({"method": "sent-mixup", "pass_dropout": "redrawn"}, ValueError, "pass_dropout is for methods with an adver"),
         ({"reweight": "moving"}, ValueError, "reweight is for methods with an adversarial step, not for 'none'"),
@@ -58,8 +58,13 @@ ROOT = Path(__file__).parents[1]
         (
             {"model": "bert", "pretrained": "x", "vectors": "v"},
             ValueError,
-            "vectors is not for model 'bert', which has embeddings of its own",
+            "vectors is for models over words, not for 'bert'",
         ),
+        ({"model": "bert", "pretrained": "x", "dropout": 0.1}, ValueError, "dropout is for models over words, not for"),
+        ({"hidden_size": 8}, ValueError, "hidden_size is for model 'bilstm', not for 'textcnn'"),
+        ({"alpha": 0.2}, ValueError, "alpha is for methods that mix, not for 'none'"),
+        ({"method": "sent-mixup", "step_size": 0.1}, ValueError, "step_size is for methods with an adversarial step"),
+        ({"capture": True}, ValueError, "capture needs a cuda device, got device 'cpu'"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, error, message):

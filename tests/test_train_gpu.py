@@ -9,6 +9,8 @@ from fastamp.training import Listener, TrainConfig, train
 
 pytestmark = pytest.mark.gpu
 
+SIZES = {"textcnn": {}, "bilstm": {"hidden_size": 32}}
+
 
 def config(**fields) -> TrainConfig:
     fields = {"steps": 60, "eval_every": 20, "embedding_dim": 16, "lr": 1e-2, "dropout": 0.0, **fields}
@@ -18,7 +20,7 @@ def config(**fields) -> TrainConfig:
 @pytest.mark.parametrize("method", ["none", "sent-mixup", "sent-amp", "word-mixup", "word-amp"])
 @pytest.mark.parametrize("model", ["textcnn", "bilstm"])
 def test_captured_steps_learn_what_eager_ones_learn(tmp_path, method, model):
-    fields = {"method": method, "model": model, "hidden_size": 32, "steps": 200, "eval_every": 100}
+    fields = {"method": method, "model": model, **SIZES[model], "steps": 200, "eval_every": 100}
     eager = train(config(**fields), tmp_path / "eager")
     captured = train(config(**fields, capture=True), tmp_path / "captured")
     # Sums in another order grow apart: a few sentences of 500 may differ.
@@ -37,7 +39,7 @@ def test_the_first_captured_losses_are_the_eager_ones(tmp_path, model):
             def stepped(self, step, loss, seen=seen):
                 seen.append(loss.item())
 
-        fields = {"model": model, "hidden_size": 32, "steps": 30, "lr": 3e-3, "clip_norm": 1.0, "capture": capture}
+        fields = {"model": model, **SIZES[model], "steps": 30, "lr": 3e-3, "clip_norm": 1.0, "capture": capture}
         train(config(**fields), tmp_path / f"{capture}", listener=Watch())
     assert losses[True] == pytest.approx(losses[False], rel=0.01)
     assert losses[True][-1] < losses[True][0]

@@ -12,6 +12,7 @@ import click
 
 from fastamp.cli.names import Names
 from fastamp.data import DATASETS
+from fastamp.paper.commands import DEFAULT_SEEDS, parse_ratios, parse_seeds
 from fastamp.paper.display import RunsDisplay, overview
 from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment, Run
 from fastamp.paper.results import SETTINGS, claim, read
@@ -29,40 +30,24 @@ _ELSEWHERE |= {
 _NAMES = "NAME,..."
 
 
-class _Ratios(click.ParamType):
-    name = "SHARE,..."
+class _Read(click.ParamType):
+    """An option that a function reads, whose ValueError says what is wrong.
+
+    Args:
+        read: text to value.
+        name: what help shows in the place of the value.
+    """
+
+    def __init__(self, read: Callable[[str], Any], name: str) -> None:
+        self._read, self.name = read, name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            ratios = tuple(float(text) for text in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers; write shares of the data, as in 0.03,0.1,1", param, ctx)
-        if not all(0 < ratio <= 1 for ratio in ratios):
-            self.fail(f"{value!r}: a share of the data is above 0 and at most 1", param, ctx)
-        return ratios
-
-
-class _Seeds(click.ParamType):
-    name = "N|A-B|A,B,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        seeds: list[int] = []
-        try:
-            if value.strip().isdecimal():
-                seeds += range(int(value))
-            else:
-                for part in value.split(","):
-                    first, dash, last = part.strip().partition("-")
-                    seeds += range(int(first), int(last) + 1) if dash else [int(first)]
-        except ValueError:
-            seeds = []
-        if not seeds:
-            self.fail(f"{value!r} are no seeds; write 5 for 0 to 4, 0-9, or 3,7", param, ctx)
-        return tuple(seeds)
+            return self._read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Setting(click.ParamType):
@@ -115,9 +100,12 @@ _OPTIONS = (
     click.option(
         "--methods", type=Names(METHODS, _NAMES), help="Names as --dry-run lists them, in the middle of a key."
     ),
-    click.option("--ratios", type=_Ratios(), help="Shares of the training data."),
+    click.option("--ratios", type=_Read(parse_ratios, "SHARE,..."), help="Shares of the training data."),
     click.option(
-        "--seeds", type=_Seeds(), default="10", help="A number of seeds from 0 on, a range 0-9, or a list 3,7."
+        "--seeds",
+        type=_Read(parse_seeds, "N|A-B|A,B,..."),
+        default=DEFAULT_SEEDS,
+        help="A number of seeds from 0 on, a range 0-9, or a list 3,7.",
     ),
     click.option("--steps", type=click.IntRange(1), show_default="the recipe's", help="Updates of every run."),
     click.option(
@@ -216,7 +204,7 @@ def _run(
             _list(runs, out, retry_failed)
             return
         with claim(out, options.settings(runs), text) as writer:
-            for notice in writer.notices:
+            for notice in (*options.notices(runs), *writer.notices):
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
                 progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)

@@ -61,10 +61,17 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of all sentences, labels and splits, to tell whether two runs saw the same data."""
+        return self._digest(lambda split: [" ".join(tokens) for tokens in split.sentences])
+
+    def text_fingerprint(self) -> str:
+        """The same of the texts as they were read, of which the tokens keep neither case nor all characters."""
+        return self._digest(lambda split: split.texts)
+
+    def _digest(self, lines: Callable[[Split], Sequence[str]]) -> str:
         digest = hashlib.sha256()
         for split in (self.train, self.dev, self.test):
-            for tokens, label in zip(split.sentences, split.labels, strict=True):
-                digest.update(f"{label}\t{' '.join(tokens)}\n".encode())
+            for line, label in zip(lines(split), split.labels, strict=True):
+                digest.update(f"{label}\t{line}\n".encode())
             digest.update(b"\n")
         return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastamp.data.files import blocks
 from fastamp.mixing import Mix
 from fastamp.models.cut import Rest, Split, cut_at
 from fastamp.models.words import check_ids, check_sizes
@@ -266,7 +267,6 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        for block in blocks(path):
+            digest.update(block)
     return digest.hexdigest()

@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastamp.paper.runner import Display, Progress
+from fastamp.paper.progress import Progress
+from fastamp.paper.runner import Display
 
 
 def duration(seconds: float) -> str:
@@ -28,9 +29,12 @@ def overview(progress: Progress) -> str:
     parts = [f"{progress.done} of {progress.total} runs"]
     if progress.failed:
         parts.append(f"{progress.failed} failed")
-    left = progress.seconds_left()
-    if left is not None and progress.done < progress.total:
-        parts.append(f"about {duration(left)} left")
+    left = progress.total - progress.done
+    if left and progress.unknown == left:
+        parts.append("time left not known yet")
+    elif left:
+        more = f" and {progress.unknown} runs of unknown length" if progress.unknown else ""
+        parts.append(f"about {duration(progress.seconds_left)}{more} left")
     return ", ".join(parts)
 
 

@@ -123,6 +123,7 @@ class Experiment:
         datasets, models, methods, ratios: its full extent; a command may ask for less.
         columns: "dataset" or "ratio": what the table's columns are. Its rows are models and methods.
         comparisons: (method, baseline): whose difference is tested, and relative improvement given.
+        labels: of methods that the paper's table names otherwise than `METHODS`.
     """
 
     title: str
@@ -132,6 +133,7 @@ class Experiment:
     ratios: tuple[float, ...] = (1.0,)
     columns: str = "dataset"
     comparisons: tuple[tuple[str, str], ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def runs(
         self,
@@ -246,6 +248,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 (f"{level}-amp", f"{level}-maxop"),
             )
         ),
+        labels={f"{level}-mixup": f"{label} +RandOp ({label}Mixup)" for level, label in _LEVELS.items()},
     ),
     "figure2": Experiment(
         "Loss against λ, for two random pairs and for the test set",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastamp.paper.statistics import Cell, by_cell, interval, summary
-from fastamp.paper.views import Comparison, Run, View, method_label, model_label, ratio_label
+from fastamp.paper.views import Comparison, Run, View, model_label, ratio_label
 from fastamp.training.curves import SENTENCES
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(max(width, _LEAST_WIDTH), height), layout="constrained")
 
 
-def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _looks(view: View, methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and label of each method."""
     return {
         method: {
             "color": _COLOURS[i % len(_COLOURS)],
             # AMP's line is broken, for Mixup's to show where they coincide.
             "linestyle": _LINES[(i // len(_COLOURS) + ("-amp" in method)) % len(_LINES)],
-            "label": method_label(method),
+            "label": view.label(method),
         }
         for i, method in enumerate(methods)
     }
@@ -82,7 +82,7 @@ def _draw_errors(view: View, folder: Path) -> Image:
     values, methods = by_cell(view.runs), view.present("method")
     places = [(ratio, model) for ratio in view.present("ratio") for model in view.present("model")]
     datasets = view.present("dataset")
-    longest = max(len(method_label(method)) for method in methods)
+    longest = max(len(view.label(method)) for method in methods)
     figure = _figure(0.075 * longest + 2.6 * len(datasets), len(places) * (0.7 + 0.23 * len(methods)) + 0.6)
     panels = figure.subplots(len(places), len(datasets), squeeze=False, sharey=True)
     for (ratio, model), row in zip(places, panels, strict=True):
@@ -93,7 +93,7 @@ def _draw_errors(view: View, folder: Path) -> Image:
                     _error_line(panel, y, errors)
             share = "" if ratio == 1 else f", {ratio_label(ratio)}"
             panel.set_title(f"{dataset}, {model_label(model)}{share}", fontsize=9)
-            panel.set_yticks(range(len(methods)), [method_label(method) for method in methods], fontsize=8)
+            panel.set_yticks(range(len(methods)), [view.label(method) for method in methods], fontsize=8)
             panel.tick_params(axis="x", labelsize=8)
             panel.grid(axis="x", color="0.9")
             panel.set_axisbelow(True)
@@ -119,7 +119,7 @@ def _error_line(panel: Axes, y: int, errors: Sequence[float]) -> None:
 def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> Image:
     """The paired differences: a panel for every place of the table, a line for every comparison."""
     pairs = list(dict.fromkeys((c.method.method, c.baseline.method) for c in found))
-    labels = [f"{method_label(method)} against {method_label(baseline)}" for method, baseline in pairs]
+    labels = [f"{view.label(method)} against {view.label(baseline)}" for method, baseline in pairs]
     by_ratio = view.experiment.columns == "ratio"
     columns = list(dict.fromkeys(c.method.ratio if by_ratio else c.method.dataset for c in found))
     lines = list(dict.fromkeys((c.method.dataset if by_ratio else c.method.ratio, c.method.model) for c in found))
@@ -155,7 +155,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
 
 def _draw_ratios(view: View, folder: Path) -> Image:
     """Error against the share of the training data, a panel for every data set and backbone."""
-    values, looks = by_cell(view.runs), _looks(view.present("method"))
+    values, looks = by_cell(view.runs), _looks(view, view.present("method"))
     models, datasets = view.present("model"), view.present("dataset")
     figure = _figure(1.5 + 4.2 * len(datasets), 0.6 + 3.2 * len(models) + 0.2 * len(looks) / 3)
     panels = figure.subplots(len(models), len(datasets), squeeze=False)
@@ -200,7 +200,7 @@ def _draw_curves(view: View, runs: Sequence[Run], path: Path) -> Image | None:
         "another random pair": lambda curves: curves["pairs"][1],
         "mean over test sentences": lambda curves: curves["mean"],
     }
-    looks = _looks(_methods(view, runs))
+    looks = _looks(view, _methods(view, runs))
     figure = _figure(10.5, 0.9 + 2.9 * len(levels) + 0.2 * len(looks) / 3)
     panels = figure.subplots(len(levels), len(columns), squeeze=False, sharex=True)
     for level, row in zip(levels, panels, strict=True):
@@ -236,13 +236,13 @@ def _draw_policy(view: View, runs: Sequence[Run], path: Path) -> Image | None:
         return None
     crowded = any(len(methods) > len(_COLOURS) for methods in of_level.values())
     columns = {"mix/mask": "rows that take λ', %", "mix/grad_abs": "mean |∂ℓ/∂λ|, nats"}
-    longest = max(len(method_label(method)) for methods in of_level.values() for method in methods)
+    longest = max(len(view.label(method)) for methods in of_level.values() for method in methods)
     most = max(map(len, of_level.values()))
     figure = _figure(8.5 + 0.06 * longest, 0.6 + max(2.4, 0.4 + 0.17 * most) * len(of_level))
     panels = figure.subplots(len(of_level), len(columns), squeeze=False, sharex=True)
     for (level, methods), row in zip(of_level.items(), panels, strict=True):
         for (key, title), panel in zip(columns.items(), row, strict=True):
-            for method, look in _looks(methods).items():
+            for method, look in _looks(view, methods).items():
                 points: dict[float, list[float]] = {}
                 for run in runs:
                     if run["method"] == method:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastamp.paper.plan import EXPERIMENTS, Experiment
+from fastamp.data import DATASETS
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment
 from fastamp.paper.statistics import Cell
+from fastamp.training.recipes import RECIPES
 
 CITATION = "Liu et al., EMNLP 2021, https://aclanthology.org/2021.emnlp-main.238/"
 # The two claims of the abstract, relative reductions of the error rate over Mixup variants, in percent.
@@ -37,8 +39,9 @@ def read_published(
         experiment<TAB>dataset<TAB>model<TAB>method<TAB>ratio<TAB>error
         table2<TAB>trec<TAB>cnn-rand<TAB>sent-amp<TAB>1<TAB>50.0
 
-    (The number is made up.) Names are those of `fastamp.paper.plan`: an experiment, and a data set, model, method and
-    ratio of it. The ratio is a share in (0, 1], the error a percentage of misclassified sentences: 100 - accuracy.
+    (The number is made up.) Names are those of `fastamp.paper.plan`, whether the plan has such a cell or not: what a
+    table consists of is partly inferred there. The ratio is a share in (0, 1], the error a percentage of misclassified
+    sentences: 100 - accuracy.
 
     Args:
         path: the file.
@@ -82,17 +85,13 @@ def _parse(line: str, experiments: Mapping[str, Experiment]) -> tuple[PublishedC
     name, dataset, model, method, *numbers = fields
     if name not in experiments:
         raise ValueError(f"unknown experiment {name!r}; takes {', '.join(experiments)}")
-    experiment = experiments[name]
-    for column, value, known in (
-        ("dataset", dataset, experiment.datasets),
-        ("model", model, experiment.models),
-        ("method", method, experiment.methods),
-    ):
+    names = {"dataset": (dataset, DATASETS), "model": (model, RECIPES), "method": (method, METHODS)}
+    for column, (value, known) in names.items():
         if value not in known:
-            raise ValueError(f"{name} has no {column} {value!r}; takes {', '.join(known)}")
+            raise ValueError(f"unknown {column} {value!r}; takes {', '.join(known)}")
     ratio, error_rate = (_number(column, text) for column, text in zip(COLUMNS[-2:], numbers, strict=True))
-    if ratio not in experiment.ratios:
-        raise ValueError(f"{name} has no ratio {ratio:g}; takes {', '.join(f'{r:g}' for r in experiment.ratios)}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio:g}")
     if not 0 <= error_rate <= 100:
         raise ValueError(f"error must be in [0, 100], got {error_rate:g}")
     return PublishedCell(name, Cell(dataset, model, method, ratio)), error_rate

@@ -11,19 +11,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fastamp.paper.commands import read_commands
 from fastamp.paper.display import duration
 from fastamp.paper.plan import EXPERIMENTS, Experiment
 from fastamp.paper.published import CITATION, LOW_RESOURCE_REDUCTION_UP_TO, REDUCTION_UP_TO, PublishedCell
 from fastamp.paper.statistics import ENOUGH_PAIRS, by_cell, finished, paired
 from fastamp.paper.views import (
+    LEAST,
+    LEAST_LABEL,
     MISSING,
     TOO_FEW,
     UNEVEN,
     Comparison,
     Run,
     View,
+    compare,
     comparison_table,
-    comparisons,
     error_table,
     method_label,
     model_label,
@@ -60,7 +63,6 @@ def write(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a record of another format, or a run that is there twice.
     """
     folder, records = Path(folder), list(records)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +70,10 @@ def write(
     if plots:
         from fastamp.paper import plots as plotting
 
-        for view in views(finished(records), settings, experiments):
-            images[view.name] = plotting.draw(view, comparisons(view), folder)
+        shown = views(finished(records), settings, experiments)
+        compared = compare(shown)
+        for view in shown:
+            images[view.name] = plotting.draw(view, compared[view.name], folder)
     path = folder / FILE
     text = render(records, settings, experiments=experiments, published=published, images=images)
     path.write_text(text, encoding="utf-8")
@@ -92,17 +96,13 @@ def render(
         experiments: which there are; shown are those that were run.
         published: the paper's cells, to stand beside ours.
         images: (file, caption) of the plots, by experiment.
-
-    Raises:
-        ValueError: a record of another format, or a run that is there twice.
     """
     records = list(records)
     runs = finished(records)
-    done = {run["key"] for run in runs}
-    failed = sorted({(r["key"], r["error"]) for r in records if r["status"] == "failed" and r["key"] not in done})
+    failed = sorted((record["key"], record["error"]) for record in records if record["status"] == "failed")
     shown = views(runs, settings, experiments)
-    compared = {view.name: comparisons(view) for view in shown}
-    blocks = ["# Results", *_header(runs, failed, settings)]
+    compared = compare(shown)
+    blocks = ["# Results", *_header(runs, failed, settings, experiments)]
     if shown:
         blocks += ["## The paper's claims", _claims(runs), "## How to read the tables", _notes(runs)]
     for view in shown:
@@ -112,7 +112,12 @@ def render(
     return "\n\n".join(blocks) + "\n"
 
 
-def _header(runs: Sequence[Run], failed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> list[str]:
+def _header(
+    runs: Sequence[Run],
+    failed: Sequence[tuple[str, str]],
+    settings: Mapping[str, Any],
+    experiments: Mapping[str, Experiment],
+) -> list[str]:
     spent = duration(sum(run["seconds"] for run in runs))
     lines = [
         f"Runs: {len(runs)} done, {len(failed)} failed; {spent} of runs, side by side or not, of what was interrupted "
@@ -123,13 +128,53 @@ def _header(runs: Sequence[Run], failed: Sequence[tuple[str, str]], settings: Ma
     lines = [f"- {lines[0]}", *(f"- Machine: {line}" for line in _tally(map(_machine, runs)))]
     steps = _tally(f"{run['result']['steps']} steps" for run in runs)
     lines.append(f"- Length: {', '.join(steps)}" + (". **Not the same for all runs.**" if len(steps) > 1 else ""))
+    lines += _coverage(runs)
     for name, value in settings.items():
         if name not in ("format", "commands", "steps") and value not in (None, {}, []):
             lines.append(f"- {name}: `{json.dumps(value, ensure_ascii=False, sort_keys=True)}`")
     blocks = ["\n".join(lines)]
     if settings.get("commands"):
-        blocks += ["Commands:", "\n".join(f"    {command}" for command in settings["commands"])]
+        unfinished = _unfinished(runs, settings, experiments)
+        some = f" {len(unfinished)} of them unfinished, as marked:" if unfinished else ""
+        texts = [command + unfinished.get(command, "") for command in settings["commands"]]
+        blocks += [f"Commands:{some}", "\n".join(f"    {text}" for text in texts)]
     return blocks
+
+
+def _unfinished(
+    runs: Iterable[Run], settings: Mapping[str, Any], experiments: Mapping[str, Experiment]
+) -> dict[str, str]:
+    """A remark on every command of which runs are missing, by its text."""
+    done = {run["key"] for run in runs}
+    remarks = {}
+    for command in read_commands(settings["commands"], experiments):
+        asked = command.runs(experiments[command.experiment])
+        missing = sum(run.key not in done for run in asked)
+        if missing:
+            remarks[command.text] = f"  # unfinished: {missing} of {len(asked)} runs missing"
+    return remarks
+
+
+def _coverage(runs: Iterable[Run]) -> list[str]:
+    """How much of each data set the pre-trained vectors cover, over its runs that have some."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        if run["result"]["types_covered"] is not None:
+            shares = run["result"]["types_covered"], run["result"]["tokens_covered"]
+            found.setdefault(run["dataset"], []).append(shares)
+    return [
+        f"- Pre-trained vectors cover, of {dataset}: "
+        + " and ".join(
+            f"{_range(values, decimals)}% of its {what}"
+            for values, decimals, what in zip(zip(*shares, strict=True), (1, 2), ("words", "tokens"), strict=True)
+        )
+        for dataset, shares in sorted(found.items())
+    ]
+
+
+def _range(values: Iterable[float], decimals: int) -> str:
+    values = list(values)
+    return " to ".join(dict.fromkeys(f"{value:.{decimals}f}" for value in (min(values), max(values))))
 
 
 def _machine(run: Run) -> str:
@@ -180,6 +225,8 @@ def _notes(runs: Sequence[Run]) -> str:
         "step of least dev error.",
         "`a ± s (n)`: mean and sample standard deviation over n seeds. s is the noise of one run, not of the mean. A "
         "seed decides initial weights, order, dropout and mixing, and dev data and subsets where they are drawn.",
+        f"`{LEAST_LABEL}`: the published code's metric, the least test error over all evaluations of a run. It selects "
+        "the model by the test data and so is too low; not to be set against other work's test errors.",
         f"`{MISSING}`: no run. {UNEVEN}: a row without the table's largest number of seeds in every cell; compare it "
         "in the comparisons only, which take the seeds that both sides have.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
@@ -190,8 +237,16 @@ def _notes(runs: Sequence[Run]) -> str:
         "table believe q.",
         f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
-        "for the number of comparisons in its table (false discovery rate, Benjamini and Hochberg).",
+        "for the number of different comparisons in this report, whatever tables they stand in (false discovery rate, "
+        "Benjamini and Hochberg).",
+        "Intervals and p are over seeds on the one test set. They do not contain its own sampling error: another test "
+        "set of its size would give other errors and differences.",
     ]
+    if any(run["ratio"] < 1 for run in runs):
+        notes.append(
+            "A share of the training data is of the training sentences only: the dev data that select the step are not "
+            "reduced."
+        )
     folds = sorted({run["dataset"] for run in runs if run["dataset"] in CROSS_VALIDATED}, key=CROSS_VALIDATED.index)
     if folds:
         fixed = all(run["config"].get("fold") is not None for run in runs if run["dataset"] in CROSS_VALIDATED)
@@ -200,7 +255,8 @@ def _notes(runs: Sequence[Run]) -> str:
             + (
                 "Every run tests on the fold that its settings name."
                 if fixed
-                else "A seed is a fold too (seed mod 10): s holds the folds' differences, the comparisons do not."
+                else "A seed is a fold too (seed mod 10): s holds the folds' differences, the comparisons do not. "
+                "Folds share training sentences, so seeds are not independent, and intervals and p too confident."
             )
         )
     return "\n".join(f"- {note}" for note in notes)
@@ -222,12 +278,8 @@ def _section(
         blocks.append(f"Not run: {'; '.join(absent)}.")
     blocks += ["Test error at the step of least dev error, mean ± std (n):", error_table(view, published)]
     if found:
-        blocks += ["### Comparisons", comparison_table(found)]
-    blocks += [
-        "### Least test error, selected on test data",
-        "The published code's metric: the least test error over all evaluations of a run. It selects the model by the "
-        "test data and so is too low; not to be set against other work's test errors.",
-        error_table(view, metric="least_test_error", paper=False),
-    ]
+        blocks += ["### Comparisons", comparison_table(view, found)]
+    if view.experiment.columns == "ratio":
+        blocks += [f"### Test error, {LEAST_LABEL}", error_table(view, metric=LEAST)]
     blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
     return blocks

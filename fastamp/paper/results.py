@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from fastamp.paper.plan import Run
 from fastamp.training.checkpoint import load_json, save_json
+from fastamp.training.config import unused_fields
 
 FORMAT = 1  # of settings.json and of every line
 
@@ -21,6 +23,8 @@ SETTINGS = "settings.json"
 LINES = "results.jsonl"
 RUNS = "runs"
 LOCK = ".lock"
+
+_DATA = "data of "
 
 # What a line must say beside its format, key and status.
 _FIELDS = {
@@ -157,7 +161,8 @@ def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any], command: 
 
     Settings: `steps` and `eval_every`, None for the recipes'; `overrides`, a mapping of fields of TrainConfig;
     `threads`; `data`, a digest by data set; `vectors` and `pretrained`, None where no run uses them. Data sets,
-    vectors and an encoder may be added later; what both have must be the same.
+    vectors and an encoder may be added later. What both have must be the same where a run that is done used it; else
+    it is replaced, a notice says so, and runs under way start over.
 
     Args:
         folder: made if there is none.
@@ -180,8 +185,14 @@ def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any], command: 
         raise ValueError(f"another process works in {folder}; wait for it, or give another folder") from None
     try:
         there = _settings(folder) if (folder / SETTINGS).exists() else None
-        save_json(folder / SETTINGS, _united(folder, settings, there, command))
-        writer = ResultsWriter(folder, _settings(folder))
+        records, _, _ = _lines(folder / LINES)
+        united, replaced = _united(folder, settings, there, command, records)
+        if replaced:
+            shutil.rmtree(folder / RUNS, ignore_errors=True)
+        save_json(folder / SETTINGS, united)
+        writer = ResultsWriter(folder, united)
+        if replaced:
+            writer.notices += (f"{folder}: replaced, as no run that is done used them: {', '.join(replaced)}",)
         try:
             yield writer
         finally:
@@ -190,28 +201,39 @@ def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any], command: 
         lock.release()
 
 
-def _united(folder: Path, settings: Mapping[str, Any], there: Mapping[str, Any] | None, command: str) -> dict[str, Any]:
-    """The settings that hold for what is there and for what comes."""
+def _united(
+    folder: Path,
+    settings: Mapping[str, Any],
+    there: Mapping[str, Any] | None,
+    command: str,
+    records: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings that hold for what is there and for what comes, and what of those there was replaced."""
     if there is None:
-        return {"format": FORMAT, **settings, "commands": [command]}
+        return {"format": FORMAT, **settings, "commands": [command]}, []
+    done = [record for record in records.values() if record["status"] == "done"]
     ours, theirs = _fixed(settings), _fixed(there)
-    differences = [
-        f"{name} {_shown(ours.get(name))} (there {_shown(theirs.get(name))})"
+    changed = {
+        name: f"{name} {_shown(ours.get(name))} (there {_shown(theirs.get(name))})"
         for name in {**ours, **theirs}
         if ours.get(name) != theirs.get(name)
-    ]
+    }
     ours, theirs = _growing(settings), _growing(there)
-    differences += [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    changed |= {name: name for name in ours if theirs.get(name, ours[name]) != ours[name]}
+    differences = [text for name, text in changed.items() if any(_uses(run, name) for run in done)]
     if differences:
         raise ValueError(f"{folder} holds results of another configuration; different: {', '.join(differences)}")
-    commands = there["commands"]
-    return {
+    # Where nothing is done, the commands of another configuration are no part of what the folder will hold.
+    commands = there["commands"] if done or not changed else []
+    united = {
         **there,
+        **settings,
         "data": {**there["data"], **settings["data"]},
         "vectors": settings["vectors"] or there["vectors"],
         "pretrained": settings["pretrained"] or there["pretrained"],
         "commands": commands if command in commands else [*commands, command],
     }
+    return united, list(changed.values())
 
 
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +244,17 @@ def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _growing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same where both have it, by name."""
     used = {name: settings[name] for name in ("vectors", "pretrained") if settings[name] is not None}
-    return {**{f"data of {name}": digest for name, digest in settings["data"].items()}, **used}
+    return {**{_DATA + name: digest for name, digest in settings["data"].items()}, **used}
+
+
+def _uses(run: Mapping[str, Any], name: str) -> bool:
+    """Whether a run that is done depends on what `_fixed` or `_growing` names so."""
+    config = run["config"]
+    if name.startswith(_DATA):
+        return name == _DATA + config["dataset"]
+    if name in ("vectors", "pretrained"):
+        return config[name] is not None
+    return name not in unused_fields(config["model"], config["method"])
 
 
 def _shown(value: Any) -> str:

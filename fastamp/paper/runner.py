@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastamp.data import load
+from fastamp.data.files import blocks
 from fastamp.paper.plan import METHODS, Run
+from fastamp.paper.progress import Progress, Rates, last_evaluation
 from fastamp.paper.results import SETTINGS, ResultsWriter, read
 from fastamp.paper.worker import Job, record, work
-from fastamp.training import TrainConfig
+from fastamp.training.config import TrainConfig, unused_fields, usable_device
 from fastamp.training.recipes import RECIPES, recipe
+from fastamp.training.task import Task
 
 POLL_SECONDS = 1.0
-_TAIL_BYTES = 4096  # of metrics.jsonl, more than a line
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Options:
 
     Attributes:
         steps, eval_every: None takes the recipe's.
-        overrides: fields of TrainConfig; those that make a method what it is win over them.
+        overrides: fields of TrainConfig, given to the runs that use them; those that make a method what it is win.
         data_dir, vectors, pretrained: as in TrainConfig, given to the models that use them.
         device: as in torch.device.
         threads: CPU threads of a run.
@@ -56,7 +57,7 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_device(self.device)
+        usable_device(self.device)
 
     def config(self, run: Run) -> TrainConfig:
         """The configuration of a run.
@@ -77,7 +78,7 @@ class Options:
             "eval_every": self.eval_every,
             "device": self.device,
             "threads": self.threads,
-            **self.overrides,
+            **{name: value for name, value in self.overrides.items() if name not in _unused(run)},
             **METHODS[run.method].fields,
             "dataset": run.dataset,
             "fraction": run.ratio,
@@ -89,91 +90,53 @@ class Options:
             fields["pretrained"] = self.pretrained
         return recipe(run.model, **fields)
 
+    def notices(self, runs: Collection[Run]) -> list[str]:
+        """Sentences for the user on overrides that none of the runs uses; other runs in the folder may."""
+        return [
+            f"no run here uses {name}, which is for {_unused(next(iter(runs)))[name]}"
+            for name in self.overrides
+            if all(name in _unused(run) for run in runs)
+        ]
+
     def settings(self, runs: Iterable[Run]) -> dict[str, Any]:
-        """What the runs share, as a results folder keeps it; reads all their data.
+        """What the runs share, as a results folder keeps it.
+
+        Reads the data, and makes the model, of every data set and backbone: what a run would fail at must not take the
+        folder.
 
         Raises:
-            ValueError: data or vectors that are missing or malformed.
+            ValueError: data, vectors or an encoder that are missing, malformed or do not fit the other options.
         """
         configs = {(run.dataset, run.model): self.config(run) for run in runs}
+        vectors = encoder = None
+        for config in configs.values():
+            task = Task.load(config, torch.device("cpu"))
+            task.model(config)
+            vectors = vectors or config.vectors
+            encoder = encoder or task.encoder
         datasets = dict.fromkeys(dataset for dataset, _ in configs)
-        vectors = next((c.vectors for c in configs.values() if c.vectors is not None), None)
-        pretrained = next((c.pretrained for c in configs.values() if c.pretrained is not None), None)
         return {
             "steps": self.steps,
             "eval_every": self.eval_every,
             "threads": self.threads,
             "overrides": dict(self.overrides),
-            "data": {name: load(name, data_dir=self.data_dir).fingerprint() for name in datasets},
-            "vectors": None if vectors is None else _digest([Path(vectors)]),
-            "pretrained": pretrained
-            if pretrained is None or not Path(pretrained).is_dir()
-            else _digest(path for path in sorted(Path(pretrained).rglob("*")) if path.is_file()),
+            "data": {name: load(name, data_dir=self.data_dir).text_fingerprint() for name in datasets},
+            "vectors": None if vectors is None else _file_digest(vectors),
+            "pretrained": None if encoder is None else encoder.digest,
         }
 
 
-def _check_device(name: str) -> None:
-    """Refuses here what every run would fail at; makes no context on the device, as using it would."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name!r} cannot be used: torch finds {count} CUDA devices here")
+def _unused(run: Run) -> dict[str, str]:
+    """`unused_fields` of a run."""
+    return unused_fields(RECIPES[run.model].fields["model"], METHODS[run.method].fields["method"])
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents."""
+def _file_digest(path: str) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    for block in blocks(Path(path)):
+        digest.update(block)
     return digest.hexdigest()
-
-
-class Active(NamedTuple):
-    """A run under way, as its last evaluation tells; step 0 and None before the first."""
-
-    key: str
-    step: int
-    steps: int
-    dev_error: float | None
-
-
-@dataclass
-class Progress:
-    """How far a command has come.
-
-    Attributes:
-        total: number of runs asked for.
-        done: how many of them are in the results, those that failed included.
-        failed: how many of them failed.
-        steps: updates still to be made when the command began.
-        steps_done: updates made since, those that a failed run left out included.
-        active: the runs under way.
-        began: when the command began, by time.monotonic.
-    """
-
-    total: int
-    done: int
-    failed: int
-    steps: int
-    steps_done: int = 0
-    active: tuple[Active, ...] = ()
-    began: float = field(default_factory=time.monotonic)
-
-    def seconds_left(self) -> float | None:
-        """Time left at the rate so far, every step taken as equally long; None while there is no rate."""
-        if self.steps_done == 0:
-            return None
-        return (self.steps - self.steps_done) * (time.monotonic() - self.began) / self.steps_done
 
 
 class Display:
@@ -235,9 +198,15 @@ class _Execution:
     """A command's runs and how far they are."""
 
     def __init__(
-        self, runs: Sequence[Run], options: Options, writer: ResultsWriter, retry_failed: bool, display: Display
+        self,
+        runs: Sequence[Run],
+        options: Options,
+        writer: ResultsWriter,
+        jobs: int,
+        retry_failed: bool,
+        display: Display,
     ) -> None:
-        self.writer, self.display = writer, display
+        self.writer, self.jobs, self.display = writer, jobs, display
         kept = [writer.records[run.key] for run in runs if is_kept(run, writer.records, retry_failed)]
         self.waiting = deque(
             Job(run, options.config(run), writer.run_folder(run.key))
@@ -246,7 +215,7 @@ class _Execution:
         )
         _remove_leftovers(writer, {job.run.key for job in self.waiting})
         # What an earlier command left of a run is not this command's work.
-        self.before = {job.run.key: _last_evaluation(job).step for job in self.waiting}
+        self.before = {job.run.key: last_evaluation(job).step for job in self.waiting}
         self.progress = Progress(
             total=len(runs),
             done=len(kept),
@@ -255,12 +224,13 @@ class _Execution:
         )
         self.ended_steps = 0
         self.workers: list[_Worker] = []
+        self.rates = Rates(writer.records.values(), options.device)
 
-    def finish(self, jobs: int) -> Progress:
+    def finish(self) -> Progress:
         """Runs all, `jobs` at a time."""
         try:
             while self.waiting or self.workers:
-                while self.waiting and len(self.workers) < jobs:
+                while self.waiting and len(self.workers) < self.jobs:
                     self.workers.append(_Worker())
                     self.workers[-1].give(self.waiting.popleft())
                 ready = wait([worker.connection for worker in self.workers], POLL_SECONDS)
@@ -287,13 +257,19 @@ class _Execution:
         self.ended_steps += job.config.steps - self.before[job.run.key]
         self.progress.done += 1
         self.progress.failed += failed
+        self.rates.keep(line)
         self._measure()
         self.display.ended(line, self.progress)
 
     def _measure(self) -> None:
-        active = tuple(_last_evaluation(worker.job) for worker in self.workers)
+        active = tuple(last_evaluation(worker.job) for worker in self.workers)
         under_way = sum(max(run.step - self.before[run.key], 0) for run in active)
         self.progress.active, self.progress.steps_done = active, self.ended_steps + under_way
+        runs = [worker.job.run for worker in self.workers]
+        waiting = {job.run: job.config.steps - self.before[job.run.key] for job in self.waiting}
+        self.progress.seconds_left, self.progress.unknown = self.rates.left(
+            list(zip(runs, active, strict=True)), waiting, self.jobs
+        )
 
 
 def execute_all(
@@ -328,7 +304,7 @@ def execute_all(
         OSError: the results could not be written; the workers are ended.
     """
     unique = list({run.key: run for run in runs}.values())
-    return _Execution(unique, options, writer, retry_failed, display or Display()).finish(jobs)
+    return _Execution(unique, options, writer, jobs, retry_failed, display or Display()).finish()
 
 
 def threads_for(folder: Path, jobs: int) -> int:
@@ -343,24 +319,6 @@ def is_kept(run: Run, records: Mapping[str, Mapping[str, Any]], retry_failed: bo
     """Whether a run is in the results and not to be run again."""
     line = records.get(run.key)
     return line is not None and not (retry_failed and line["status"] == "failed")
-
-
-def _last_evaluation(job: Job) -> Active:
-    step, dev_error = 0, None
-    path = job.folder / "metrics.jsonl"
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            *lines, _ = file.read().split(b"\n")
-    except OSError:  # none yet
-        lines = []
-    for line in reversed(lines):
-        with suppress(ValueError):  # the first of the tail is cut
-            last = json.loads(line)
-            if "step" in last:
-                step, dev_error = last["step"], last["dev_error"]
-                break
-    return Active(job.run.key, step, job.config.steps, dev_error)
 
 
 def _remove(folder: Path) -> None:

@@ -88,21 +88,10 @@ def finished(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The runs that are done, sorted by cell and seed.
 
     Args:
-        records: lines of results.jsonl.
-
-    Raises:
-        ValueError: a line of another format, or a run that is there twice.
+        records: what `results.read` gives, one of every run.
     """
-    runs: dict[str, Mapping[str, Any]] = {}
-    for record in records:
-        if record.get("format") != 1:
-            raise ValueError(f"a result has format {record.get('format')!r}; takes 1")
-        if record["status"] != "done":
-            continue
-        if record["key"] in runs:
-            raise ValueError(f"two results of the run {record['key']}")
-        runs[record["key"]] = record
-    return sorted(runs.values(), key=lambda r: (r["dataset"], r["model"], r["method"], r["ratio"], r["seed"]))
+    done = (record for record in records if record["status"] == "done")
+    return sorted(done, key=lambda r: (r["dataset"], r["model"], r["method"], r["ratio"], r["seed"]))
 
 
 def cell(record: Mapping[str, Any]) -> Cell:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from fastamp.data import DATASETS
+from fastamp.paper.commands import read_commands
 from fastamp.paper.plan import METHODS, Experiment
 from fastamp.paper.published import PublishedCell
 from fastamp.paper.statistics import Cell, Paired, adjusted, by_cell, paired, summary
@@ -22,6 +21,8 @@ MISSING = "–"
 NOT_AT_HAND = "not at hand"
 UNEVEN = "†"
 TOO_FEW = "‡"
+LEAST = "least_test_error"
+LEAST_LABEL = "least (selected on test)"
 SIGNIFICANT = 0.05
 
 
@@ -31,7 +32,7 @@ class View:
 
     Attributes:
         name: of the experiment; "other" holds runs outside every experiment's extent.
-        experiment: with the extent of the runs where one was asked for that is not its own.
+        experiment: its extent is that of the plan and what else was asked for.
         runs: what `statistics.finished` gave.
     """
 
@@ -43,6 +44,10 @@ class View:
         """The values of a field of `Cell` that any run has, in the plan's order."""
         there = {run[field] for run in self.runs}
         return [value for value in getattr(self.experiment, f"{field}s") if value in there]
+
+    def label(self, method: str) -> str:
+        """The name of a method in this table."""
+        return self.experiment.labels.get(method) or method_label(method)
 
     def ordered(self) -> list[Cell]:
         """The extent's cells of which any run is done, by data set, model, ratio and method."""
@@ -70,19 +75,23 @@ class Comparison:
 def views(runs: Sequence[Run], settings: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> list[View]:
     """The experiments to show.
 
-    They are those that `settings["commands"]` ran. A single one has all runs of the folder, whatever its extent. If no
-    command is known, they are those with runs that no other shows. Runs that are left over are shown together.
+    They are those that `settings["commands"]` made; each has the runs within its extent, to which what its commands
+    asked for is added. If no command is known, they are those with runs that no other shows. Runs that are left over
+    are shown together.
 
     Args:
         runs: what `statistics.finished` gave.
         settings: of the folder.
         experiments: by name.
     """
-    asked = _asked(settings, experiments)
-    if len(asked) == 1 and runs:
-        return [View(asked[0], _extended(experiments[asked[0]], runs), tuple(runs))]
-    held = {name: [run for run in runs if _holds(experiments[name], run)] for name in asked or experiments}
-    if not asked:
+    commands = read_commands(settings.get("commands", ()), experiments)
+    extents = {
+        name: _extended(experiment, [command.extent for command in commands if command.experiment == name])
+        for name, experiment in experiments.items()
+        if not commands or any(command.experiment == name for command in commands)
+    }
+    held = {name: [run for run in runs if _holds(extent, run)] for name, extent in extents.items()}
+    if not commands:
         keys = {name: {run["key"] for run in those} for name, those in held.items()}
         order = list(keys)
         for name in order:
@@ -92,7 +101,7 @@ def views(runs: Sequence[Run], settings: Mapping[str, Any], experiments: Mapping
                 for other in order
             ):
                 del held[name]
-    found = [View(name, experiments[name], tuple(those)) for name, those in held.items() if those]
+    found = [View(name, extents[name], tuple(those)) for name, those in held.items() if those]
     shown = {run["key"] for view in found for run in view.runs}
     rest = {(run["dataset"], run["model"], run["method"]) for run in runs if run["key"] not in shown}
     if rest:
@@ -101,35 +110,38 @@ def views(runs: Sequence[Run], settings: Mapping[str, Any], experiments: Mapping
         comparisons = dict.fromkeys(pair for experiment in experiments.values() for pair in experiment.comparisons)
         empty = Experiment("Runs outside the extent of the experiments", (), (), (), (), comparisons=tuple(comparisons))
         columns = "ratio" if len({run["ratio"] for run in those}) > 1 else "dataset"
-        found.append(View(OTHER, replace(_extended(empty, those), columns=columns), those))
+        there = {f"{field}s": tuple(run[field] for run in those) for field in _KNOWN}
+        found.append(View(OTHER, replace(_extended(empty, [there]), columns=columns), those))
     return found
 
 
-def _asked(settings: Mapping[str, Any], experiments: Iterable[str]) -> list[str]:
-    """The experiments that the folder's commands name behind the word `paper`."""
-    commands = [shlex.split(command) for command in settings.get("commands", ())]
-    named = {after for words in commands for word, after in pairwise(words) if word == "paper"}
-    return [name for name in experiments if name in named]
+# What there is of a field of `Cell`, in the order of tables.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "dataset": DATASETS,
+    "model": tuple(RECIPES),
+    "method": tuple(METHODS),
+    "ratio": (),
+}
 
 
 def _holds(experiment: Experiment, run: Run) -> bool:
-    return all(run[field] in getattr(experiment, f"{field}s") for field in ("dataset", "model", "method", "ratio"))
+    return all(run[field] in getattr(experiment, f"{field}s") for field in _KNOWN)
 
 
-def _extended(experiment: Experiment, runs: Iterable[Run]) -> Experiment:
-    """The experiment with the runs' names behind its own, in the order of their registries."""
+def _extended(experiment: Experiment, extents: Sequence[Mapping[str, Sequence[Any]]]) -> Experiment:
+    """The experiment with more names behind its own, in the order of their registries."""
 
-    def both(field: str, known: Iterable[str]) -> tuple[str, ...]:
-        there, own = {run[field] for run in runs}, getattr(experiment, f"{field}s")
-        order = (*own, *known, *sorted(there))
-        return tuple(value for value in dict.fromkeys(order) if value in there or value in own)
+    def both(field: str) -> tuple[Any, ...]:
+        own, known = getattr(experiment, f"{field}s"), _KNOWN[field]
+        more = {value for extent in extents for value in extent.get(f"{field}s", ())} - {*own}
+        return (*own, *(value for value in known if value in more), *sorted(more - {*known}))
 
     return replace(
         experiment,
-        datasets=both("dataset", DATASETS),
-        models=both("model", RECIPES),
-        methods=both("method", METHODS),
-        ratios=tuple(sorted({*experiment.ratios, *(run["ratio"] for run in runs)})),
+        datasets=both("dataset"),
+        models=both("model"),
+        methods=both("method"),
+        ratios=tuple(sorted(both("ratio"))),
     )
 
 
@@ -156,25 +168,24 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) ->
 
 
 def error_table(
-    view: View,
-    published: Mapping[PublishedCell, float] | None = None,
-    *,
-    metric: str = "test_error",
-    paper: bool = True,
+    view: View, published: Mapping[PublishedCell, float] | None = None, *, metric: str = "test_error"
 ) -> str:
-    """Mean, standard deviation and number of seeds of every cell.
+    """Mean, standard deviation and number of seeds of every cell, and beside the error what else there is of it.
+
+    That is the published code's metric, but for a table by ratio, which would be too wide; and the paper's cell.
 
     Args:
         view: what to show; at least one run.
-        published: the paper's cells, to stand beside ours.
-        metric: a field of `TrainResult`.
-        paper: with the paper's cells, or the word that they are not at hand.
+        published: the paper's cells, or None where they are not at hand.
+        metric: a field of `TrainResult`; what stands beside the error is left out for others.
     """
     by_ratio = view.experiment.columns == "ratio"
+    ours = metric == "test_error"
     values = by_cell(view.runs, metric)
+    least = by_cell(view.runs, LEAST) if ours and not by_ratio else {}
     several = len(view.present("ratio")) > 1
     columns: list[Any] = view.present("ratio" if by_ratio else "dataset")
-    printed = {c.cell: error for c, error in (published or {}).items() if c.experiment == view.name} if paper else {}
+    printed = {c.cell: error for c, error in (published or {}).items() if c.experiment == view.name} if ours else {}
     most = max(len(seeds) for seeds in values.values())
 
     header = ["Data set"] if by_ratio else ["Training data"] if several else []
@@ -182,8 +193,8 @@ def error_table(
     left = len(header)
     for column in columns:
         label = ratio_label(column) if by_ratio else column
-        header += [label, f"{label}, paper"] if printed else [label]
-    if paper and not printed:
+        header += [label, *([f"{label}, {LEAST_LABEL}"] if least else []), *([f"{label}, paper"] if printed else [])]
+    if ours and not printed:
         header.append("paper")
 
     rows = []
@@ -194,13 +205,13 @@ def error_table(
                 counts = {len(values[c]) for c in cells if c in values}
                 if not counts:
                     continue
-                first = [outer] if by_ratio else [ratio_label(outer)] if several else []
-                first += [model_label(model), method_label(method) + (f" {UNEVEN}" if counts != {most} else "")]
+                row = [outer] if by_ratio else [ratio_label(outer)] if several else []
+                row += [model_label(model), view.label(method) + (f" {UNEVEN}" if counts != {most} else "")]
                 for c in cells:
-                    first.append(_cell(values[c].values()) if c in values else MISSING)
+                    row += [_cell(of[c].values()) if c in of else MISSING for of in (values, least) if of]
                     if printed:
-                        first.append(f"{printed[c]:.2f}" if c in printed else MISSING)
-                rows.append([*first, NOT_AT_HAND] if paper and not printed else first)
+                        row.append(f"{printed[c]:.2f}" if c in printed else MISSING)
+                rows.append([*row, NOT_AT_HAND] if ours and not printed else row)
     return markdown(header, rows, left)
 
 
@@ -209,29 +220,38 @@ def _cell(errors: Iterable[float]) -> str:
     return f"{found.mean:.2f} ({found.n})" if found.std is None else f"{found.mean:.2f} ± {found.std:.2f} ({found.n})"
 
 
-def comparisons(view: View) -> list[Comparison]:
-    """The experiment's comparisons at every place where both sides have a seed in common."""
-    values = by_cell(view.runs)
-    found = []
-    for place in dict.fromkeys(replace(c, method="") for c in view.ordered()):
-        for method, baseline in view.experiment.comparisons:
-            ours, theirs = replace(place, method=method), replace(place, method=baseline)
-            pair = paired(values.get(ours, {}), values.get(theirs, {}))
-            if pair is not None:
-                found.append((ours, theirs, pair))
-    q_values = adjusted([pair.p for *_, pair in found])
-    return [Comparison(*those, q) for those, q in zip(found, q_values, strict=True)]
+def compare(shown: Iterable[View]) -> dict[str, list[Comparison]]:
+    """The comparisons of every view, by its name, at every place where both sides have a seed in common.
+
+    Views share cells. A comparison that several have is one, and p is adjusted for the number of different ones.
+    """
+    by_view: dict[str, list[tuple[Cell, Cell]]] = {}
+    pairs: dict[tuple[Cell, Cell], Paired] = {}
+    for view in shown:
+        values = by_cell(view.runs)
+        by_view[view.name] = []
+        for place in dict.fromkeys(replace(c, method="") for c in view.ordered()):
+            for method, baseline in view.experiment.comparisons:
+                sides = replace(place, method=method), replace(place, method=baseline)
+                pair = pairs.get(sides) or paired(*(values.get(side, {}) for side in sides))
+                if pair is not None:
+                    pairs[sides] = pair
+                    by_view[view.name].append(sides)
+    q_values = dict(zip(pairs, adjusted([pair.p for pair in pairs.values()]), strict=True))
+    return {
+        name: [Comparison(*sides, pairs[sides], q_values[sides]) for sides in those] for name, those in by_view.items()
+    }
 
 
-def comparison_table(found: Sequence[Comparison]) -> str:
-    """The comparisons, each with its reading, and how many have which."""
+def comparison_table(view: View, found: Sequence[Comparison]) -> str:
+    """The view's comparisons, each with its reading, and how many have which."""
     several = len({c.method.ratio for c in found}) > 1
     columns: dict[str, Callable[[Comparison], str]] = {
         "Data set": lambda c: c.method.dataset,
         "Model": lambda c: model_label(c.method.model),
         **({"Training data": lambda c: ratio_label(c.method.ratio)} if several else {}),
-        "Method": lambda c: method_label(c.method.method),
-        "against": lambda c: method_label(c.baseline.method),
+        "Method": lambda c: view.label(c.method.method),
+        "against": lambda c: view.label(c.baseline.method),
         "Reading": lambda c: reading(c.paired),
         "Difference, points [95%]": lambda c: _difference(c.paired),
         "Relative improvement": lambda c: (

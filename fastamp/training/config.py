@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from fastamp.data import DATASETS
 
 MODELS = ("textcnn", "bilstm", "bert")
@@ -25,6 +27,44 @@ PRESETS = ("default", "paper", "official")
 PASS_DROPOUTS = ("shared", "redrawn")
 REWEIGHTS = ("none", "moving")
 DEFAULT_EMBEDDING_DIM = 300
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; makes no context on it, as using it would.
+
+    Raises:
+        ValueError: no device, or one that this machine does not have.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r} cannot be used: torch finds {count} CUDA devices here")
+    return device
+
+
+def unused_fields(model: str, method: str) -> dict[str, str]:
+    """The fields of `TrainConfig` that a run of this model and method does not use, each with what it is for."""
+    unused: dict[str, str] = {}
+    if model == "bert":
+        words = f"models over words, not for {model!r}"
+        unused |= dict.fromkeys(("vectors", "freeze_vectors", "embedding_dim", "dropout"), words)
+    else:
+        unused["pretrained"] = f"model 'bert', not for {model!r}"
+    if model != "bilstm":
+        unused["hidden_size"] = f"model 'bilstm', not for {model!r}"
+    if not method.startswith(("word-", "sent-")):
+        unused["preset"] = f"methods that mix by AMPLoss, not for {method!r}"
+        if method != "nonlinear-mixup":
+            unused["alpha"] = f"methods that mix, not for {method!r}"
+    if not method.endswith(("-maxop", "-amp")):
+        step = f"methods with an adversarial step, not for {method!r}"
+        unused |= dict.fromkeys(("step_size", "pass_dropout", "reweight"), step)
+    return unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,22 +193,15 @@ class TrainConfig:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
     def _check_together(self) -> None:
-        if self.model == "bert":
-            if self.pretrained is None:
-                raise ValueError("model 'bert' needs pretrained: the name or folder of an encoder")
-            for name in ("vectors", "embedding_dim"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is not for model 'bert', which has embeddings of its own")
-        elif self.pretrained is not None:
-            raise ValueError(f"pretrained is for model 'bert', not for {self.model!r}")
+        for name, purpose in unused_fields(self.model, self.method).items():
+            if getattr(self, name) != getattr(TrainConfig, name):  # the class has the default
+                raise ValueError(f"{name} is for {purpose}")
+        if self.model == "bert" and self.pretrained is None:
+            raise ValueError("model 'bert' needs pretrained: the name or folder of an encoder")
         if self.freeze_vectors and self.vectors is None:
             raise ValueError("freeze_vectors needs vectors")
-        mixes = self.method.startswith(("word-", "sent-"))
-        if not mixes and self.preset != "default":
-            raise ValueError(f"preset {self.preset!r} is for methods that mix by AMPLoss, not for {self.method!r}")
-        for name in ("pass_dropout", "reweight"):
-            if getattr(self, name) is not None and not self.method.endswith(("-maxop", "-amp")):
-                raise ValueError(f"{name} is for methods with an adversarial step, not for {self.method!r}")
+        if self.capture and self.device.partition(":")[0] != "cuda":
+            raise ValueError(f"capture needs a cuda device, got device {self.device!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, fit for JSON."""

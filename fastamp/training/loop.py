@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import fastamp
+from fastamp.checks import NonFiniteError
 from fastamp.training.batches import Batches, error_rate
 from fastamp.training.checkpoint import MetricsLog, load_json, load_tensors, save_json, save_tensors
-from fastamp.training.config import TrainConfig
+from fastamp.training.config import TrainConfig, usable_device
 from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater
@@ -35,7 +36,7 @@ def seed_for(purpose: str, seed: int) -> int:
 
 
 class DivergedError(RuntimeError):
-    """The training loss, or a weight, is no longer finite."""
+    """The training loss, the logits, or a weight are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,10 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
 
     Raises:
         ValueError: malformed data, a damaged checkpoint, or an `out` that holds another run.
-        DivergedError: the loss became NaN or infinite; nothing of that is in the checkpoints.
+        DivergedError: the loss or the logits became NaN or infinite; nothing of that is in the checkpoints.
     """
     out = Path(out)
-    device = _device(config.device)
-    if config.capture and device.type != "cuda":
-        raise ValueError(f"capture needs a cuda device, got device {config.device!r}")
+    device = usable_device(config.device)
     with _own_randomness(device, config.threads):
         task = Task.load(config, device)
         run = _Run(config, out, device, task)
@@ -123,17 +122,6 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         if saved.exists():
             run.restore(load_tensors(saved), saved)
         return run.finish(listener or Listener())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} cannot be used; takes cpu or cuda")
-    return device
 
 
 @contextmanager
@@ -276,7 +264,12 @@ class _Run:
             last = self.step == config.steps
             evaluate = last or self.step % config.eval_every == 0
             ids, labels = next(batches)
-            loss, stats = self.update(ids, labels)
+            try:
+                loss, stats = self.update(ids, labels)
+            except NonFiniteError as error:  # where rows are mixed, which is told before the loss is
+                raise DivergedError(
+                    f"the logits became NaN or infinite at step {self.step}; lr is {config.lr}"
+                ) from error
             self.loss_sum += loss
             listener.stepped(self.step, loss)
             checkpoint = last or self.step % config.checkpoint_every == 0
