@@ -117,7 +117,7 @@ def run(
         "suite": config.suite,
         "command": command,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": {"type": device.type, "name": machine.device_name(device), "tag": machine.device_tag(device)},
+        "device": machine.describe(device),
         "versions": machine.versions(),
         "checkout": machine.commit(),
         "threads": config.threads,
