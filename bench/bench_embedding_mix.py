@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DIRECTIONS, checked, plain_mix, shapes_of
+from support import DIRECTIONS, checked, shapes_of
 
 from fastamp import functional
+from fastamp.benchmarking import plain_mix
 from fastamp.conformance import EmbeddingCase
 
 # B, T, V, D

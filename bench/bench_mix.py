@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support import DIRECTIONS, checked_inputs, operations, plain_mix
+from support import DIRECTIONS, checked_inputs, operations
 
 from fastamp import functional
+from fastamp.benchmarking import plain_mix
 
 
 @operations

@@ -15,18 +15,35 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastamp.benchmarking import NETWORKS, SHAPES, SUITES, BenchConfig, machine, print_results, run, write
+from fastamp.benchmarking import (
+    NETWORKS,
+    SHAPES,
+    SUITES,
+    BenchConfig,
+    machine,
+    print_results,
+    rehearse,
+    run,
+    write,
+)
 from fastamp.conformance import TOLERANCES, Report, Row, cases, check, print_report
 from fastamp.training import TrainConfig, train
 
-ROUNDS = {"head": 24, "layers": 20, "rows": 20, "scaling": 10, "vocabulary": 10}
+ROUNDS = {"head": 24, "layers": 12, "rows": 20, "scaling": 10, "vocabulary": 10}
 STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
-UNCOMPILED = ("rows",)  # where the compiler's time would be most of the step's
+LARGE = SHAPES[5:]  # a step of which takes gigabytes: so many processes at once have room on one GPU
+LARGE_WORKERS = 4
+AUTOTUNED = SHAPES[2:5:2]
 QUICK_NETWORKS = ("textcnn",)
 QUICK = {
     "head": {"shapes": SHAPES[:1]},
     "layers": {"networks": QUICK_NETWORKS},
     "vocabulary": {"shapes": ((64, 32, 2000),)},
+}
+# Products are searched for only where nothing else has the GPU: in the step "autotune".
+OPTIONS = {
+    "head": {"autotuned": False},
+    "rows": {"compiled": False},  # the compiler's time would be most of the step's
 }
 CARRIED = Path(__file__).parents[1] / "carry" / "data"
 
@@ -42,9 +59,10 @@ def describe(device: str) -> bool:
     return True
 
 
-def _workers() -> ProcessPoolExecutor:
+def _workers(most: int | None = None) -> ProcessPoolExecutor:
     # A process that has used the GPU must not be forked.
-    return ProcessPoolExecutor(max(1, (os.cpu_count() or 1) // 2), mp_context=multiprocessing.get_context("spawn"))
+    count = max(1, (os.cpu_count() or 1) // 2)
+    return ProcessPoolExecutor(min(count, most or count), mp_context=multiprocessing.get_context("spawn"))
 
 
 def _check_part(device: str, op: str, dtype: torch.dtype, quick: bool) -> Report:
@@ -74,37 +92,58 @@ def _rows(parts: dict[tuple[str, str], Report], op: str, dtype: torch.dtype) -> 
     return [] if part is None else list(part.rows)
 
 
-def _warm_part(config: BenchConfig) -> None:
-    run(config, command="")
+def warm(device: str, quick: bool, *, large: bool = False) -> bool:
+    """Fills the compilers' caches on disk with what the benchmarks need, a process for every part; times nothing.
 
-
-def warm(device: str, quick: bool) -> bool:
-    """Fills the compilers' caches on disk with what the benchmarks need, a process for every workload."""
-    networks = QUICK_NETWORKS if quick else tuple(NETWORKS)
-    # The large networks, which take longest, first.
-    parts = [BenchConfig(suite="layers", networks=(name,), rounds=1, device=device) for name in reversed(networks)]
-    parts += [BenchConfig(shapes=(shape,), rounds=1, device=device) for shape in SHAPES[: 1 if quick else None]]
-    with _workers() as pool:
-        jobs = {pool.submit(_warm_part, part): part.networks or part.shapes for part in parts}
+    Args:
+        device: as in torch.device.
+        quick: only one network and one shape.
+        large: those shapes that take gigabytes, a few at a time; else all others, and the networks that are compiled.
+    """
+    common = {"device": device, "autotuned": False}
+    if large:
+        parts = [
+            BenchConfig(shapes=(shape,), dtypes=(dtype,), inputs=(takes,), **common)
+            for shape in LARGE
+            for dtype in ("fp32", "bf16")
+            for takes in BenchConfig.inputs
+        ]
+    else:
+        networks = QUICK_NETWORKS if quick else [name for name, spec in NETWORKS.items() if not spec.large]
+        # BERT, which takes longest, first.
+        parts = [BenchConfig(suite="layers", networks=(name,), **common) for name in reversed(networks)]
+        parts += [BenchConfig(shapes=(shape,), **common) for shape in SHAPES[: 1 if quick else -len(LARGE)]]
+    with _workers(LARGE_WORKERS if large else None) as pool:
+        jobs = {pool.submit(rehearse, part): part for part in parts}
         for job in as_completed(jobs):
             job.result()
-            print("compiled for", *jobs[job], flush=True)
+            part = jobs[job]
+            print("compiled for", part.networks or (*part.shapes, *(part.dtypes or ()), *part.inputs), flush=True)
     return True
 
 
 def bench(out: Path, device: str, suite: str, quick: bool) -> bool:
     """A suite of the benchmark; what is done is in the JSON file also if time runs out."""
-    console = Console(width=120)
-    config = BenchConfig(suite=suite, rounds=ROUNDS[suite], device=device, compiled=suite not in UNCOMPILED)
+    config = BenchConfig(suite=suite, rounds=ROUNDS[suite], device=device, **OPTIONS.get(suite, {}))
     if quick:
         config = replace(config, rounds=2, **QUICK.get(suite, {}))
+    return _measure(config, out)
+
+
+def autotune(out: Path, device: str) -> bool:
+    """The head in two shapes once more, with what torch.compile searches the fastest products for; to DIR/autotuned."""
+    config = BenchConfig(shapes=AUTOTUNED, dtypes=("bf16",), inputs=("hidden",), rounds=ROUNDS["head"], device=device)
+    return _measure(config, out / "autotuned")
+
+
+def _measure(config: BenchConfig, out: Path) -> bool:
     results = run(
         config,
         command="bench/gpu.sh DIR",
         listener=lambda line: print(line, flush=True),
         save=lambda results: write(results, out),
     )
-    print_results(results, console)
+    print_results(results, Console(width=120))
     write(results, out)
     return not results["refused"]
 
@@ -139,7 +178,7 @@ def training(out: Path, device: str, quick: bool) -> bool:
 def main() -> None:
     """Runs one step; code 1 if it found something wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["machine", "check", "warm", *STEPS, "training"])
+    parser.add_argument("step", choices=["machine", "check", "warm", "warm-large", *STEPS, "training", "autotune"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases of check, rounds and networks")
@@ -148,7 +187,9 @@ def main() -> None:
         "machine": lambda: describe(given.device),
         "check": lambda: check_all(given.out, given.device, given.quick),
         "warm": lambda: warm(given.device, given.quick),
+        "warm-large": lambda: warm(given.device, given.quick, large=True),
         "training": lambda: training(given.out, given.device, given.quick),
+        "autotune": lambda: autotune(given.out, given.device),
         **{step: partial(bench, given.out, given.device, suite, given.quick) for step, suite in STEPS.items()},
     }
     good = steps[given.step]()

@@ -19,6 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from targets import TARGETS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
@@ -88,6 +90,11 @@ def ratio(row: dict[str, Any], *, spread: bool = False) -> str:
     return f"{both['q50']:.2f}{quartiles}"
 
 
+def memory(row: dict[str, Any]) -> str:
+    """Over its base's; nothing where the base was refused."""
+    return f"{row['peak_memory_ratio']:.2f}" if "peak_memory_ratio" in row else ""
+
+
 def head_table(results: Results) -> str:
     """Ratios: a line for every workload, a column for every contender."""
     rows = results["rows"]
@@ -108,7 +115,7 @@ def layers_table(results: Results) -> str:
         cells = [name]
         for where in places:
             row = found.get((where, name))
-            cells += ["", ""] if row is None else [ratio(row, spread=True), f"{row['peak_memory_ratio']:.2f}"]
+            cells += ["", ""] if row is None else [ratio(row, spread=True), memory(row)]
         body.append(cells)
     return table(["", *(f"{where}: {what}" for where in places for what in ("time", "memory"))], body)
 
@@ -152,7 +159,7 @@ def vocabulary_table(results: Results) -> str:
             f"{row['ms']['both']['q50']:.3g}",
             ratio(row, spread=True),
             f"{row['peak_memory_bytes'] / 1e6:.4g}",
-            f"{row['peak_memory_ratio']:.2f}" if "peak_memory_ratio" in row else "",
+            memory(row),
         ]
         for row in results["rows"]
     )
@@ -219,11 +226,30 @@ def _cost(rows: Rows) -> str | None:
     by_name = {row["contender"]: row for row in rows if row["ratio"] is not None}
     if "AMPLoss.step" not in by_name:
         return None
-    others = {"AMP as published": "as published", "AMP autograd": "by careful autograd"}
-    beside = [f"{said} {ratio(by_name[name])}" for name, said in others.items() if name in by_name]
-    memory = f"{by_name['AMPLoss.step']['peak_memory_ratio']:.2f} times its memory"
-    title = rows[0]["workload"]
-    return f"{title}, {rows[0]['dtype']}: {ratio(by_name['AMPLoss.step'])} ({', '.join([*beside, memory])})"
+    others = {
+        "Mixup": "Mixup as one writes it",
+        "AMP as published": "AMP as published",
+        "AMP autograd": "by careful autograd",
+        "AMP autograd, split": "by careful autograd, cut as fastamp cuts",
+    }
+    beside = [f"{said} {ratio(by_name[name]).rstrip(' *')}" for name, said in others.items() if name in by_name]
+    row = by_name["AMPLoss.step"]
+    beside += [f"{memory(row)} times its memory"] if memory(row) else []
+    return f"{row['workload']}, {row['dtype']}: {ratio(row)} times {row['ratio_to']} ({', '.join(beside)})"
+
+
+def targets(found: list[tuple[Path, Results]], page: Path) -> str:
+    """A line for every claim and every file that can say whether it holds."""
+    body = []
+    for target in TARGETS:
+        said = [(path, target.verdict(results)) for path, results in found if results["format"] >= 2]
+        lines = [
+            (f"[{path.name}]({path.relative_to(page.parent).as_posix()})", verdict) for path, verdict in said if verdict
+        ]
+        needs = "a GPU" if target.device == "cuda" else f"the suite {target.suite}"
+        for number, (file, verdict) in enumerate(lines or [("", f"not measured: takes {needs}")]):
+            body.append([target.claim if number == 0 else "", file, verdict])
+    return table(["claim", "file", "verdict, and the row that is nearest to the bound or furthest beyond"], body)
 
 
 def files(found: list[tuple[Path, Results]], page: Path) -> str:
@@ -244,6 +270,7 @@ def files(found: list[tuple[Path, Results]], page: Path) -> str:
 SECTIONS: dict[str, Callable[[list[tuple[Path, Results]], Path], str]] = {
     "figure": figure,
     "layers-claim": layers_claim,
+    "targets": targets,
     "files": files,
     **{suite: lambda found, page, suite=suite: suite_section(suite, found, page) for suite in TABLES},
 }

@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_ERRORS = 86  # the code that the tool is told to end in
-LIMIT_S = 110  # of all tools, which run side by side
-GRACE_S = 10  # to end in, after that
+LIMIT_S = 120  # of the cases and all tools, which run side by side
+GRACE_S = 5  # of it, to end in
 LOG_LINES = 40  # of an error report that go into the summary
 DTYPES = ("float32", "bfloat16")
 
@@ -115,7 +116,7 @@ def summarise(tool: str, code: int | None, output: str, seconds: float) -> dict[
     reported = None if errors is None else int(errors[1] or errors[2])
     # As "at 0x1d0 in NAME" or "at NAME+0x1d0", by version.
     kernels = sorted(set(re.findall(r"\bat (?:0x[0-9a-f]+ in )?([A-Za-z_]\w*)", output)))
-    outcome = {0: "clean", FOUND_ERRORS: "errors", None: f"ran out of its {LIMIT_S} s"}.get(
+    outcome = {0: "clean", FOUND_ERRORS: "errors", None: f"ran out of its {seconds:.0f} s"}.get(
         code, f"failed, code {code}"
     )
     if outcome == "clean" and reported is None:
@@ -127,17 +128,21 @@ def summarise(tool: str, code: int | None, output: str, seconds: float) -> dict[
     return found
 
 
-def run_tools(path: str) -> list[dict[str, Any]]:
+def run_tools(path: str, seconds: float = LIMIT_S) -> Iterator[dict[str, Any]]:
     """Every tool over all cases, side by side: each of them leaves the GPU idle most of the time.
 
     Args:
         path: of compute-sanitizer.
+        seconds: what all of them have.
+
+    Yields:
+        What one of them found, as soon as it and those before it have ended.
     """
     # An allocation for every tensor: within the caching allocator's blocks nothing is out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    cases = [sys.executable, str(Path(__file__).resolve()), "--cases", "--device", "cuda"]
+    left = str(max(1, round(seconds - GRACE_S)))
+    cases = [sys.executable, str(Path(__file__).resolve()), "--seconds", left, "--cases", "--device", "cuda"]
     start = time.perf_counter()
-    found = []
     with contextlib.ExitStack() as stack:
         logs = {tool: stack.enter_context(tempfile.TemporaryFile("w+")) for tool in TOOLS}
         running = {}
@@ -146,26 +151,27 @@ def run_tools(path: str) -> list[dict[str, Any]]:
             running[tool] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         for tool, process in running.items():
             try:
-                code: int | None = process.wait(max(1.0, LIMIT_S + GRACE_S - (time.perf_counter() - start)))
+                code: int | None = process.wait(max(1.0, seconds - (time.perf_counter() - start)))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 code = None
             logs[tool].seek(0)
-            found.append(summarise(tool, code, logs[tool].read(), time.perf_counter() - start))
-    return found
+            yield summarise(tool, code, logs[tool].read(), time.perf_counter() - start)
 
 
-def sanitize(out: Path, device: str) -> bool:
-    """Run the cases, then each tool over them where it can be; write DIR/sanitize.json.
+def sanitize(out: Path, device: str, seconds: float = LIMIT_S) -> bool:
+    """Run the cases, then each tool over them where it can be; write DIR/sanitize.json after each of these.
 
     Args:
         out: the folder for the summary.
         device: "cuda" or "cpu".
+        seconds: for all of it; the tools have what the cases leave.
 
     Returns:
         Whether nothing was found; True, too, where the tool is missing.
     """
+    start = time.perf_counter()
     if device == "cpu":
         # Before anything imports a kernel.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -174,20 +180,25 @@ def sanitize(out: Path, device: str) -> bool:
     from fastamp.benchmarking import machine
 
     facts = {"device": machine.device_name(torch.device(device)), "checkout": machine.commit(), **machine.versions()}
+    out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**facts, "cases": run_cases(device), "tools": []}
+
+    def save() -> None:
+        (out / "sanitize.json").write_text(json.dumps(results, indent=1) + "\n")
+
     path = find_tool() if device == "cuda" else None
     if path is None:
         results["note"] = "no GPU: the cases were interpreted" if device == "cpu" else "compute-sanitizer was not found"
         print(results["note"])
+        save()
     else:
         results["version"] = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-        results["tools"] = run_tools(path)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "sanitize.json").write_text(json.dumps(results, indent=1) + "\n")
-    for tool in results["tools"]:
-        print(
-            f"{tool['tool']}: {tool['outcome']}, {tool['errors']} errors in {', '.join(tool['kernels']) or 'no kernel'}"
-        )
+        save()
+        for tool in run_tools(path, seconds - (time.perf_counter() - start)):
+            results["tools"].append(tool)
+            save()
+            kernels = ", ".join(tool["kernels"]) or "no kernel"
+            print(f"{tool['tool']}: {tool['outcome']}, {tool['errors']} errors in {kernels}", flush=True)
     print(f"{results['cases']} cases ran")
     return all(tool["outcome"] == "clean" for tool in results["tools"])
 
@@ -198,14 +209,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="folder for sanitize.json")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--cases", action="store_true", help="only run the cases")
+    parser.add_argument("--seconds", default=LIMIT_S, type=int, help="for all of it")
     given = parser.parse_args()
     if given.cases:
-        signal.alarm(LIMIT_S)  # a tool that is killed would leave what it runs behind
+        signal.alarm(given.seconds)  # a tool that is killed would leave what it runs behind
         print(run_cases(given.device))
         return
     if given.out is None:
         parser.error("DIR is missing")
-    raise SystemExit(0 if sanitize(given.out, given.device) else 1)
+    raise SystemExit(0 if sanitize(given.out, given.device, given.seconds) else 1)
 
 
 if __name__ == "__main__":

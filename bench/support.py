@@ -16,11 +16,6 @@ DIRECTIONS = ("forward", "backward", "both")
 HIDDEN_SHAPES = ((50, 300), (24, 768), (24, 40, 768), (256, 128, 768))
 
 
-def plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """Mixup as one writes it."""
-    return torch.lerp(hidden[partner], hidden, lam.view(-1, *[1] * (hidden.dim() - 1)))
-
-
 def steps(takes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Every contender in every shape, dtype and direction."""
     every = [pytest.param(one, id=one.name.replace(" ", "_")) for one in contenders(takes, compiled=True)]

@@ -24,7 +24,16 @@ TINY = {
         "options": {"layers": 2, "heads": 2},
     },
     "bilstm": {"batch": 9, "lengths": (3, 6), "vocabulary": 30, "width": 6, "options": {"states": 5}},
+    "vit-base-64": {
+        "batch": 9,
+        "lengths": (5, 5),
+        "width": 32,
+        "side": 8,
+        "dtype": "fp32",
+        "options": {"patch": 4, "layers": 2, "heads": 2},
+    },
 }
+CUT_LATER = ("textcnn", "vit-base-64")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +54,7 @@ def test_every_contender_agrees_with_the_definition(name):
     work = LayerWorkload(NETWORKS[name], CPU)
     given = layer_contenders(work, compiled=False)
     assert [one.name for one in given if "split" in one.name] == (
-        ["Mixup, split", "AMP autograd, split"] if name == "textcnn" else []
+        ["Mixup, split", "AMP autograd, split"] if name in CUT_LATER else []
     )
     for contender in given:
         assert disagreement(work.bind(contender), contender.mode) is None, contender.name
@@ -87,6 +96,8 @@ def test_the_suite_writes_its_results(tmp_path):
         assert row["shape"] == {"B": 40, "T": 7, "D": 12, "C": 6}
         assert row["ratio_to"] in ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
         assert row["ratio"]["both"]["q50"] > 0
+        assert row["ms"]["step"]["q50"] > 0
+        assert row["ratio"].keys() == {"forward", "backward", "both", "step"}
         assert row["operators"] > 0
     assert rows["AMPLoss.step"]["peak_memory_ratio"] < rows["AMP autograd, split"]["peak_memory_ratio"]
     assert "TextCNN, (40, 7), fp32, eager" in result.output
@@ -104,10 +115,30 @@ def test_what_cannot_run_here_is_said(monkeypatch):
     monkeypatch.setitem(NETWORKS, "bert", replace(NETWORKS["bert"], package="transformers_of_tomorrow"))
     monkeypatch.setitem(NETWORKS, "bert-base-24x64", replace(NETWORKS["bert-base-24x64"], package=None))
     monkeypatch.setitem(NETWORKS, "bert-base-256x128", replace(NETWORKS["bert-base-256x128"], package=None))
+    monkeypatch.setitem(NETWORKS, "vit-base-64", replace(NETWORKS["vit-base-64"], package=None))
     results = benchmarking.run(BenchConfig(suite="layers", rounds=1, compiled=False), command="")
     assert {row["workload"] for row in results["rows"]} == {"TextCNN, (40, 7)"}
-    gpu = [f"{name}: not run, it takes a GPU" for name in ("bilstm", "bert-base-24x64", "bert-base-256x128")]
+    large = ("bilstm", "bert-base-24x64", "bert-base-256x128", "vit-base-64")
+    gpu = [f"{name}: not run, it takes a GPU" for name in large]
     assert results["notes"] == ["bert: not run, transformers_of_tomorrow is not installed", *gpu]
+
+
+def test_a_training_step_takes_the_optimizers_step_and_leaves_the_weights(monkeypatch):
+    work = LayerWorkload(NETWORKS["textcnn"], CPU)
+    (contender,) = (one for one in layer_contenders(work, compiled=False) if one.name == "AMPLoss.step")
+    seen = []
+    right = work.optimize.adam.step
+    monkeypatch.setattr(
+        work.optimize.adam,
+        "step",
+        lambda: seen.append(float(work.network.model.embedding.weight.grad.norm())) or right(),
+    )
+    before = {name: value.detach().clone() for name, value in work.leaves(0).items()}
+    sample = timing.eager_slot(work.bind(contender))()
+    assert sample.step > 0
+    assert min(seen) > 0
+    assert all(torch.equal(value, before[name]) for name, value in work.leaves(0).items())
+    assert all(value.grad is None for value in work.leaves(0).values())
 
 
 def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
@@ -127,8 +158,8 @@ def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
     ("arguments", "code", "message"),
     [
         (("--networks", "gpt"), 2, "'gpt' is not one of textcnn, bert"),
-        (("--shapes", "5x5x5"), 1, "shapes are of 'head' and 'vocabulary', not of the suite 'layers'"),
-        (("--dtype", "bf16"), 1, "dtypes are of 'head' and 'rows' and 'vocabulary', not of the suite 'layers'"),
+        (("--shapes", "5x5x5"), 1, "--shapes is for the suites head and vocabulary, not for layers"),
+        (("--dtype", "bf16"), 1, "--dtype is for the suites head, rows and vocabulary, not for layers"),
     ],
 )
 def test_options_of_the_other_suite_are_refused(arguments, code, message):
@@ -141,5 +172,6 @@ def test_on_a_gpu_steps_are_captured_and_hold_no_more_memory_than_mixup():
     config = BenchConfig(suite="layers", networks=("textcnn", "bilstm"), rounds=2, device="cuda", compiled=False)
     results = benchmarking.run(config, command="")
     assert results["refused"] == []
+    assert not any("cannot be captured" in note for note in results["notes"])
     assert {row["contender"] for row in results["rows"] if row["clock"] == "graph"} >= {"Mixup", "AMPLoss.step"}
     assert all(row["peak_memory_ratio"] <= 1.15 for row in results["rows"] if row["contender"] == "AMPLoss.step")

@@ -1,28 +1,22 @@
 """README.md and bench/README.md say of results what bench/results/*.json hold."""
 
-import importlib.util
+import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastamp import benchmarking
-from fastamp.benchmarking import BenchConfig, suites, write
+from fastamp.benchmarking import OF_SUITES, BenchConfig, suites, write
 
 ROOT = Path(__file__).parents[1]
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-readme = script()
+sys.path.append(str(ROOT / "bench"))  # where scripts find each other
+import readme  # noqa: E402
+from targets import TARGETS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,8 @@ def measured(tmp_path_factory):
         patch.setattr(suites, "HIDDEN_SHAPES", ((6, 3, 5),))
         patch.setitem(suites.GROWTH, "cpu", (("B", "logits", (0, 0, 7), (4, 8, 16)),))
         for suite, only in given.items():
-            config = BenchConfig(suite=suite, rounds=1, compiled=False, **only)
+            compiled = {"compiled": False} if suite in OF_SUITES["compiled"] else {}
+            config = BenchConfig(suite=suite, rounds=1, **compiled, **only)
             write(benchmarking.run(config, command=f"fastamp bench --suite {suite}"), results)
     return results
 
@@ -61,7 +56,7 @@ def test_pages_are_in_step_with_the_results(path):
 
 def test_the_page_of_benchmarks_draws_every_suite():
     text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-    for section in (*benchmarking.SUITES, "files"):
+    for section in (*benchmarking.SUITES, "targets", "files"):
         assert f"<!-- drawn: {section} -->" in text
 
 
@@ -113,7 +108,48 @@ def test_what_layers_cost_is_said_in_words():
     results = [one for _, one in readme.of_suite(readme.read_results(ROOT / "bench" / "results"), "layers")]
     for row in results[0]["rows"]:
         if row["contender"] == "AMPLoss.step":
-            assert f"{row['workload']}, {row['dtype']}: {row['ratio']['both']['q50']:.2f} (as published " in said
+            cost = f"{row['ratio']['both']['q50']:.2f} times {row['ratio_to']} (Mixup as one writes it "
+            assert f"{row['workload']}, {row['dtype']}: {cost}" in said
+        if row["contender"] == "AMP autograd, split":
+            assert f"cut as fastamp cuts {row['ratio']['both']['q50']:.2f}" in said
+
+
+def head_of(ratio: float) -> dict:
+    """The results of the paper's first shape in which AMPLoss takes so many times plain Mixup."""
+    (_, results), *_ = readme.of_suite(readme.read_results(ROOT / "bench" / "results"), "head")
+    results = copy.deepcopy(results)
+    for row in results["rows"]:
+        if row["contender"] == "AMPLoss" and row["ratio"] is not None:
+            row["ratio"]["both"]["q50"] = ratio
+    return results
+
+
+def test_a_target_that_is_missed_is_said_to_be_missed_and_by_how_much():
+    target = TARGETS[0]
+    assert target.verdict(head_of(1.2)).startswith("holds: 1.2 against 1.2 at ")
+    assert target.verdict(head_of(1.5)).startswith("**misses by 25%**, 4 of 4: 1.5 against 1.2 at ")
+    assert target.verdict({**head_of(1.5), "suite": "rows"}) is None
+    gpu = {**head_of(1.5), "device": {"type": "cuda"}}
+    assert target.verdict(gpu) is None
+    (faster,) = (one for one in TARGETS if one.at_least and one.suite == "head" and "20 times" in one.claim)
+    assert faster.verdict(head_of(1.0)) is None
+    assert "against 20 at" in faster.verdict(gpu)
+    assert faster.verdict(gpu).startswith("**misses by ")
+
+
+def test_every_claim_has_a_line_and_one_that_nobody_measured_says_so(tmp_path):
+    lines = readme.targets([], tmp_path / "PAGE.md").splitlines()[2:]
+    assert len(lines) == len(TARGETS)
+    assert all("not measured: takes " in line for line in lines)
+
+
+def test_a_base_that_was_refused_leaves_its_cells_empty(tmp_path):
+    (_, results), *_ = readme.of_suite(readme.read_results(ROOT / "bench" / "results"), "layers")
+    results = copy.deepcopy(results)
+    for row in results["rows"]:
+        row["ratio"] = row["ratio_to"] = None
+        del row["peak_memory_ratio"]
+    assert "| AMPLoss.step |  |  |  |  |" in readme.layers_table(results)
 
 
 @pytest.mark.parametrize(

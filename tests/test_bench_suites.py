@@ -1,10 +1,11 @@
 """`fastamp bench`: the peers, the suites "rows", "scaling" and "vocabulary", all of them in one go, and the plots."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fastamp.benchmarking import (
     operation_contenders,
     peers,
     suites,
+    timing,
     workload,
 )
 from fastamp.benchmarking.growth import fits
@@ -102,6 +104,7 @@ def test_liger_is_timed_where_it_is_installed_and_there_is_a_gpu(monkeypatch):
     given = [one for one in conditional_contenders("hidden", compiled=True) if "Liger" in one.name]
     assert len(given) == 2
     assert {one.missing(work) for one in given} == {"it takes a GPU"}
+    assert not any(one.capturable for one in given)
     # On a GPU, as far as that can be told without one.
     monkeypatch.setattr(work, "device", torch.device("cuda"))
     for found, said in ((None, "liger_kernel is not installed"), (object(), None)):
@@ -139,9 +142,38 @@ def test_the_truth_does_not_depend_on_how_many_rows_are_taken_at_a_time(monkeypa
     assert not torch.equal(whole.mix.partner, parts.mix.partner)
     whole.mix = parts.mix
     taken = parts.truth(mode)
+    whole.matched = parts.matched
+    assert torch.equal(parts.matched.partner[parts.matched.partner], torch.arange(20))
+    matched = parts.truth(mode, matched=True)
     monkeypatch.undo()
-    for value, other in zip(taken, whole.truth(mode), strict=True):
-        torch.testing.assert_close(value, other)
+    for found, other in ((taken, whole.truth(mode)), (matched, whole.truth(mode, matched=True))):
+        for value, right in zip(found, other, strict=True):
+            torch.testing.assert_close(value, right)
+
+
+def matching() -> Contender:
+    (one,) = (one for one in conditional_contenders("logits", compiled=False) if one.name == "AMPLoss, matching")
+    return one
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_matched_partners_are_checked_with_a_matching(dtype):
+    work = Workload((20, 1, 1000), dtype, "logits", CPU)
+    assert matching().missing(work) is None
+    assert work.disagreement(work.bind(matching()), "amp") is None
+    with pytest.raises(ValueError, match="partner must be its own inverse"):
+        work.disagreement(work.bind(replace(matching(), matched=False)), "amp")
+    assert matching().missing(Workload((20, 1, 999), dtype, "logits", CPU)).startswith("kernels for pairs are for 1000")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_fused_linear_of_torch_is_timed_where_torch_has_it(monkeypatch, dtype):
+    (one,) = (one for one in conditional_contenders("hidden", compiled=False) if one.name.startswith("torch fused"))
+    work = Workload((64, 16, 400), dtype, "hidden", CPU)
+    if one.missing(work) is None:
+        assert work.disagreement(work.bind(one), one.mode) is None
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert one.missing(work) == f"torch {torch.__version__} does not have it"
 
 
 # rows
@@ -258,6 +290,7 @@ def test_the_suite_of_a_vocabulary_measures_chunks_beside_whole_logits(small_sui
         "vocabulary: (12, 5, 40), for a CPU; on a GPU (4096, 4096, 32000), (8192, 2048, 128256)",
         "Liger fused linear, no mixing: not run, it takes a GPU",
     ]
+    assert all(row["ratio_to_naive"]["q50"] > 0 and row["ratio_to_cross_entropy"]["q50"] > 0 for row in rows.values())
 
 
 def test_a_vocabulary_in_chunks_takes_less_memory_than_its_logits():
@@ -281,11 +314,117 @@ def test_all_suites_run_in_one_go(small_suites, tmp_path):
         assert f"note: {said}" in result.output
 
 
-@pytest.mark.parametrize("option", [("--shapes", "5x5x5"), ("--dtype", "fp32"), ("--networks", "textcnn")])
-def test_options_of_one_suite_are_none_of_all(option):
-    result = invoke("--suite", "all", *option)
+@pytest.mark.parametrize(
+    ("suite", "option", "said"),
+    [
+        ("all", ("--shapes", "5x5x5"), "--shapes is for the suites head and vocabulary, not for all"),
+        ("all", ("--dtype", "fp32"), "--dtype is for the suites head, rows and vocabulary, not for all"),
+        ("all", ("--networks", "textcnn"), "--networks is for the suite layers, not for all"),
+        ("all", ("--compiled",), "--[no-]compiled is for the suites head, layers and rows, not for all"),
+        ("scaling", ("--no-compiled",), "--[no-]compiled is for the suites head, layers and rows, not for scaling"),
+        ("vocabulary", ("--compiled",), "--[no-]compiled is for the suites head, layers and rows, not for vocabulary"),
+    ],
+)
+def test_options_of_other_suites_are_refused_as_they_are_typed(suite, option, said):
+    result = invoke("--suite", suite, *option)
     assert result.exit_code == 1
-    assert "those of a single suite, not of all" in result.output
+    assert result.output.splitlines()[-1] == f"Error: {said}"
+
+
+# graphs, as far as they can be told without a GPU
+
+
+def test_nothing_is_captured_after_a_capture_that_failed(monkeypatch):
+    work = Workload((6, 5, 3), "fp32", "hidden", CPU)
+    runners = [work.bind(Contender(name, "none", peers.cross_entropy)) for name in "abcd"]
+    asked, notes = [], []
+
+    def slot(runner, pool):
+        asked.append((runner.name, pool))
+        if runner.name == "b":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return lambda: None
+
+    monkeypatch.setattr(timing, "graph_slot", slot)
+    monkeypatch.setattr(benchmarking.measure, "_failed", [])
+    assert [one.name for one in benchmarking.measure.captured(runners, "pool", notes.append)] == ["a"]
+    assert list(benchmarking.measure.captured(runners, "pool", notes.append)) == []
+    assert asked == [("a", "pool"), ("b", "pool")]
+    where = "b at (6, 5) -> 3, fp32"
+    after = f"no more CUDA graphs in this process after {where}"
+    assert notes == [f"{where} cannot be captured in a CUDA graph: operation not permitted", after, after]
+
+
+def test_a_graph_has_no_time_of_backward():
+    work = Workload((6, 5, 3), "fp32", "hidden", CPU)
+    taken = {"a": Contender("a", "none", peers.cross_entropy, base=("a",))}
+    facts = {"a": {"peak_memory_bytes": 1}}
+    series = [timing.Series("a", lambda: None, [timing.Sample(1.0, math.nan, 3.0)])]
+    (row,) = benchmarking.measure._rows(work, "graph", series, taken, facts, 1.0)
+    assert row["ms"].keys() == row["ratio"].keys() == {"forward", "both"}
+
+
+def test_marked_regions_and_copies_are_no_launches():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(device_type=device, name=name, is_user_annotation=marked)
+        for device, name, marked in (
+            (cuda, "triton_per_fused", False),
+            (cuda, "Torch-Compiled Region: 0/0", True),
+            (cuda, "Memcpy DtoH", False),
+            (cuda, "Memset (Device)", False),
+            (cpu, "aten::add", False),
+        )
+    ]
+    assert timing.kernel_launches(events) == 1
+
+
+def test_copies_count_what_a_step_makes_of_an_input(monkeypatch):
+    asked = []
+    monkeypatch.setattr(suites, "copies_to_exceed_cache", lambda one, device: asked.append(one) or 1)
+    list(suites.heads(((6, 5, 3),), ("fp32", "bf16"), ("hidden", "logits"), CPU, print))
+    assert asked == [4 * (30 + 18), 2 * (30 + 18), 4 * 36, 2 * 36]
+    asked.clear()
+    monkeypatch.setitem(suites.GROWTH, "cpu", (("D", "hidden", (6, 0, 3), (5,)),))
+    list(suites.scaling(CPU, print))
+    assert asked == [4 * (30 + 18)]
+
+
+def test_what_has_a_target_comes_first(monkeypatch):
+    monkeypatch.setattr(suites, "Workload", lambda *given, **others: given)
+    monkeypatch.setattr(suites, "copies_to_exceed_cache", lambda one, device: 1)
+    given = [
+        (shape, dtype, takes)
+        for shape, dtype, takes, *_ in suites.heads(None, None, ("hidden", "logits"), torch.device("cuda"), print)
+    ]
+    first = [(shape, dtype, "hidden") for dtype in ("fp32", "bf16") for shape in suites.PAPER]
+    first += [(suites.SHAPES[-1], "bf16", "logits"), (suites.WIDE, "bf16", "logits")]
+    assert given[: len(first)] == first
+    assert len(given) == len(set(given)) == 4 * len(suites.SHAPES) + 1
+
+
+def test_a_rehearsal_checks_everybody_and_times_nobody(monkeypatch):
+    bound = []
+    right = Workload.bind
+    monkeypatch.setattr(Workload, "bind", lambda work, one: bound.append(one.name) or right(work, one))
+    monkeypatch.setattr(timing, "eager_slot", None)
+    benchmarking.rehearse(BenchConfig(shapes=((6, 5, 3),), inputs=("hidden",), compiled=False))
+    assert {"Mixup, two terms", "AMPLoss", "AMP autograd"} < set(bound)
+
+
+def test_tables_are_whole_in_80_columns(small_suites):
+    for arguments in (
+        ("--suite", "vocabulary"),
+        ("--suite", "rows", "--no-compiled"),
+        ("--suite", "scaling"),
+        ("--suite", "layers", "--networks", "textcnn", "--no-compiled"),
+        ("--shapes", "256x64x1000", "--no-compiled"),
+    ):
+        result = CliRunner(env={"COLUMNS": "80"}).invoke(
+            main, ["bench", "--device", "cpu", "--rounds", "2", *arguments]
+        )
+        assert result.exit_code == 0, result.output
+        assert "…" not in result.output, result.output
 
 
 # on a GPU
@@ -297,8 +436,10 @@ def test_suites_run_on_a_gpu(monkeypatch, suite):
     monkeypatch.setattr(suites, "GPU_HIDDEN_SHAPES", ((24, 64, 768),))
     monkeypatch.setitem(suites.VOCABULARY, "cuda", ((600, 64, 128000),))
     monkeypatch.setitem(suites.GROWTH, "cuda", (("C", "logits", (64, 0, 0), (256, 1024, 4096)),))
-    results = benchmarking.run(BenchConfig(suite=suite, rounds=2, device="cuda", compiled=False), command="")
+    compiled = False if suite == "rows" else None
+    results = benchmarking.run(BenchConfig(suite=suite, rounds=2, device="cuda", compiled=compiled), command="")
     assert results["refused"] == []
+    assert not any("cannot be captured" in note for note in results["notes"])
     assert all(row["kernel_launches"] > 0 for row in results["rows"])
     clocks = {"eager"} if suite == "vocabulary" else {"eager", "graph"}
     assert {row["clock"] for row in results["rows"]} == clocks

@@ -49,12 +49,15 @@ def test_the_record_has_every_case_once_and_nothing_else():
     code = """
 import json
 from fastamp.codegen.cases import GROUPS_OF_CASES
-print(json.dumps([(case.kernel.__name__, case.name) for make in GROUPS_OF_CASES.values() for case in make()]))
+cases = [(case.kernel.__name__, case.name) for make in GROUPS_OF_CASES.values() for case in make()]
+print(json.dumps([list(GROUPS_OF_CASES), cases]))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
-    cases = [tuple(pair) for pair in json.loads(run.stdout)]
+    groups, pairs = json.loads(run.stdout)
+    assert sorted(groups) == sorted(name for part in GROUPS for name in part.split()), "compiled in no part, or in two"
+    cases = [tuple(pair) for pair in pairs]
     assert len(set(cases)) == len(cases)
     rows = [(row["kernel"], row["case"], row["target"]) for row in recorded()["rows"]]
     assert sorted(rows) == sorted((*case, target) for case in cases for target in TARGETS)

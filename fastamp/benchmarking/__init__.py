@@ -5,11 +5,19 @@ What is behind `fastamp bench` and the files in bench/.
 
 from fastamp.benchmarking import machine
 from fastamp.benchmarking.compare import Change, Comparison, compare, print_comparison, read
-from fastamp.benchmarking.contenders import MIXUP, Contender, conditional_contenders, contenders
+from fastamp.benchmarking.contenders import MIXUP, Contender, LinearHead, conditional_contenders, contenders
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
-from fastamp.benchmarking.measure import SUITES, BenchConfig, reduced, run, write
+from fastamp.benchmarking.measure import OF_SUITES, SUITES, BenchConfig, not_of, reduced, rehearse, run, write
 from fastamp.benchmarking.networks import NETWORKS
-from fastamp.benchmarking.operations import HIDDEN_SHAPES, OPERATIONS, HiddenWork, operation_contenders
+from fastamp.benchmarking.operations import (
+    HIDDEN_SHAPES,
+    OPERATIONS,
+    HiddenWork,
+    operation_contenders,
+    plain_lambda_grad,
+    plain_mix,
+    plain_remix,
+)
 from fastamp.benchmarking.peers import STEP_SIZE
 from fastamp.benchmarking.plots import draw_all, draw_growth, draw_png, draw_roofline, draw_terminal
 from fastamp.benchmarking.report import print_results
@@ -22,6 +30,7 @@ __all__ = [
     "HIDDEN_SHAPES",
     "MIXUP",
     "NETWORKS",
+    "OF_SUITES",
     "OPERATIONS",
     "SHAPES",
     "STEP_SIZE",
@@ -33,6 +42,7 @@ __all__ = [
     "Contender",
     "HiddenWork",
     "LayerWorkload",
+    "LinearHead",
     "Runner",
     "Work",
     "Workload",
@@ -47,11 +57,16 @@ __all__ = [
     "draw_terminal",
     "layer_contenders",
     "machine",
+    "not_of",
     "operation_contenders",
+    "plain_lambda_grad",
+    "plain_mix",
+    "plain_remix",
     "print_comparison",
     "print_results",
     "read",
     "reduced",
+    "rehearse",
     "run",
     "write",
 ]

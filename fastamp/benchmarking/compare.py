@@ -13,7 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 Key = tuple[str, str, str, str, str]  # workload, dtype, clock, contender, and what varies
-TAKEN = ("format", "suite", "device", "versions", "threads", "rows")
+TAKEN = ("format", "suite", "device", "versions", "threads", "copy_gb_s", "rows")
+OF_ROWS = ("workload", "dtype", "clock", "contender", "ms", "ratio")
+QUARTILES = ("q25", "q50", "q75")
+SAME_COPY = 0.1  # copies that differ by more are of another machine, or of a busy one
+VERDICTS = ("slower", "faster", "within the spread", "base")
+SHORT = {"within the spread": "in spread"}
 
 
 @dataclass(frozen=True)
@@ -22,22 +27,31 @@ class Change:
 
     Attributes:
         key: what it is of: workload, dtype, clock, contender, and the size that varies or "".
-        before: quantiles of the milliseconds of a step in the first.
+        before: what it is judged by in the first, as quantiles: the ratio to its base, for the base runs in the same
+            rounds on the same machine; milliseconds where there is none.
         after: in the second.
+        ms: the median milliseconds in the first, and in the second.
+        by_ratio: whether it is judged by ratios.
+        is_base: whether ratios are to it in both: then it is not judged.
     """
 
     key: Key
     before: dict[str, float]
     after: dict[str, float]
+    ms: tuple[float, float]
+    by_ratio: bool
+    is_base: bool = False
 
     @property
     def ratio(self) -> float:
-        """Of the medians, the second's over the first's."""
+        """Of the medians that it is judged by, the second's over the first's."""
         return self.after["q50"] / self.before["q50"]
 
     @property
     def verdict(self) -> str:
-        """Whether it is "slower" or "faster", the middle halves of the rounds apart, or "within the spread"."""
+        """One of VERDICTS: "slower" and "faster" where the middle halves of the rounds are apart."""
+        if self.is_base:
+            return "base"
         if self.after["q25"] > self.before["q75"]:
             return "slower"
         return "faster" if self.after["q75"] < self.before["q25"] else "within the spread"
@@ -50,7 +64,7 @@ class Comparison:
     Attributes:
         changes: rows in both, in the first's order.
         only: rows in the first only, and in the second only.
-        caveats: what else is different: devices, versions, threads.
+        caveats: what else is different: devices, versions, threads, how fast a copy is.
     """
 
     changes: tuple[Change, ...]
@@ -66,7 +80,7 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds no results, or such of format 1, which name no suite.
+        ValueError: it holds no results, or such of format 1, which name no suite, or a row that lacks something.
     """
     try:
         results: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +93,26 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is of format {results['format']}, without a suite; takes format 2 or later")
     if missing:
         raise ValueError(f"{path} holds no results of fastamp bench: {', '.join(missing)} not there")
+    if not isinstance(results["rows"], list):
+        raise ValueError(f"{path}: rows must be a list, got {type(results['rows']).__name__}")
+    for number, row in enumerate(results["rows"], 1):
+        if (lacking := _lacking(row)) is not None:
+            raise ValueError(f"{path}: row {number} has no {lacking}")
     return results
+
+
+def _lacking(row: Any) -> str | None:
+    for name in OF_ROWS:
+        if not isinstance(row, dict) or name not in row:
+            return name
+    for name in ("ms", "ratio"):
+        if name == "ratio" and row[name] is None:
+            continue
+        both = row[name].get("both") if isinstance(row[name], dict) else None
+        for quartile in QUARTILES:
+            if not isinstance(both, dict) or not isinstance(both.get(quartile), int | float):
+                return f"{name}.both.{quartile}"
+    return None
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
@@ -98,14 +131,35 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     first, second = _by_key(before), _by_key(after)
     if not first.keys() & second.keys():
         raise ValueError("the two have no row in common: no workload, dtype, clock and contender is in both")
-    changes = tuple(
-        Change(key, row["ms"]["both"], second[key]["ms"]["both"]) for key, row in first.items() if key in second
-    )
+    changes = tuple(_change(key, row, second[key]) for key, row in first.items() if key in second)
     only = tuple(tuple(key for key in one if key not in other) for one, other in ((first, second), (second, first)))
-    facts = {"device": lambda results: results["device"]["name"], "threads": lambda results: results["threads"]}
-    facts |= {name: lambda results, name=name: results["versions"].get(name) for name in before["versions"]}
-    caveats = tuple(f"{name}: {of(before)} and {of(after)}" for name, of in facts.items() if of(before) != of(after))
-    return Comparison(changes, (only[0], only[1]), caveats)
+    facts = {"device": _device, "threads": lambda results: results["threads"]}
+    names = dict.fromkeys((*before["versions"], *after["versions"]))
+    facts |= {name: lambda results, name=name: results["versions"].get(name) for name in names}
+    caveats = [f"{name}: {of(before)} and {of(after)}" for name, of in facts.items() if of(before) != of(after)]
+    slow, fast = sorted((before["copy_gb_s"], after["copy_gb_s"]))
+    if fast > (1 + SAME_COPY) * slow:
+        caveats.append(f"copy: {before['copy_gb_s']:.3g} and {after['copy_gb_s']:.3g} GB/s")
+    return Comparison(changes, (only[0], only[1]), tuple(caveats))
+
+
+def _device(results: dict[str, Any]) -> str:
+    device = results["device"]
+    numbers = [f"{name} {device[name]}" for name in ("family", "model", "stepping") if device.get(name) is not None]
+    return " ".join([device["name"], *numbers])
+
+
+def _change(key: Key, before: dict[str, Any], after: dict[str, Any]) -> Change:
+    by_ratio = before["ratio"] is not None and after["ratio"] is not None
+    measure = "ratio" if by_ratio else "ms"
+    return Change(
+        key,
+        before[measure]["both"],
+        after[measure]["both"],
+        (before["ms"]["both"]["q50"], after["ms"]["both"]["q50"]),
+        by_ratio,
+        by_ratio and all(row.get("ratio_to") == row["contender"] for row in (before, after)),
+    )
 
 
 def _by_key(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
@@ -120,20 +174,34 @@ def print_comparison(found: Comparison, console: Console) -> None:
     for caveat in found.caveats:
         console.print(f"not the same {caveat}", highlight=False, soft_wrap=True)
     for label, group in groupby(found.changes, lambda change: (*change.key[:3], change.key[4])):
-        table = Table(title=", ".join(filter(None, label)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("median ms", no_wrap=True)
-        for heading in ("first", "q25-q75", "second", "q25-q75", "second/first"):
+        table = Table(
+            title=", ".join(filter(None, label)),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            caption="ms of both; ratios to the base, or ms where there is none, with q25-q75; second/first of these",
+        )
+        # Names are what gives way in a narrow terminal, never a number or the verdict.
+        table.add_column("", overflow="fold", min_width=10)
+        for heading in ("ms", "first", "second", "2nd/1st"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for change in group:
-            cells = []
-            for ms in (change.before, change.after):
-                cells += [f"{ms['q50']:.4g}", f"{ms['q25']:.4g}-{ms['q75']:.4g}"]
-            table.add_row(change.key[3], *cells, f"{change.ratio:.2f}", change.verdict)
+            shown = [_median(quantiles, change.by_ratio) for quantiles in (change.before, change.after)]
+            ms = ", ".join(f"{value:.3g}" for value in change.ms)
+            verdict = SHORT.get(change.verdict, change.verdict)
+            table.add_row(change.key[3], ms, *shown, f"{change.ratio:.2f}", verdict)
         console.print(table)
     for which, keys in zip(("first", "second"), found.only, strict=True):
         for key in keys:
             console.print(f"in the {which} only: {', '.join(filter(None, key))}", highlight=False, soft_wrap=True)
     verdicts = [change.verdict for change in found.changes]
-    counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "within the spread"))
+    counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS)
     console.print(f"{len(verdicts)} rows: {counts}", highlight=False)
+
+
+def _median(quantiles: dict[str, float], by_ratio: bool) -> str:
+    form = ".2f" if by_ratio else ".3g"
+    q25, q50, q75 = (format(quantiles[name], form) for name in QUARTILES)
+    return f"{q50} {q25}-{q75}"

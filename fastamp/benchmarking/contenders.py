@@ -7,10 +7,11 @@ Without a `Mix` a contender draws its own λ and partners, which is how it is ti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastamp import AMPLoss, Mix, functional
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 Loss = Callable[..., Any]
 MIXUP = ("Mixup, two terms", "Mixup, soft targets")  # the faster of the two is what ratios are to
+PLAIN, NAIVE = "cross-entropy", "AMP autograd"  # what else a row says its ratio to
 DEFINITION_ELEMENTS = 1 << 24  # of the definition of the official code's AMP, which holds (B, C, C) in float64
 AUTOTUNED_ELEMENTS = 1 << 20  # of logits: the compiler's search among products of more takes minutes
+PAIRED_CLASSES = 1000  # from here on a kernel for pairs has rows long enough to be worth reading once
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Contender:
         base: names of what its ratio is to: the fastest of them; the plain Mixups of its kind.
         compile_mode: torch.compile's.
         missing: says what keeps it from running on a workload, or None.
+        matched: whether its partners are a matching, each the other's.
+        capturable: whether its step can be captured in a CUDA graph, as far as is known.
     """
 
     name: str
@@ -49,13 +54,15 @@ class Contender:
     base: tuple[str, ...] = MIXUP
     compile_mode: str | None = None
     missing: Callable[[Workload], str | None] = lambda work: None
+    matched: bool = False
+    capturable: bool = True
 
 
 class Criterion:
-    """`fastamp.AMPLoss` as the README uses it."""
+    """`fastamp.AMPLoss` as the README uses it, or with other partners."""
 
-    def __init__(self) -> None:
-        self.criterion = AMPLoss(step_size=STEP_SIZE)
+    def __init__(self, *, pairing: str = "permutation") -> None:
+        self.criterion = AMPLoss(step_size=STEP_SIZE, pairing=pairing)
 
     def __call__(self, head: nn.Linear | None, x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
         """The loss, as a peer gives it."""
@@ -115,8 +122,23 @@ def conditional_contenders(takes: str, *, compiled: bool) -> list[Contender]:
             compile_mode="max-autotune-no-cudagraphs",
             missing=_not_autotuned,
         ),
-        Contender("Liger, no mixing", "none", peers.liger_cross_entropy, takes="hidden", missing=_no_liger),
-        LIGER_LINEAR,
+        Contender(
+            "AMPLoss, matching",
+            "amp",
+            Criterion(pairing="matching"),
+            takes="logits",
+            missing=_too_few_classes,
+            matched=True,
+        ),
+        Contender(
+            "Liger, no mixing",
+            "none",
+            peers.liger_cross_entropy,
+            takes="hidden",
+            missing=_no_liger,
+            capturable=False,
+        ),
+        *FUSED_LINEAR,
     ]
     return _taken(every, takes, compiled)
 
@@ -132,9 +154,7 @@ def vocabulary_contenders(batch: int, *, whole: bool) -> list[Contender]:
     if whole:
         rows = max(1, batch // 4 - 2)
         every.append(Contender(f"linear_amp_cross_entropy, chunks of {rows}", "amp", LinearHead(rows)))
-    return [
-        Contender(c.name, c.mode, c.loss, base=("cross-entropy",), missing=c.missing) for c in [*every, LIGER_LINEAR]
-    ]
+    return [replace(one, base=(PLAIN,)) for one in [*every, *FUSED_LINEAR]]
 
 
 def _taken(every: list[Contender], takes: str, compiled: bool) -> list[Contender]:
@@ -156,6 +176,14 @@ def _no_liger(work: Workload) -> str | None:
     return _no_gpu(work)
 
 
+def _no_fused_linear(work: Workload) -> str | None:
+    return None if hasattr(nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} does not have it"
+
+
+def _too_few_classes(work: Workload) -> str | None:
+    return None if work.shape[2] >= PAIRED_CLASSES else f"kernels for pairs are for {PAIRED_CLASSES} classes or more"
+
+
 def _definition_too_large(work: Workload) -> str | None:
     batch, _, classes = work.shape
     if work.dtype != "fp32":
@@ -165,6 +193,20 @@ def _definition_too_large(work: Workload) -> str | None:
     return None
 
 
-LIGER_LINEAR = Contender(
-    "Liger fused linear, no mixing", "none", peers.liger_linear_cross_entropy, takes="hidden", missing=_no_liger
+FUSED_LINEAR = (
+    Contender(
+        "torch fused linear, no mixing",
+        "none",
+        peers.torch_linear_cross_entropy,
+        takes="hidden",
+        missing=_no_fused_linear,
+    ),
+    Contender(
+        "Liger fused linear, no mixing",
+        "none",
+        peers.liger_linear_cross_entropy,
+        takes="hidden",
+        missing=_no_liger,
+        capturable=False,  # it reads the number of labels back
+    ),
 )

@@ -1,7 +1,8 @@
-"""Whole training steps of networks that are mixed at their words: `fastamp bench --suite layers`."""
+"""Whole training steps of networks mixed at their words or pixels: `fastamp bench --suite layers`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -14,39 +15,57 @@ from fastamp import AMPLoss, Mix, reference
 from fastamp.benchmarking.contenders import Contender
 from fastamp.benchmarking.networks import CLASSES, Cut, Network, Spec
 from fastamp.benchmarking.peers import STEP_SIZE, draw, row_losses
-from fastamp.benchmarking.workload import DTYPES, Runner, Work
+from fastamp.benchmarking.workload import DIRECTIONS, DTYPES, Runner, Work
 
 CHECK_ROWS = 32  # rows that are mixed among themselves in the check, so that float64 holds no more of them at once
 EAGER = ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
 COMPILED = ("Mixup, compiled", "Mixup, split, compiled")
 
 
+class _Adam:
+    """Adam, one fused operation, at a rate of zero: the weights stay as they are for whoever is timed next."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self.parameters = list(parameters)
+        capturable = device.type == "cuda"
+        self.adam = torch.optim.Adam(self.parameters, lr=0.0, fused=True, capturable=capturable)
+
+    def __call__(self, gradients: tuple[Tensor, ...]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.adam.step()
+        self.adam.zero_grad()
+
+
 @dataclass
 class LayerWorkload(Work):
-    """A batch of sentences and a network behind it.
+    """A batch of sentences or images and a network behind it.
 
     Attributes:
         spec: what network.
         device: where.
-        seed: of weights and sentences.
+        seed: of weights and inputs.
     """
 
     spec: Spec
     device: torch.device
     seed: int = 0
-    takes: str = field(init=False, default="words")
     copies: int = field(init=False, default=1)
     network: Network = field(init=False, repr=False)
     inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
     mix: Mix = field(init=False, repr=False)
-    truths: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
+    truths: dict[tuple[str, bool], tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
+    optimize: Callable[[tuple[Tensor, ...]], None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.dtype, self.captured = self.spec.dtype, not self.spec.large
+        self.takes, self.directions = "words" if self.spec.side is None else "pixels", (*DIRECTIONS, "step")
         # Some of a network's gradients are zero but for rounding, such as that to the bias of attention's keys.
         self.negligible = 0.1
         self.network = self.spec.network(self.device, DTYPES[self.dtype], self.seed)
-        self.inputs = [self.spec.batch_of(self.device, self.seed)]
+        self.optimize = _Adam(self.network.model.parameters(), self.device)
+        x, y = self.spec.batch_of(self.device, self.seed)
+        self.inputs = [(x.to(DTYPES[self.dtype]) if x.is_floating_point() else x, y)]
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.arange(self.spec.batch).split(CHECK_ROWS)
         partner = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows])
@@ -55,7 +74,7 @@ class LayerWorkload(Work):
 
     @property
     def name(self) -> str:
-        """The network and the shape of its ids."""
+        """The network, and how many inputs of how many words or patches."""
         return f"{self.spec.title}, ({self.spec.batch}, {self.spec.lengths[1]})"
 
     @property
@@ -67,7 +86,7 @@ class LayerWorkload(Work):
         """The network's parameters."""
         return dict(self.network.model.named_parameters())
 
-    def _truth(self, mode: str) -> tuple[Tensor, ...]:
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
         wide = self.spec.network(self.device, torch.float64, self.seed)
         wide.model.load_state_dict(self.network.model.state_dict())
         cut = wide.plain
@@ -76,12 +95,13 @@ class LayerWorkload(Work):
         ids, labels = self.inputs[0]
         for rows in torch.arange(self.spec.batch, device=self.device).split(CHECK_ROWS):
             x, y = ids[rows], labels[rows]
-            mix = Mix(self.mix.lam[rows].double(), self.mix.partner[rows] - rows[0])
+            x = x.double() if x.is_floating_point() else x
+            among = Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])
             if mode == "none":
                 loss = F.cross_entropy(cut.f(cut.g(x), **cut.context(x, None)), y, reduction="sum")
             else:
-                f = partial(cut.f, **cut.context(x, mix))
-                loss = reference.amp(f, cut.g(x), y, *mix, mode=mode, step_size=STEP_SIZE, reduction="sum").loss
+                f = partial(cut.f, **cut.context(x, among))
+                loss = reference.amp(f, cut.g(x), y, *among, mode=mode, step_size=STEP_SIZE, reduction="sum").loss
             whole += loss.detach() / self.spec.batch
             for total, grad in zip(totals, torch.autograd.grad(loss, list(wide.model.parameters())), strict=True):
                 total += grad / self.spec.batch
@@ -111,7 +131,7 @@ def cross_entropy(network: Network, x: Tensor, y: Tensor, mix: Mix | None) -> Te
 
 
 def mixup(network: Network, x: Tensor, y: Tensor, mix: Mix | None, *, split: bool = False) -> Tensor:
-    """Mixup of the words as one writes it, or where fastamp cuts the network."""
+    """Mixup of the words or pixels as one writes it, or where fastamp cuts the network."""
     cut = network.split if split else network.plain
     hidden = cut.g(x)
     lam, partner = draw(hidden, mix)

@@ -17,38 +17,86 @@ import torch
 import fastamp
 
 COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+# What decides the numbers besides Python and torch: the compiler, and whose networks and losses are timed.
+PACKAGES = ("triton", "transformers", "liger_kernel")
+CPUINFO, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def device_name(device: torch.device) -> str:
     """The processor as it names itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor() -> dict[str, Any]:
+    """What tells one CPU from another of the same name, as cloud hosts give "AMD EPYC" to several generations.
+
+    Returns:
+        "family", "model" and "stepping"; "mhz", at the moment; "caches" by level, as {"L1d": "48K"}; None for what the
+        system does not say.
+    """
+    info = _cpuinfo()
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    found: dict[str, Any] = {name: int(info[key]) if key in info else None for name, key in numbers.items()}
+    caches = {}
+    for index in sorted(CACHES.glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        caches[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return {**found, "mhz": float(info["cpu MHz"]) if "cpu MHz" in info else None, "caches": caches}
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first processor; empty where the system has no such file."""
     try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        first = CPUINFO.read_text().split("\n\n")[0]
     except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device, for results: "type", "name" and "tag"; of a CPU also what `processor` gives."""
+    facts = {"type": device.type, "name": device_name(device), "tag": device_tag(device)}
+    return facts if device.type == "cuda" else facts | processor()
 
 
 def device_tag(device: torch.device) -> str:
-    """A file name for results of this device."""
-    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
+    """A file name for results of this device; a CPU's ends in its family and model, where they are known."""
+    name = device_name(device)
+    if device.type != "cuda":
+        of = processor()
+        name = " ".join(str(part) for part in ("cpu", name, of["family"], of["model"]) if part is not None)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that decide the numbers; None where one is not installed."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
+    """Of Python, the driver and the packages that decide the numbers; None for what is not there."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
         "fastamp": fastamp.__version__,
+        **{package: _version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """Of the first GPU, as nvidia-smi says."""
+    smi = shutil.which("nvidia-smi") if torch.cuda.is_available() else None
+    if smi is None:
+        return None
+    asked = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 def commit() -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastamp.benchmarking import machine, suites, timing
-from fastamp.benchmarking.contenders import Contender
+from fastamp.benchmarking.contenders import NAIVE, PLAIN, Contender
 from fastamp.benchmarking.growth import fits
 from fastamp.benchmarking.networks import NETWORKS
 from fastamp.benchmarking.suites import INPUTS, SHAPES
@@ -22,7 +22,14 @@ from fastamp.benchmarking.workload import DTYPES, Runner, Work
 FORMAT = 2  # of the results
 SUITES = ("head", "layers", "rows", "scaling", "vocabulary")
 # Options that are of some suites only.
-OF_SUITES = {"shapes": ("head", "vocabulary"), "dtypes": ("head", "rows", "vocabulary"), "networks": ("layers",)}
+OF_SUITES = {
+    "shapes": ("head", "vocabulary"),
+    "dtypes": ("head", "rows", "vocabulary"),
+    "networks": ("layers",),
+    "compiled": ("head", "layers", "rows"),
+}
+# What else rows say their ratio to, beside the plain Mixups.
+RATIOS = {"ratio_to_cross_entropy": PLAIN, "ratio_to_naive": NAIVE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,8 @@ class BenchConfig:
         rounds: in each of which every contender runs once.
         threads: intra-op CPU threads.
         device: as in torch.device.
-        compiled: also time what goes through torch.compile.
+        compiled: also time what goes through torch.compile; None for yes; of the suites "head", "layers" and "rows".
+        autotuned: with them also what torch.compile searches the fastest products for, which takes minutes.
         inputs: "hidden" (through a linear layer) and "logits"; of the suite "head".
         notes: what the results are to say of themselves.
 
@@ -55,7 +63,8 @@ class BenchConfig:
     rounds: int = 40
     threads: int = 1
     device: str = "cpu"
-    compiled: bool = True
+    compiled: bool | None = None
+    autotuned: bool = True
     inputs: tuple[str, ...] = INPUTS
     notes: tuple[str, ...] = ()
 
@@ -65,7 +74,7 @@ class BenchConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, taken_by in OF_SUITES.items():
             if getattr(self, name) is not None and self.suite not in taken_by:
-                raise ValueError(f"{name} are of {' and '.join(map(repr, taken_by))}, not of the suite {self.suite!r}")
+                raise ValueError(not_of(name, self.suite))
         for shape in self.shapes or ():
             if len(shape) != 3 or min(shape) < 1:
                 raise ValueError(f"a shape is (B, D, C), each at least 1, got {shape}")
@@ -89,6 +98,19 @@ class BenchConfig:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device must be a CPU or a CUDA/ROCm GPU, got {self.device!r}")
         return device
+
+
+def not_of(option: str, suite: str, *, said: str | None = None) -> str:
+    """That an option is of other suites.
+
+    Args:
+        option: a key of OF_SUITES.
+        suite: what it was given with.
+        said: how it was given; as `option` by default.
+    """
+    *others, last = OF_SUITES[option]
+    of = f"the suites {', '.join(others)} and {last}" if others else f"the suite {last}"
+    return f"{said or option} is for {of}, not for {suite}"
 
 
 def run(
@@ -117,33 +139,46 @@ def run(
         "suite": config.suite,
         "command": command,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": {"type": device.type, "name": machine.device_name(device), "tag": machine.device_tag(device)},
+        "device": machine.describe(device),
         "versions": machine.versions(),
         "checkout": machine.commit(),
         "threads": config.threads,
         "rounds": config.rounds,
         "rows": [],
         "refused": [],
-        "notes": list(config.notes),
+        "notes": list(dict.fromkeys(config.notes)),
     }
+
+    def note(line: str) -> None:
+        if line not in results["notes"]:
+            results["notes"].append(line)
+
     with _threads(config.threads):
         listener("copy bandwidth")
         results["copy_gb_s"] = machine.copy_bandwidth(device)
-
-        def note(line: str) -> None:
-            if line not in results["notes"]:
-                results["notes"].append(line)
-
         for work in _works(config, device, note):
-            if candidates is not None:
-                given = candidates(work)
-            else:
-                given = suites.contenders_of(config.suite, work, compiled=config.compiled, note=note)
-            _measure(work, given, config.rounds, results, listener)
+            given = _given(config, work, note) if candidates is None else candidates(work)
+            _measure(work, given, config.rounds, results, listener, note)
             if config.suite == "scaling":
                 results["fits"] = fits(results["rows"])
             save(results)
     return results
+
+
+def rehearse(config: BenchConfig) -> None:
+    """Compiles and checks what `run` would time, and times nothing: what it leaves are the compilers' caches.
+
+    Args:
+        config: what.
+    """
+    with _threads(config.threads):
+        for work in _works(config, config.torch_device(), lambda line: None):
+            _agreeing(work, _given(config, work, lambda line: None), [], lambda line: None)
+
+
+def _given(config: BenchConfig, work: Work, note: Callable[[str], None]) -> list[Contender]:
+    compiled = config.compiled is not False
+    return suites.contenders_of(config.suite, work, compiled=compiled, autotuned=config.autotuned, note=note)
 
 
 def reduced(device: str, *, rounds: int, threads: int) -> tuple[BenchConfig, ...]:
@@ -160,7 +195,9 @@ def reduced(device: str, *, rounds: int, threads: int) -> tuple[BenchConfig, ...
         "layers": {"networks": ("textcnn",), "notes": (f"{uncompiled}, the TextCNN alone",)},
         "rows": {"notes": (uncompiled,)},
     }
-    common: dict[str, Any] = {"device": device, "rounds": rounds, "threads": threads, "compiled": False}
+    for suite in OF_SUITES["compiled"]:
+        fewer[suite]["compiled"] = False
+    common: dict[str, Any] = {"device": device, "rounds": rounds, "threads": threads}
     return tuple(BenchConfig(suite=suite, **common, **fewer.get(suite, {})) for suite in SUITES)
 
 
@@ -176,10 +213,10 @@ def _works(config: BenchConfig, device: torch.device, note: Callable[[str], None
     return suites.vocabulary(config.shapes, config.dtypes, device, note)
 
 
-def _measure(
-    work: Work, candidates: list[Contender], rounds: int, results: dict[str, Any], listener: Callable[[str], None]
-) -> None:
-    """Adds the rows of one workload to the results."""
+def _agreeing(
+    work: Work, candidates: list[Contender], refused: list[dict[str, str]], listener: Callable[[str], None]
+) -> tuple[list[Runner], dict[str, Contender]]:
+    """Who agrees with the definition, bound to a workload and by name; the others are added to `refused`."""
     torch.compiler.reset()
     taken: dict[str, Contender] = {}
     runners = []
@@ -191,32 +228,62 @@ def _measure(
         except Exception as error:  # a contender that cannot run is refused with its reason, and the others go on
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if reason is not None:
-            results["refused"].append({"workload": work.label, "contender": contender.name, "reason": reason})
+            refused.append({"workload": work.label, "contender": contender.name, "reason": reason})
             continue
         runners.append(runner)
         taken[contender.name] = contender
+    work.truths.clear()
+    return runners, taken
+
+
+def _measure(
+    work: Work,
+    candidates: list[Contender],
+    rounds: int,
+    results: dict[str, Any],
+    listener: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
+    """Adds the rows of one workload to the results."""
+    runners, taken = _agreeing(work, candidates, results["refused"], listener)
     if not runners:
         return
-    work.truths.clear()
     listener(f"{work.label}: timing")
     series = [timing.Series(runner.name, timing.eager_slot(runner)) for runner in runners]
     timing.round_robin(series, rounds)
     facts = {r.name: {"peak_memory_bytes": timing.peak_memory(r), **timing.issued(r)} for r in runners}
     results["rows"] += _rows(work, "eager", series, taken, facts, results["copy_gb_s"])
     if work.device.type == "cuda" and work.captured:
-        series = list(_captured(runners, results["notes"]))
+        for name in (name for name, one in taken.items() if not one.capturable):
+            note(f"{name}: not in a CUDA graph, its step reads from the device")
+        pool = torch.cuda.graph_pool_handle()
+        series = list(captured([r for r in runners if taken[r.name].capturable], pool, note))
         timing.round_robin(series, rounds)
         results["rows"] += _rows(work, "graph", series, taken, facts, results["copy_gb_s"])
 
 
-def _captured(runners: list[Runner], notes: list[str]) -> Iterator[timing.Series]:
+_failed: list[str] = []  # in this process: after a capture that failed, the allocator may not be fit for another
+
+
+def captured(runners: list[Runner], pool: Any, note: Callable[[str], None]) -> Iterator[timing.Series]:
+    """CUDA graphs of the runners' steps, until one of them cannot be captured.
+
+    Args:
+        runners: in their order.
+        pool: as `timing.graph_slot` takes it.
+        note: hears who cannot be captured, and that nobody is after it.
+    """
     for runner in runners:
+        where = f"{runner.name} at {runner.workload.label}"
+        if _failed:
+            note(f"no more CUDA graphs in this process after {_failed[0]}")
+            return
         try:
-            slot = timing.graph_slot(runner)
+            slot = timing.graph_slot(runner, pool)
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
-            notes.append(f"{runner.workload.label}: {runner.name} cannot be captured in a CUDA graph: {reason}")
-            torch.cuda.synchronize()
+            _failed.append(where)
+            note(f"{where} cannot be captured in a CUDA graph: {reason}")
             continue
         yield timing.Series(runner.name, slot)
 
@@ -230,6 +297,9 @@ def _rows(
     copy_gb_s: float,
 ) -> list[dict[str, Any]]:
     rows = []
+    # A forward graph keeps what one of both lets go: their difference is no time of backward.
+    directions = [name for name in work.directions if (clock, name) != ("graph", "backward")]
+    others = {to: next((other for other in series if other.name == name), None) for to, name in RATIOS.items()}
     for one in series:
         mixups = [other for other in series if other.name in taken[one.name].base]
         base = min(mixups, key=lambda other: float(other.values("both").median()), default=None)
@@ -242,15 +312,18 @@ def _rows(
             "mode": taken[one.name].mode,
             "clock": clock,
             "input_copies": work.copies,
-            "ms": {name: timing.quantiles(one.values(name)) for name in work.directions},
+            "ms": {name: timing.quantiles(one.values(name)) for name in directions},
             "ratio_to": None if base is None else base.name,
             "ratio": None
             if base is None
-            else {name: timing.quantiles(one.values(name) / base.values(name)) for name in work.directions},
+            else {name: timing.quantiles(one.values(name) / base.values(name)) for name in directions},
             **facts[one.name],
         }
         if base is not None:
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / facts[base.name]["peak_memory_bytes"]
+        for to, other in others.items():
+            if other is not None:
+                row[to] = timing.quantiles(one.values("both") / other.values("both"))
         if work.varies is not None:
             row["varies"] = work.varies
         if work.least_bytes is not None:

@@ -22,7 +22,7 @@ class Cut:
     """A network in two parts.
 
     Attributes:
-        g: ids (B, T) to the hidden state (B, ...).
+        g: ids (B, T), or pixels, to the hidden state (B, ...).
         f: a module; f(hidden, **context) are logits (B, C).
         context: ids and the mix of the batch, or None where nothing is mixed, to what f takes by keyword.
     """
@@ -38,9 +38,9 @@ class Network:
 
     Attributes:
         model: its parameters are what a step differentiates by.
-        plain: the cut at the word vectors, written by hand: what Mixup as one writes it mixes.
+        plain: the cut at the word vectors or pixels, written by hand: what Mixup as one writes it mixes.
         split: the cut that fastamp offers.
-        later: whether that mixes behind the word vectors, where mixing gives the same.
+        later: whether that mixes behind them, where mixing gives the same.
     """
 
     model: nn.Module
@@ -58,13 +58,14 @@ class Spec:
         build: makes it, given `options`, the number of words and of classes.
         options: of `build`.
         batch: B.
-        lengths: of the shortest sentence, and of the longest, T.
-        vocabulary: number of ids, the padding's 0 included.
-        width: of a word vector.
+        lengths: of the shortest sentence, and of the longest, T; of images, how many tokens they become.
+        vocabulary: number of ids, the padding's 0 included; 0 of images.
+        width: of a word vector, or of a patch's.
         dtype: of parameters, a key of DTYPES.
         needs_gpu: a CPU would take minutes, or has no use for the result.
         large: its step is bound by arithmetic, so that it is neither captured in a CUDA graph nor compiled.
         package: what it needs besides torch.
+        side: pixels of an image's side, where images (B, 3, side, side) take the place of sentences.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Spec:
     needs_gpu: bool = False
     large: bool = False
     package: str | None = None
+    side: int | None = None
 
     def missing(self) -> str | None:
         """The package that is needed and not installed."""
@@ -87,7 +89,8 @@ class Spec:
         """The network in training mode, its weights drawn on the CPU; no dropout, which contenders would redraw."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            network = self.build(vocabulary=self.vocabulary, width=self.width, **self.options)
+            read = {"vocabulary": self.vocabulary} if self.side is None else {"side": self.side}
+            network = self.build(width=self.width, **read, **self.options)
         # As after training: logits far enough apart for λ to matter, which random weights alone do not give.
         with torch.no_grad():
             head = network.model.get_submodule("classifier").weight
@@ -97,8 +100,12 @@ class Spec:
         return network
 
     def batch_of(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T), padded on the right, words by Zipf's law; labels (B,)."""
+        """Token ids (B, T), padded on the right, words by Zipf's law, or float32 images; labels (B,)."""
         generator = torch.Generator().manual_seed(seed)
+        if self.side is not None:
+            images = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
+            labels = torch.randint(CLASSES, (self.batch,), generator=generator)
+            return images.to(device), labels.to(device)
         low, high = self.lengths
         frequencies = 1 / torch.arange(1, self.vocabulary)
         words = 1 + torch.multinomial(frequencies, self.batch * high, replacement=True, generator=generator)
@@ -152,6 +159,38 @@ def bert(*, vocabulary: int, width: int, layers: int, heads: int) -> Network:
     return Network(model, plain, split)
 
 
+class _Pixels(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=pixels).logits
+
+
+def vit(*, side: int, width: int, patch: int, layers: int, heads: int) -> Network:
+    """A vision transformer, by transformers; its split mixes behind the projection of patches."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from fastamp import hf
+
+    model = ViTForImageClassification(
+        ViTConfig(
+            image_size=side,
+            patch_size=patch,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            num_labels=CLASSES,
+        )
+    )
+    plain = Cut(lambda pixels: pixels, _Pixels(model), lambda pixels, mix: {})
+    g, f = hf.split(model, at="embeddings")
+    split = Cut(lambda pixels: g(pixel_values=pixels), f, lambda pixels, mix: f.context({"pixel_values": pixels}, mix))
+    return Network(model, plain, split, later=True)
+
+
 class _CNNRest(nn.Module):
     def __init__(self, model: TextCNN) -> None:
         super().__init__()
@@ -202,6 +241,7 @@ _BASE: dict[str, Any] = {
     "needs_gpu": True,
     "package": "transformers",
 }
+_VIT: dict[str, Any] = {"options": {"patch": 16, "layers": 12, "heads": 12}, "side": 224, "width": 768}
 # A vocabulary of a thousand in the small BERT: the dense gradient of a large table, which is the same for everyone,
 # would hide what passes through the network cost.
 NETWORKS = {
@@ -210,4 +250,16 @@ NETWORKS = {
     "bilstm": Spec("BiLSTM 2x512", bilstm, {"states": 512}, 50, (10, 37), 8000, 300, needs_gpu=True),
     "bert-base-24x64": Spec("BERT-base", batch=24, lengths=(32, 64), **_BASE),
     "bert-base-256x128": Spec("BERT-base", batch=256, lengths=(64, 128), large=True, **_BASE),
+    "vit-base-64": Spec(
+        "ViT-B/16",
+        vit,
+        batch=64,
+        lengths=(197, 197),
+        vocabulary=0,
+        dtype="bf16",
+        needs_gpu=True,
+        large=True,
+        package="transformers",
+        **_VIT,
+    ),
 }

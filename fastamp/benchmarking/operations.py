@@ -73,7 +73,7 @@ class HiddenWork(Work):
     inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
     mix: Mix = field(init=False, repr=False)
     narrow: Mix = field(init=False, repr=False)
-    truths: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
+    truths: dict[tuple[str, bool], tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.takes, self.directions = "rows", ("both",)
@@ -122,10 +122,10 @@ class HiddenWork(Work):
         """None."""
         return ()
 
-    def _truth(self, mode: str) -> tuple[Tensor, ...]:
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
         hidden, grad = (value.detach().double() for value in self.inputs[0])
         hidden.requires_grad_()
-        lam, partner = self.mix.lam.double().requires_grad_(), self.mix.partner
+        lam, partner = mix.lam.double().requires_grad_(), mix.partner
         mixed = reference.mix(hidden, lam, partner)
         if self.op == "mix":
             return (mixed.detach(),)
@@ -156,17 +156,20 @@ class HiddenWork(Work):
         return Runner(contender.name, self, lambda x, grad, _: contender.loss(x, grad, mix), contender.compiled)
 
 
-def _plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+def plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """Mixup as one writes it."""
     return torch.lerp(hidden[partner], hidden, lam.view(-1, *[1] * (hidden.dim() - 1)))
 
 
-def _plain_lambda_grad(grad: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+def plain_lambda_grad(grad: Tensor, hidden: Tensor, partner: Tensor) -> Tensor:
+    """∇λ as one writes it, from the gradient of the mixed rows."""
     return (grad * (hidden - hidden[partner])).flatten(1).sum(1)
 
 
-def _plain_remix(hidden: Tensor, lam: Tensor, partner: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    lam_adv = lam + STEP_SIZE * _plain_lambda_grad(grad, hidden, partner).clamp(-1, 1)
-    return lam_adv, _plain_mix(hidden, lam_adv, partner)
+def plain_remix(hidden: Tensor, lam: Tensor, partner: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """λ' and the rows mixed by it, as one writes it."""
+    lam_adv = lam + STEP_SIZE * plain_lambda_grad(grad, hidden, partner).clamp(-1, 1)
+    return lam_adv, plain_mix(hidden, lam_adv, partner)
 
 
 def _body(op: str, *, ours: bool, compiled: bool = False) -> Body:
@@ -175,7 +178,7 @@ def _body(op: str, *, ours: bool, compiled: bool = False) -> Body:
         return torch.compile(chosen, fullgraph=True, dynamic=False) if compiled else chosen
 
     if op in ("mix", "mix with backward"):
-        mix = made(_plain_mix, functional.mix)
+        mix = made(plain_mix, functional.mix)
         if op == "mix":
             return lambda hidden, grad, at: {"m": mix(hidden, *at)}
 
@@ -185,9 +188,9 @@ def _body(op: str, *, ours: bool, compiled: bool = False) -> Body:
 
         return both
     if op == "lambda_grad":
-        lambda_grad = made(_plain_lambda_grad, functional.lambda_grad)
+        lambda_grad = made(plain_lambda_grad, functional.lambda_grad)
         return lambda hidden, grad, at: {"∇λ": lambda_grad(grad, hidden, at.partner)}
-    remix = made(_plain_remix, partial(functional.remix, step_size=STEP_SIZE))
+    remix = made(plain_remix, partial(functional.remix, step_size=STEP_SIZE))
     return lambda hidden, grad, at: dict(zip(("λ'", "m"), remix(hidden, *at, grad), strict=True))
 
 

@@ -129,6 +129,13 @@ def liger_cross_entropy(head: nn.Linear | None, x: Tensor, y: Tensor, mix: Mix |
     return loss
 
 
+def torch_linear_cross_entropy(head: nn.Linear | None, x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
+    """PyTorch's own fused linear cross-entropy, `F.linear_cross_entropy` in chunks of rows: no mixing."""
+    assert head is not None  # taken for hidden rows only
+    options = nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, head.weight, y, linear_bias=head.bias, options=options)
+
+
 def liger_linear_cross_entropy(head: nn.Linear | None, x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
     """Liger-Kernel's fused linear cross-entropy, Hsu et al., 2024: chunks of rows, no mixing, no logits held."""
     assert head is not None  # taken for hidden rows only

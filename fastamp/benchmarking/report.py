@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-SHORT = {"forward": "fwd", "backward": "bwd", "both": "both"}
+SHORT = {"forward": "fwd", "backward": "bwd", "both": "both", "step": "step"}
 LONG_MS = 10  # steps of at least so many milliseconds are shown in milliseconds
 
 
@@ -56,31 +56,36 @@ def _table(label: str, rows: list[dict[str, Any]]) -> Table:
     on_gpu, by_bytes = "kernel_launches" in rows[0], "bytes" in rows[0]
     directions = tuple(rows[0]["ms"])
     in_ms = min(row["ms"]["both"]["q50"] for row in rows) >= LONG_MS
-    table.add_column("median ms" if in_ms else "median µs", no_wrap=True)
+    # Names are what gives way in a narrow terminal, never a number.
+    table.add_column("median ms" if in_ms else "median µs", overflow="fold", min_width=10)
     base = rows[0]["ratio_to"]
     versus = "xMixup" if base is None or "Mixup" in base else "ratio"
-    headings = [*(SHORT[name] for name in directions), versus, *(["GB/s", "%copy"] if by_bytes else ["q25-q75"])]
+    headings = [*(SHORT[name] for name in directions), versus, *(["GB/s", "%copy"] if by_bytes else [])]
     for heading in [*headings, "launches" if on_gpu else "ops", "peak MB", "x"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ms, ratio = row["ms"], None if row["ratio"] is None else row["ratio"]["both"]
         cells = [f"{ms[name]['q50'] * (1 if in_ms else 1e3):.1f}" for name in directions]
-        cells.append("" if ratio is None else f"{ratio['q50']:.2f}")
+        if ratio is None:
+            cells.append("")
+        else:
+            spread = "" if by_bytes else f" {ratio['q25']:.2f}-{ratio['q75']:.2f}"
+            cells.append(f"{ratio['q50']:.2f}{spread}")
         if by_bytes:
             cells += [f"{row['gb_s']:.3g}", f"{row['percent_of_copy']:.1f}"]
-        else:
-            cells.append("" if ratio is None else f"{ratio['q25']:.2f}-{ratio['q75']:.2f}")
         issued = row["kernel_launches" if on_gpu else "operators"]
         cells += ["" if issued is None else str(issued), f"{row['peak_memory_bytes'] / 1e6:.3g}"]
         memory = row.get("peak_memory_ratio")
         cells.append("" if memory is None else f"{memory:.2f}")
         star = " *" if row["contender"] == row["ratio_to"] else ""
         table.add_row(row["contender"] + star, *cells)
-    captions = []
+    captions = [] if by_bytes or base is None else [f"{versus}: the median, and q25-q75"]
+    if "step" in directions:
+        captions.append("step: with the optimizer's")
     if base is not None:
-        captions = [
+        captions.append(
             "* the faster plain Mixup of its kind: ratios are to it" if versus == "xMixup" else "* ratios are to it"
-        ]
+        )
     if by_bytes:
         captions.append(f"bytes: {rows[0]['moves']} of {rows[0]['dtype']}, {rows[0]['bytes']:,}")
     table.caption = "; ".join(captions)
@@ -98,7 +103,7 @@ def _print_growth(fits: list[dict[str, Any]], console: Console) -> None:
         table = _empty_table(f"{title}: median ms")
         table.add_column(of[0]["varies"], justify="right", no_wrap=True)
         for fit in of:
-            table.add_column(fit["contender"], justify="right", no_wrap=True)
+            table.add_column(fit["contender"], justify="right", overflow="fold", min_width=9)
         for size in of[0]["ms"]:
             table.add_row(size, *(f"{fit['ms'][size]:.3f}" if size in fit["ms"] else "" for fit in of))
         table.add_section()

@@ -41,6 +41,10 @@ VOCABULARY: dict[str, tuple[Shape, ...]] = {
     "cuda": ((4096, 4096, 32000), (8192, 2048, 128256)),
     "cpu": ((512, 256, 16000),),
 }
+PAPER = SHAPES[:4]
+# Besides, in bf16 on a GPU, logits of the largest vocabulary: 2 GB a tensor, and the check needs about 55 GB.
+WIDE: Shape = (8192, 2048, 128256)
+MANY_CLASSES = 32000
 GPU_ONLY = 1 << 24  # logits of a batch beyond which a CPU would take minutes
 INPUTS = ("hidden", "logits")
 # What grows, in what: the input, the shape (B, D, C) without it, and its sizes: eleven powers of two, the smaller ones
@@ -72,7 +76,7 @@ def heads(
     device: torch.device,
     note: Callable[[str], None],
 ) -> Iterator[Work]:
-    """The workloads of the suite "head", one at a time.
+    """The workloads of the suite "head", one at a time, first those that bench/README.md has a target for.
 
     Args:
         shapes: (B, D, C) each; None for SHAPES.
@@ -81,15 +85,27 @@ def heads(
         device: where.
         note: hears what is not run, and why.
     """
-    for takes in inputs:
-        for dtype in dtypes_of(dtypes, device):
-            for shape in shapes or SHAPES:
-                if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
-                    note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
-                else:
-                    x = shape[0] * shape[1 if takes == "hidden" else 2] * DTYPES[dtype].itemsize
-                    copies = copies_to_exceed_cache(x, device)
-                    yield Workload(shape, dtype, takes, device, copies)
+    every = [
+        (takes, dtype, shape) for takes in inputs for dtype in dtypes_of(dtypes, device) for shape in shapes or SHAPES
+    ]
+    if shapes is None and device.type == "cuda" and ("logits", "bf16", SHAPES[0]) in every:
+        every.append(("logits", "bf16", WIDE))
+    for takes, dtype, shape in sorted(every, key=lambda one: not _has_target(*one)):
+        if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
+            note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
+        else:
+            yield Workload(shape, dtype, takes, device, _copies(shape, dtype, takes, device))
+
+
+def _has_target(takes: str, dtype: str, shape: Shape) -> bool:
+    return shape in PAPER if takes == "hidden" else dtype == "bf16" and shape[2] >= MANY_CLASSES
+
+
+def _copies(shape: Shape, dtype: str, takes: str, device: torch.device) -> int:
+    """How many inputs to rotate over: a step reads one, and makes logits, or a gradient, of (B, C)."""
+    batch, width, classes = shape
+    elements = batch * (width if takes == "hidden" else classes) + batch * classes
+    return copies_to_exceed_cache(elements * DTYPES[dtype].itemsize, device)
 
 
 def networks(names: Sequence[str] | None, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
@@ -125,7 +141,8 @@ def scaling(device: torch.device, note: Callable[[str], None]) -> Iterator[Work]
     for size, takes, shape, values in GROWTH[device.type]:
         for value in values:
             batch, width, classes = (value if name == size else fixed for name, fixed in zip("BDC", shape, strict=True))
-            yield Workload((batch, max(1, width), classes), "fp32", takes, device, varies=size)
+            sizes = (batch, max(1, width), classes)
+            yield Workload(sizes, "fp32", takes, device, _copies(sizes, "fp32", takes, device), varies=size)
 
 
 def vocabulary(
@@ -146,13 +163,16 @@ def vocabulary(
             yield Workload(shape, dtype, "hidden", device, captured=False)
 
 
-def contenders_of(suite: str, work: Work, *, compiled: bool, note: Callable[[str], None]) -> list[Contender]:
+def contenders_of(
+    suite: str, work: Work, *, compiled: bool, autotuned: bool, note: Callable[[str], None]
+) -> list[Contender]:
     """Who is timed on a workload.
 
     Args:
         suite: the workload's.
         work: what.
         compiled: also what goes through torch.compile.
+        autotuned: also, with `compiled`, what it searches the fastest products for.
         note: hears who is not, and why.
     """
     if isinstance(work, LayerWorkload):
@@ -169,7 +189,8 @@ def contenders_of(suite: str, work: Work, *, compiled: bool, note: Callable[[str
         every = contenders(work.takes, compiled=compiled) + conditional_contenders(work.takes, compiled=compiled)
     taken = []
     for one in every:
-        if (missing := one.missing(work)) is None:
+        missing = "autotuning is left out" if one.compile_mode and not autotuned else one.missing(work)
+        if missing is None:
             taken.append(one)
         else:
             note(f"{one.name}: not run, {missing}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -24,11 +25,15 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 class Sample(NamedTuple):
-    """Milliseconds a step, of one slot."""
+    """Milliseconds of one slot: forward, backward, both of them, and a training step, the optimizer's part included.
+
+    Not a number where a clock cannot tell, or where there is no optimizer.
+    """
 
     forward: float
     backward: float
     both: float
+    step: float = math.nan
 
 
 @dataclass
@@ -74,13 +79,37 @@ def eager_slot(runner: Runner) -> Callable[[], Sample]:
         took.append(one(runner, 1).both)
     # By the least of them: a disturbed one would make for slots of a single step.
     steps = max(1, round(SLOT_SECONDS * 1e3 / min(took)))
+    train = None if runner.workload.optimize is None else _training_step(runner)
+    whole = _cuda_whole if cuda else _cpu_whole
+    if train is not None:
+        whole(train, 1)
 
     def slot() -> Sample:
         if steps > 1:  # the first step after another contender's finds cold caches
             one(runner, 1)
-        return one(runner, steps)
+        sample = one(runner, steps)
+        return sample if train is None else sample._replace(step=whole(train, steps))
 
     return slot
+
+
+def _training_step(runner: Runner) -> Callable[[int], None]:
+    optimize = runner.workload.optimize
+    assert optimize is not None
+
+    def train(i: int) -> None:
+        optimize(runner.backward(i, runner.forward(i)))
+
+    return train
+
+
+def _cpu_whole(body: Callable[[int], None], steps: int) -> float:
+    spans = []
+    for i in range(steps):
+        began = time.perf_counter()
+        body(i)
+        spans.append((time.perf_counter() - began) * 1e3)
+    return median(spans)
 
 
 def _cpu_slot(runner: Runner, steps: int) -> Sample:
@@ -115,10 +144,26 @@ def _cuda_slot(runner: Runner, steps: int) -> Sample:
     return _medians(spans[::2], spans[1::2])
 
 
-def graph_slot(runner: Runner) -> Callable[[], Sample]:
+def _cuda_whole(body: Callable[[int], None], steps: int) -> float:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for i in range(steps):
+        body(i)
+        marks[i + 1].record()
+    torch.cuda.synchronize()
+    return median(before.elapsed_time(after) for before, after in pairwise(marks))
+
+
+def graph_slot(runner: Runner, pool: Any) -> Callable[[], Sample]:
     """A slot of CUDA graph replays: the device's time alone. A graph holds one step for every input copy.
 
-    Backward is the difference of a graph of both and one of the forward.
+    No time of backward: a graph of both lets go of memory early that one of the forward keeps.
+
+    Args:
+        runner: what is captured.
+        pool: `torch.cuda.graph_pool_handle()`. Graphs that are replayed in turns, none of which reads what another
+            made, can share their memory.
 
     Raises:
         RuntimeError: the step cannot be captured.
@@ -133,27 +178,35 @@ def graph_slot(runner: Runner) -> Callable[[], Sample]:
         for i in range(copies):
             runner.backward(i, runner.forward(i))
 
-    graphs = [_captured(forward), _captured(both)]
+    bodies: list[Callable[[], object]] = [forward, both]
+    if runner.workload.optimize is not None:
+        train = _training_step(runner)
+        bodies.append(lambda: [train(i) for i in range(copies)])
+    graphs = [_captured(body, pool) for body in bodies]
     replays = max(1, round(SLOT_SECONDS * 1e3 / _replay(graphs[1], 3)))
 
     def slot() -> Sample:
-        once, whole = (_replay(graph, replays) / copies for graph in graphs)
-        return Sample(once, whole - once, whole)
+        once, whole, *step = (_replay(graph, replays) / copies for graph in graphs)
+        return Sample(once, math.nan, whole, *step)
 
     return slot
 
 
-def _captured(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _captured(body: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                body()
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
             body()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
+    finally:  # a capture that fails at its end leaves its own stream behind
+        torch.cuda.set_stream(current)
     _replay(graph, 3)
     return graph
 
@@ -201,8 +254,13 @@ def issued(runner: Runner) -> dict[str, int | None]:
     with _quiet(), torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
         runner.backward(0, runner.forward(0))
         torch.cuda.synchronize()
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"kernel_launches": sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)}
+    return {"kernel_launches": kernel_launches(profile.events())}
+
+
+def kernel_launches(events: Iterable[Any]) -> int:
+    """How many events of a profile are kernels on a GPU: no copies, and no regions that compiled code is marked by."""
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastamp import Mix, reference
 from fastamp.benchmarking.contenders import Contender
 from fastamp.benchmarking.peers import STEP_SIZE
+from fastamp.mixing import draw
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How far a contender may be from the definition: in its loss, relative to max(1, loss), and in each gradient, in norm.
@@ -36,10 +37,12 @@ class Work(ABC):
         copies: how many inputs the steps rotate over.
         inputs: (x, y) each, the input and its labels (B,).
         mix: what contenders are checked with.
-        truths: `truth`, kept.
+        matched: the same with partners that are each other's, where contenders may take such.
+        truths: `truth`, kept, by mode and whether it is that of `matched`.
         captured: whether its steps are also to be timed as CUDA graphs.
-        directions: which of DIRECTIONS mean something.
+        directions: which of DIRECTIONS mean something, and "step" where there is `optimize`.
         varies: the size ("B", "C" or "D") whose growth it is a point of, or None.
+        optimize: takes an optimizer's step by the gradients to `leaves`, where whole training steps are timed as well.
         negligible: the share of the norm of all gradients below which that of a single one is not relied upon.
     """
 
@@ -49,10 +52,12 @@ class Work(ABC):
     copies: int
     inputs: list[tuple[Tensor, Tensor]]
     mix: Mix
-    truths: dict[str, tuple[Tensor, ...]]
+    matched: Mix
+    truths: dict[tuple[str, bool], tuple[Tensor, ...]]
     captured: bool = True
     directions: tuple[str, ...] = DIRECTIONS
     varies: str | None = None
+    optimize: Callable[[tuple[Tensor, ...]], None] | None = None
     negligible: float = 0.0
 
     @property
@@ -88,14 +93,14 @@ class Work(ABC):
         """The gradients of a loss to `leaves`."""
         return torch.autograd.grad(loss, list(self.leaves(i).values()))
 
-    def truth(self, mode: str) -> tuple[Tensor, ...]:
+    def truth(self, mode: str, *, matched: bool = False) -> tuple[Tensor, ...]:
         """The loss () and the gradients to `leaves` on the first input, by the definition in float64."""
-        if mode not in self.truths:
-            self.truths[mode] = self._truth(mode)
-        return self.truths[mode]
+        if (mode, matched) not in self.truths:
+            self.truths[mode, matched] = self._truth(mode, self.matched if matched else self.mix)
+        return self.truths[mode, matched]
 
     @abstractmethod
-    def _truth(self, mode: str) -> tuple[Tensor, ...]: ...
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]: ...
 
     @abstractmethod
     def bind(self, contender: Contender) -> Runner:
@@ -107,9 +112,10 @@ class Work(ABC):
         The truth is `fastamp.reference` in float64, for the loss and for every gradient.
         """
         dtype = DTYPES[self.dtype]
-        loss = runner.forward(0, None if mode == "none" else self.mix)
+        mix = self.matched if runner.matched else self.mix
+        loss = runner.forward(0, None if mode == "none" else mix)
         values = runner.backward(0, loss)
-        expected, *truths = self.truth(mode)
+        expected, *truths = self.truth(mode, matched=runner.matched)
         off = float(((loss.double() - expected).abs() / expected.abs().clamp(min=1)).detach())
         if not off <= LOSS_TOLERANCE[dtype]:
             return f"its loss is off by {off:.1e} (allowed {LOSS_TOLERANCE[dtype]:.0e})"
@@ -153,7 +159,8 @@ class Workload(Work):
     inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
     head: nn.Linear | None = field(init=False, repr=False)
     mix: Mix = field(init=False, repr=False)
-    truths: dict[str, tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
+    matched: Mix = field(init=False, repr=False)
+    truths: dict[tuple[str, bool], tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, width, classes = self.shape
@@ -174,6 +181,8 @@ class Workload(Work):
         # Rows are mixed within the parts that the definition takes at a time.
         lam = torch.rand(batch, **made)
         self.mix = Mix(lam, torch.cat([part[torch.randperm(len(part), **made)] for part in self._parts()]))
+        matchings = [part[draw(len(part), pairing="matching", **made).partner] for part in self._parts()]
+        self.matched = Mix(lam, torch.cat(matchings))
 
     def _parts(self) -> tuple[Tensor, ...]:
         rows = max(1, TRUTH_ELEMENTS // max(self.shape[1:]))
@@ -205,7 +214,7 @@ class Workload(Work):
         """The i-th input, weight and bias."""
         return {"its input": self.inputs[i][0], **({} if self.head is None else dict(self.head.named_parameters()))}
 
-    def _truth(self, mode: str) -> tuple[Tensor, ...]:
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
         batch = self.shape[0]
         x, *head = [leaf.detach().double() for leaf in self.leaves(0).values()]
         y = self.inputs[0][1]
@@ -220,8 +229,8 @@ class Workload(Work):
             if mode == "none":
                 share = nn.functional.cross_entropy(f(part), y[rows], reduction="sum") / batch
             else:
-                mix = (self.mix.lam[rows].double(), self.mix.partner[rows] - rows[0])
-                share = reference.amp(f, part, y[rows], *mix, step_size=STEP_SIZE, num_items=batch, **options).loss
+                among = (mix.lam[rows].double(), mix.partner[rows] - rows[0])
+                share = reference.amp(f, part, y[rows], *among, step_size=STEP_SIZE, num_items=batch, **options).loss
             grad, *others = torch.autograd.grad(share, leaves)
             loss += share.detach()
             grads[0][rows] = grad
@@ -247,7 +256,7 @@ class Workload(Work):
                 return compiled(x, y, mix)
 
             return Runner(contender.name, self, drawn, compiled=True)
-        return Runner(contender.name, self, lambda x, y, mix: loss(self.head, x, y, mix))
+        return Runner(contender.name, self, lambda x, y, mix: loss(self.head, x, y, mix), matched=contender.matched)
 
 
 @dataclass(frozen=True)
@@ -258,6 +267,7 @@ class Runner:
     workload: Work
     loss: Callable[[Tensor, Tensor, Mix | None], Any]
     compiled: bool = False
+    matched: bool = False
 
     def forward(self, i: int, mix: Mix | None = None) -> Any:
         """The loss on the i-th input, the inputs taken in turn."""

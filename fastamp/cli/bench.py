@@ -14,12 +14,14 @@ from rich.console import Console
 from fastamp.benchmarking import (
     DTYPES,
     NETWORKS,
+    OF_SUITES,
     SHAPES,
     SUITES,
     BenchConfig,
     compare,
     draw_all,
     draw_terminal,
+    not_of,
     print_comparison,
     print_results,
     read,
@@ -31,6 +33,8 @@ from fastamp.cli.names import Names
 
 ALL = "all"
 ROUNDS_OF_ALL = 10
+# As they are typed: the options that are of some suites only.
+OPTIONS = {"shapes": "--shapes", "dtypes": "--dtype", "networks": "--networks", "compiled": "--[no-]compiled"}
 
 
 class _Shapes(click.ParamType):
@@ -86,7 +90,12 @@ class _Shapes(click.ParamType):
 @click.option(
     "--device", show_default="cuda where there is one, else cpu", help="As in torch.device: cpu, cuda, cuda:1."
 )
-@click.option("--compiled/--no-compiled", default=True, help="Also what goes through torch.compile.")
+@click.option(
+    "--compiled/--no-compiled",
+    default=None,
+    show_default="compiled",
+    help="Of the suites head, layers and rows: also what goes through torch.compile.",
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json and .png here."
 )
@@ -113,11 +122,11 @@ def command(
 
 
 def _configs(suite: str, device: str, rounds: int | None, fields: dict[str, Any]) -> tuple[BenchConfig, ...]:
+    for name, option in OPTIONS.items():
+        if fields[name] is not None and suite not in OF_SUITES[name]:
+            raise ValueError(not_of(name, suite, said=option))
     if suite != ALL:
         return (BenchConfig(suite=suite, device=device, rounds=rounds or BenchConfig.rounds, **fields),)
-    for name in ("shapes", "dtypes", "networks"):
-        if fields[name] is not None:
-            raise ValueError(f"{name} are those of a single suite, not of all")
     return reduced(device, rounds=rounds or ROUNDS_OF_ALL, threads=fields["threads"])
 
 
@@ -153,6 +162,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
 def compare_command(first: Path, second: Path) -> None:
     """Show what is slower or faster in SECOND than in FIRST, two files of `fastamp bench --out`.
 
+    Judged are the ratios to plain Mixup, or to what else the suite's ratios are to; milliseconds where there are none.
     Slower and faster mean that the middle halves of the rounds do not overlap.
     """
     try:
