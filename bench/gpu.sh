@@ -4,8 +4,8 @@
 #   bench/gpu.sh DIR
 #
 # A report of the machine, the tests marked gpu, the check of every operation, small cases of every kernel under
-# compute-sanitizer where that is there, all suites of the benchmark, and training steps a second (on TREC where
-# carry/data/trec has it). Logs and JSON go to DIR, a dozen files. A step that fails or runs out of time does not keep
+# compute-sanitizer where that is there, all suites of the benchmark, training steps a second (on TREC where
+# carry/data/trec has it), and, in the time that is left, a search for better launches. Logs and JSON go to DIR, a dozen files. A step that fails or runs out of time does not keep
 # the next one from running; the code at the end is 1 if any did. Takes the python3 on PATH (or $PYTHON) with its
 # torch, triton and rich, and changes nothing in it; packages it lacks can be put as wheels into carry/ beforehand:
 #   python3 -m pip download --no-deps -d carry rich
@@ -97,7 +97,10 @@ step scaling bench 25 "${steps[@]}" scaling "$out"
 step vocabulary bench 40 "${steps[@]}" vocabulary "$out"
 step training bench 25 "${steps[@]}" training "$out"
 # What is left of the time.
+tuning=(env FASTAMP_AUTOTUNE=1 FASTAMP_CACHE="$out")
+[ "$device" = cpu ] && tuning+=(TRITON_INTERPRET=1)
+step launches bench 60 "${tuning[@]}" "${steps[@]}" launches "$out"
 [ "$device" = cuda ] && step autotune bench 120 "${steps[@]}" autotune "$out"
 
 echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
-if grep -v "^autotune" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi
+if grep -vE "^(autotune|launches)" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi

@@ -34,6 +34,15 @@ STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
 LARGE = SHAPES[5:]  # a step of which takes gigabytes: so many processes at once have room on one GPU
 LARGE_WORKERS = 4
 AUTOTUNED = SHAPES[2:5:2]
+TUNED_LOGITS = (
+    (4096, 32000, "bfloat16", "matching"),
+    (4096, 32000, "bfloat16", "permutation"),
+    (256, 1000, "bfloat16", "permutation"),
+    (4096, 4096, "bfloat16", "matching"),
+    (50, 6, "float32", "permutation"),
+)
+TUNED_HIDDEN = ((256, 128, 768),)
+TUNED_HEADS = ((50, 300, 6), (24, 768, 2))
 QUICK_NETWORKS = ("textcnn",)
 QUICK = {
     "head": {"shapes": SHAPES[:1]},
@@ -148,6 +157,38 @@ def _measure(config: BenchConfig, out: Path) -> bool:
     return not results["refused"]
 
 
+def launches(out: Path, device: str, quick: bool) -> bool:
+    """Every launch of some operations searched for among its neighbours: DIR/launches-<device>.json, all times in it.
+
+    To be run with FASTAMP_AUTOTUNE=1 and FASTAMP_CACHE=DIR, on a CPU with TRITON_INTERPRET=1.
+    """
+    import fastamp
+    from fastamp import functional
+    from fastamp.kernels import tuning
+
+    if not tuning.ENABLED or tuning.folder() != out:
+        raise SystemExit(f"{tuning.SWITCH} must be 1 and FASTAMP_CACHE {out}")
+    with fastamp.set_backend("triton"), torch.device(device):
+        for batch, classes, dtype, pairing in ((5, 6, "float32", "permutation"),) if quick else TUNED_LOGITS:
+            logits = torch.randn(batch, classes, dtype=getattr(torch, dtype), requires_grad=True)
+            loss = fastamp.AMPLoss(pairing=pairing)(logits, torch.randint(classes, (batch,)))
+            loss.backward()
+            print("searched for", batch, classes, dtype, pairing, flush=True)
+        for shape in ((5, 3, 8),) if quick else TUNED_HIDDEN:
+            hidden, grad = torch.randn(2, *shape, dtype=torch.bfloat16)
+            mix = fastamp.AMPLoss().sample(shape[0], device=device)
+            functional.mix(hidden.requires_grad_(), *mix).backward(grad)
+            functional.lambda_grad(grad, hidden.detach(), mix.partner)
+            functional.remix(hidden.detach(), *mix, grad)
+            print("searched for", *shape, flush=True)
+        for batch, depth, classes in ((5, 8, 3),) if quick else TUNED_HEADS:
+            leaves = [torch.randn(size, requires_grad=True) for size in ((batch, depth), (classes, depth), (classes,))]
+            mix = fastamp.AMPLoss().sample(batch, device=device)
+            functional.linear_amp_cross_entropy(*leaves, torch.randint(classes, (batch,)), *mix).backward()
+            print("searched for", batch, depth, classes, flush=True)
+    return True
+
+
 def training(out: Path, device: str, quick: bool) -> bool:
     """Updates a second of the paper's TextCNN at batch 50, eagerly and captured; TREC's where carry/data has it."""
     trec = CARRIED / "trec"
@@ -178,7 +219,9 @@ def training(out: Path, device: str, quick: bool) -> bool:
 def main() -> None:
     """Runs one step; code 1 if it found something wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["machine", "check", "warm", "warm-large", *STEPS, "training", "autotune"])
+    parser.add_argument(
+        "step", choices=["machine", "check", "warm", "warm-large", *STEPS, "training", "launches", "autotune"]
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases of check, rounds and networks")
@@ -189,6 +232,7 @@ def main() -> None:
         "warm": lambda: warm(given.device, given.quick),
         "warm-large": lambda: warm(given.device, given.quick, large=True),
         "training": lambda: training(given.out, given.device, given.quick),
+        "launches": lambda: launches(given.out, given.device, given.quick),
         "autotune": lambda: autotune(given.out, given.device),
         **{step: partial(bench, given.out, given.device, suite, given.quick) for step, suite in STEPS.items()},
     }

@@ -252,6 +252,33 @@ def targets(found: list[tuple[Path, Results]], page: Path) -> str:
     return table(["claim", "file", "verdict, and the row that is nearest to the bound or furthest beyond"], body)
 
 
+def host(found: list[tuple[Path, Results]], page: Path) -> str:
+    """What bench/host_overhead.py counted, from host.json beside the other results."""
+    path = (found[0][0].parent if found else RESULTS) / "host.json"
+    if not path.exists():
+        return f"No result yet; `python bench/host_overhead.py --json {path.name}` gives one."
+    results = json.loads(path.read_text(encoding="utf-8"))
+    body = []
+    for row in results["rows"]:
+        launching = [
+            name for name in row["operators"] if name.split(".")[0] not in ("empty", "new_empty", "empty_like")
+        ]
+        batch, width, classes = row["shape"]
+        shape = f"({batch}, {width}) -> {classes}" if row["step"].startswith("linear") else f"({batch}, {classes})"
+        body.append(
+            [
+                shape,
+                row["step"],
+                str(len(row["kernels"])),
+                str(len(launching)),
+                "" if row["us"] is None else str(row["us"]),
+            ]
+        )
+    head = ["(B, C)", "step, forward and backward", "our kernels", "operators that launch", "µs, launches apart"]
+    where = f"{results['device']}, torch {results['versions']['torch']}, triton {results['versions']['triton']}"
+    return f"On {where}:\n\n{table(head, body)}"
+
+
 def files(found: list[tuple[Path, Results]], page: Path) -> str:
     """A list of all results."""
     body = (
@@ -271,6 +298,7 @@ SECTIONS: dict[str, Callable[[list[tuple[Path, Results]], Path], str]] = {
     "figure": figure,
     "layers-claim": layers_claim,
     "targets": targets,
+    "host": host,
     "files": files,
     **{suite: lambda found, page, suite=suite: suite_section(suite, found, page) for suite in TABLES},
 }

@@ -282,24 +282,28 @@ def tame_total(
     Where MinOp never rejects and nobody asked for statistics, only the loss at λ' is needed, and of the pass at λ
     only its softmax. For tame cross-entropy.
     """
-    z = logits.to(lam.dtype)
-    other = z.index_select(0, partner)
-    d = z - other
+    x = logits.to(lam.dtype)
+    other = x.index_select(0, partner)
+    d = x - other
     column = lam.unsqueeze(1)
-    on, _, total = mixed_target(target, lam, partner, z.shape[1], weight, policy, all_kept=all_kept)
-    x = torch.addcmul(other, column, d)
-    if policy.mode != "mixup":
-        p = x.softmax(1)
+    p = None if policy.mode == "mixup" else torch.addcmul(other, column, d).softmax(1)
+    on, _, total = mixed_target(target, lam, partner, logits.shape[1], weight, policy, all_kept=all_kept)
+    if p is not None:
         p = p if total is None else p.mul_(total.unsqueeze(1))
         slope = p.sub_(on).mul_(d).sum(1, keepdim=True)
         column = step_lam(column, scaled_grad(slope, policy, grad_divisor), policy)
-        x = torch.addcmul(other, column, d)
+    # Of many classes each of these is large: what has served goes before the next is made.
+    del p
+    x = other.addcmul_(column, d)
+    del other, d
     logp = x.log_softmax(1)
+    del x
     negative_loss = (on * logp).sum()
     if not need_grad:
         return negative_loss, None
     g = logp.exp_()
     g = (g if total is None else g.mul_(total.unsqueeze(1))).sub_(on)
+    del on
     own = g * column
     return negative_loss, own.index_add_(0, partner, g.sub_(own))
 

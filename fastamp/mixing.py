@@ -72,10 +72,11 @@ def draw(
         partner = keys[:, rank].argsort()
     if pairing == "matching":
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
-        order = partner
-        even = batch_size - batch_size % 2
-        swapped = order[:even].view(-1, 2).flip(1).reshape(-1)
-        partner = torch.empty_like(order).scatter_(0, order, torch.cat([swapped, order[even:]]))
+        order, alone = partner, batch_size % 2
+        swapped = order[: batch_size - alone].view(-1, 2).flip(1).view(-1)
+        if alone:
+            swapped = torch.cat([swapped, order[-1:]])
+        partner = torch.empty_like(order).scatter_(0, order, swapped)
     if generator is not None and device is not None and generator.device != torch.device(device):
         lam, partner = lam.to(device, non_blocking=True), partner.to(device, non_blocking=True)
     return Mix(lam, partner)
