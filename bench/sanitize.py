@@ -56,12 +56,14 @@ def small_cases(*, interpreted: bool) -> list[Any]:
             StepCase(f"{loss} marked pairs, long", batch=3, classes=long, layout="misaligned", **paired),
             StepCase(f"{loss} head", batch=5, classes=5, width=37, layout="strided", options=options),
             StepCase(f"{loss} relu, dropout", batch=5, classes=3, **relu),
+            StepCase(f"{loss} chunks", batch=5, classes=19, width=7, scale=0.25, chunk_rows=2, **marked),
             SelectionCase(f"{loss} groups of rows", shape=(37, 5), layout="strided", options=options),
             SelectionCase(f"{loss} marked", shape=(7, 77), **marked),
             SelectionCase(f"{loss} long rows", shape=(2, long), layout="misaligned", options=options),
         ]
         cases += [] if interpreted else [StepCase(f"{loss} two rows a program", batch=131, classes=3, **relu)]
     cases.append(StepCase("pairs, long", batch=3, classes=4099, options={"pairing": "matching"}))
+    cases.append(StepCase("chunks, long", batch=3, classes=4099, width=5, scale=0.25, chunk_rows=1))
     for op in ("mix", "lambda_grad", "remix"):
         cases += [
             OperationCase(op, "words, strided", shape=(7, 5, 13), layout="strided"),

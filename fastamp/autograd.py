@@ -32,6 +32,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def refuse_torch_func(name: str) -> None:
+    """NotImplementedError inside a transform of torch.func, whose own words are about autograd functions."""
+    if in_torch_func():
+        raise NotImplementedError(
+            f"{name} does not go with the transforms of torch.func (grad, vjp, jvp, vmap, ...): use torch.autograd"
+        )
+
+
 def in_torch_func() -> bool:
     """Whether torch.func looks on, which takes no autograd.Function whose forward is given a context, and no kernel.
 

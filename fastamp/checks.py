@@ -183,6 +183,30 @@ def check_class_vector(name: str, value: object, classes: int, device: torch.dev
     check_device(name, value, device)
 
 
+def check_class_weight(weight: object, classes: int, device: torch.device) -> None:
+    """`weight` is None or (C,) floating point on `device`, and asks for no gradient."""
+    check_class_vector("weight", weight, classes, device)
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight must not require a gradient: the losses have none to class weights, as nn.CrossEntropyLoss has "
+            "none; pass weight.detach()"
+        )
+
+
+def check_head_dtypes(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """The tensors of a linear layer have one dtype, or autocast gives them one, which leaves float64 as it is."""
+    for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if value is None or value.dtype == hidden.dtype:
+            continue
+        if not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype} outside torch.autocast, got {value.dtype}")
+        if torch.float64 in (value.dtype, hidden.dtype):
+            raise TypeError(
+                f"{name} must have hidden's dtype {hidden.dtype}, got {value.dtype}: torch.autocast leaves float64 as "
+                "it is"
+            )
+
+
 def check_partner(partner: object, batch: int, device: torch.device) -> None:
     """`partner` is (B,) int64 on `device`; on the CPU also: a permutation of 0..B-1."""
     if not isinstance(partner, Tensor):
@@ -253,10 +277,17 @@ def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
     return bool(kept.all())
 
 
-def check_num_items(num_items: object) -> None:
-    """`num_items` is None, a positive number or a 0-d tensor."""
+def checked_num_items(num_items: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+    """`num_items`: None, a positive number or a 0-d tensor. One on the CPU for rows elsewhere is given as a number.
+
+    A copy of it to the device would wait for the device, and cannot be captured in a CUDA graph.
+    """
     if isinstance(num_items, Tensor):
         if num_items.dim():
             raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-    elif num_items is not None and not torch.compiler.is_compiling():  # where it is a symbol, without a value
+        if num_items.device == device or num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return num_items
+        num_items = num_items.item()
+    if num_items is not None and not torch.compiler.is_compiling():  # where it is a symbol, without a value
         check_number("num_items", num_items, low=0.0, open_low=True, also="None")
+    return num_items

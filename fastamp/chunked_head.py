@@ -32,10 +32,11 @@ WHOLE_BYTES = 2**28
 CHUNK_BYTES = 2**25
 CHUNK_SHARE = 4
 MIN_ROWS = 16
+MIN_CHUNKS = 4  # but where rows do not divide by it
 OUTSIDE = 2  # rows of a chunk that are only partners
-# What gradients to float16 logits are multiplied by while no loss scale is known: 2⁸·p is a normal number down to
-# p = 2⁻²², and no gradient exceeds about 2⁹.
-HALF_SCALE = 256.0
+SLICE_CLASSES = 1024  # at a time, where values of (C, D) are needed in a wider dtype only for a moment
+# Before, torch.addmm with out_dtype takes only a sum in the dtype of the factors.
+ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 class Head(NamedTuple):
@@ -77,21 +78,41 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def automatic_rows(hidden: Tensor, classes: int) -> int | None:
-    """Rows of a chunk, or None where logits of the whole batch are small enough.
+def automatic_rows(hidden: Tensor, classes: int, needs: tuple[bool, bool, bool]) -> int | None:
+    """Rows of a chunk, or None where it would not save enough to hold less than the logits of the whole batch.
 
     Args:
         hidden: (B, D).
         classes: C.
+        needs: whether gradients to hidden, linear_weight and linear_bias are wanted.
     """
     batch, depth = hidden.shape
-    row_bytes = 2 * classes * product_dtype(hidden).itemsize
-    if batch * row_bytes <= WHOLE_BYTES:
+    # Without a gradient the logits are alone.
+    row_bytes = (1 + any(needs)) * classes * product_dtype(hidden).itemsize
+    # What chunks sum the wanted gradients in, which they have beside those that backward returns.
+    sizes = (batch * depth, classes * depth, classes)
+    wanted = sum(size for size, need in zip(sizes, needs, strict=True) if need)
+    grad_bytes = wanted * closed_form.compute_dtype(hidden.dtype).itemsize
+    if batch * row_bytes <= WHOLE_BYTES + grad_bytes:
         return None
-    grad_bytes = (batch + classes) * depth * closed_form.compute_dtype(hidden.dtype).itemsize
     rows = max(MIN_ROWS, max(CHUNK_BYTES, grad_bytes // CHUNK_SHARE) // row_bytes)
     # A power of two suits the products; it counts the rows outside, too.
-    return 2 ** (rows.bit_length() - 1) - OUTSIDE
+    rows = min(2 ** (rows.bit_length() - 1) - OUTSIDE, -(-batch // MIN_CHUNKS))
+    # Of a few huge rows a chunk with its partners would be most.
+    return rows if 2 * (rows + OUTSIDE) <= batch else None
+
+
+def gradients_in_backward(dtype: torch.dtype, *, reduces: bool) -> bool:
+    """Whether gradients have to wait for the upstream gradient, and logits to be made once more.
+
+    The gradients of a row's roles differ by the factors of the rows. And a float16 gradient has to see its factor, a
+    loss scale mostly, before it is rounded.
+
+    Args:
+        dtype: of the products.
+        reduces: whether the loss is a sum or a mean.
+    """
+    return not reduces or dtype == torch.float16
 
 
 def cycle_order(partner: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +181,7 @@ def chunked_losses(
         how: the rest.
         needs: whether gradients to hidden, linear_weight and linear_bias will be asked for.
         per_row: whether losses (B,) or their sum () is wanted. The gradients of the sum are made with it; those of
-            the losses in backward, from logits that are made once more.
+            the losses in backward, from logits that are made once more: see `gradients_in_backward`.
 
     Returns:
         The loss, and (B,) λ', ∇λ, δ and the mask; all but the mask in the compute dtype.
@@ -176,16 +197,12 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, how, needs, per_row = arguments
         head = Head(*tensors)
-        scale = None if per_row or not any(needs) else _scale(head, how)
-        fields, grads = _run(head, how, None if scale is None else scale.expand(len(head.lam)), needs)
-        ctx.how, ctx.needs, ctx.per_row = how, needs, per_row
+        ones = None if per_row or not any(needs) else head.lam.new_ones(()).expand(len(head.lam))
+        fields, grads = _run(head, how, ones, needs)
+        ctx.how, ctx.per_row = how, per_row
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
-        if per_row:
-            ctx.save_for_backward(*tensors)
-        elif scale is not None:
-            if how.dtype == torch.float16:
-                grads = [None if value is None else value.div_(scale) for value in grads]
-            ctx.save_for_backward(*grads)
+        if any(needs):
+            ctx.save_for_backward(*(tensors if per_row else grads))
         losses, lam_adv, grad, delta, takes = fields.unbind()
         mask = takes > 0
         ctx.mark_non_differentiable(lam_adv, grad, delta, mask)
@@ -194,23 +211,28 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
         if ctx.per_row:
-            grads = _run(Head(*ctx.saved_tensors), ctx.how, grad_loss, ctx.needs)[1]
+            # Compiled autograd would trace into it, and into the kernels.
+            run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+            grads = run(Head(*ctx.saved_tensors), ctx.how, grad_loss, needs)[1]
             scaled = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         else:
             scaled = [
-                None if g is None else torch.mul(g, grad_loss, out=torch.empty_like(g, dtype=dtype))
-                for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+                _scaled(g, grad_loss, dtype) if need else None
+                for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
             ]
         return (*scaled, *[None] * 8)
 
 
-def _scale(head: Head, how: How) -> Tensor:
-    """() what the rows' gradients are multiplied by before they are rounded to the dtype of the products."""
-    scale = head.lam.new_full((), HALF_SCALE if how.dtype == torch.float16 else 1.0)
-    if how.dtype != torch.float16 or head.weight is None:
-        return scale
-    return scale / head.weight.max().to(scale.dtype).clamp(min=1)
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad·factor in `dtype`, rounded once."""
+    out = torch.empty_like(grad, dtype=dtype)
+    # Into a narrower dtype, a CPU first makes the product in that of the factors.
+    rows = SLICE_CLASSES if grad.device.type == "cpu" else max(1, len(grad))
+    for part, scaled in zip(grad.split(rows), out.split(rows), strict=True):
+        torch.mul(part, factor, out=scaled)
+    return out
 
 
 def _run(
@@ -273,6 +295,9 @@ def _rows(logits: Tensor, head: Head, how: How, chunk: Chunk, upstream: Tensor |
     )
     dlogits = None
     if upstream is not None and rows.grad_mixed is not None:
+        # Exactly 0, also where a row outside is NaN, which its partner in this chunk need not be mixed with.
+        rows.grad_mixed[chunk.own :] = 0
+        rows.lam[chunk.own :] = 0
         dlogits = closed_form.scatter_roles(rows.grad_mixed, rows.lam, chunk.partner, upstream).to(logits.dtype)
     fields = (rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(lam.dtype))
     return torch.stack(fields), dlogits
@@ -319,21 +344,37 @@ def _accumulate(
 ) -> None:
     """Add what a chunk gives to the gradients, which are in the compute dtype."""
     grad_hidden, grad_weight, grad_bias = grads
-    half = dlogits.dtype.itemsize == 2
-    # cuBLAS sums half products in float32 and can leave them so; elsewhere that is not to be relied upon.
-    wide = half and dlogits.is_cuda and torch.version.hip is None
-    wide = wide and torch.cuda.get_device_capability(dlogits.device) >= (8, 0)
+    wide = _has_wide_products(dlogits)
     if grad_hidden is not None:
         if wide:
             grad_rows = torch.mm(dlogits, linear_weight, out_dtype=torch.float32)
         else:
-            grad_rows = (dlogits @ linear_weight).to(grad_hidden.dtype)
+            grad_rows = _product(dlogits, linear_weight, grad_hidden.dtype)
         # A row that is here twice has one addend that is not 0: the result does not depend on their order.
         grad_hidden.index_add_(0, rows, grad_rows)
     if grad_weight is not None:
-        if wide:
+        if wide and ADDS_WIDE:
             torch.addmm(grad_weight, dlogits.mT, hidden, out_dtype=torch.float32, out=grad_weight)
-        else:  # a sum over rows may leave the range of float16
+        elif wide:
+            grad_weight.add_(torch.mm(dlogits.mT, hidden, out_dtype=torch.float32))
+        else:
             grad_weight.addmm_(dlogits.mT.to(grad_weight.dtype), hidden.to(grad_weight.dtype))
     if grad_bias is not None:
         grad_bias.add_(dlogits.sum(0, dtype=grad_bias.dtype))
+
+
+def _has_wide_products(factor: Tensor) -> bool:
+    """Whether products of half precision are summed in float32 and can be left so: by cuBLAS."""
+    if factor.dtype.itemsize != 2 or not factor.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(factor.device) >= (8, 0)
+
+
+def _product(dlogits: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, D) dlogits @ linear_weight in `dtype`: a sum over classes may leave the range of float16."""
+    if dlogits.dtype == dtype:
+        return dlogits @ linear_weight
+    product = dlogits.new_zeros(len(dlogits), linear_weight.shape[1], dtype=dtype)
+    for part, weight in zip(dlogits.split(SLICE_CLASSES, 1), linear_weight.split(SLICE_CLASSES), strict=True):
+        product.addmm_(part.to(dtype), weight.to(dtype))
+    return product

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fastamp import closed_form
 from fastamp import hidden as hidden_ops
 from fastamp.batch_statistics import BatchStatistics
-from fastamp.checks import check_class_vector, check_outputs, check_target, is_dtensor
+from fastamp.checks import check_class_weight, check_outputs, check_target, is_dtensor
 from fastamp.hidden import Selected, with_graph
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
@@ -141,7 +141,7 @@ class _Step:
         """Check f's first answer, and keep what follows from the number of classes and the dtype."""
         checked = check_outputs(logits, self.lam.shape[0])
         check_target(self.target, checked)
-        check_class_vector("weight", self.weight, checked.shape[1], checked.device)
+        check_class_weight(self.weight, checked.shape[1], checked.device)
         self._all_kept = labels_facts(self.target, checked.shape[1], self.policy)
         self.divisor, self._grad_divisor = divisors(
             self.target, self.lam, self.partner, self.weight, self.policy, "mean", self.num_items, self._all_kept

@@ -10,23 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import reference
+from fastamp.autograd import refuse_torch_func
 from fastamp.checks import (
-    check_class_vector,
+    check_class_weight,
     check_context,
     check_hidden,
     check_logits,
     check_mix,
-    check_num_items,
     check_outputs,
     check_row_target,
     check_target,
+    checked_num_items,
 )
 from fastamp.layer_step import Hidden, layer_step
 from fastamp.mixing import Mix, MixStats, draw
 from fastamp.policy import check_choice, check_number, checked_policy
 from fastamp.randomness import random_states_kept_on_error
+from fastamp.reduction import divided, divisors
 from fastamp.reweighting import moving_weights, new_window
-from fastamp.steps import amp_cross_entropy_step, divisors, host_facts
+from fastamp.steps import amp_cross_entropy_step, host_facts
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": reference.PAPER,
@@ -125,7 +127,7 @@ class AMPLoss(nn.Module):
         if weight is not None:
             if not isinstance(weight, Tensor) or weight.dim() != 1:
                 raise TypeError(f"weight must be a (C,) tensor or None, got {weight!r}")
-            check_class_vector("weight", weight, len(weight), weight.device)
+            check_class_weight(weight, len(weight), weight.device)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.alpha, self.reduction, self.reweight = float(alpha), reduction, reweight
@@ -198,11 +200,12 @@ class AMPLoss(nn.Module):
         """
         check_logits("logits", logits)
         check_target(target, logits)
-        check_class_vector("weight", self.weight, logits.shape[1], logits.device)
-        check_num_items(num_items)
+        check_class_weight(self.weight, logits.shape[1], logits.device)
+        num_items = checked_num_items(num_items, logits.device)
         if not self.training:
             self._check_eval(mix, return_stats)
             return self._plain(logits, target, num_items)
+        refuse_torch_func("AMPLoss in train mode")
         self._check_train(mix, logits.shape[0], logits.device)
         facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
         lam, partner = self.sample(logits.shape[0], device=logits.device) if mix is None else mix
@@ -319,17 +322,15 @@ class AMPLoss(nn.Module):
         batch, device = parts[0].shape[0], parts[0].device
         check_context(context, batch, device)
         check_row_target(target, batch, device)
-        check_num_items(num_items)
+        num_items = checked_num_items(num_items, device)
         check_choice("plan", plan)
         if not self.training:
             self._check_eval(mix, return_stats)
             logits = check_outputs(f(hidden, **(context or {})), batch)
             check_target(target, logits)
-            check_class_vector("weight", self.weight, logits.shape[1], logits.device)
+            check_class_weight(self.weight, logits.shape[1], logits.device)
             return self._plain(logits, target, num_items)
         self._check_train(mix, batch, device)
-        if isinstance(num_items, Tensor) and num_items.device != device and num_items.device.type == "cpu":
-            num_items = num_items.item()  # a copy to the device would wait for it
         with random_states_kept_on_error(device, self.generator):
             lam, partner = self.sample(batch, device=device) if mix is None else mix
             rows = layer_step(
@@ -354,13 +355,7 @@ class AMPLoss(nn.Module):
         if self.reduction == "none":
             return loss
         total = loss.sum()
-        if self.reduction == "sum":
-            return total
-        if not isinstance(divisor, Tensor):
-            return total / divisor
-        # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
-        nothing = divisor == 0
-        return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, divisor))
+        return total if self.reduction == "sum" else divided(total, divisor)
 
     def _check_eval(self, mix: Mix | None, return_stats: bool) -> None:
         if mix is not None or return_stats:

@@ -77,4 +77,4 @@ def divided(total: Tensor, divisor: Tensor | float) -> Tensor:
         return total / divisor
     # Nothing kept: the mean is 0/0, and its gradient 0, as nn.CrossEntropyLoss has it.
     nothing = divisor == 0
-    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, divisor))
+    return torch.where(nothing, total.detach() / divisor, total / torch.where(nothing, 1, divisor))

@@ -204,14 +204,17 @@ def linear_step(
 
         by_kernel = ops.linear_head_fits(hidden, linear_weight, policy)
     affine = not relu and keep is None
+    needs = (_wants_grad(hidden), _wants_grad(linear_weight), _wants_grad(linear_bias))
     # A graph stays whole unless chunks are asked for.
     if chunk_rows is None and affine and not by_kernel and not torch.compiler.is_compiling():
-        chunk_rows = chunked_head.automatic_rows(hidden, len(linear_weight))
+        chunk_rows = chunked_head.automatic_rows(hidden, len(linear_weight), needs)
     if chunk_rows is not None and len(hidden):
         tensors = (hidden, linear_weight, linear_bias, target, lam, partner, weight)
-        # Here and not by a decorator: that imports the compiler, which is slow and imports Triton.
-        step = torch.compiler.disable(_chunked_step) if torch.compiler.is_compiling() else _chunked_step
-        return step(*tensors, policy, reduction, num_items, chunk_rows)
+        step = _chunked_step
+        if torch.compiler.is_compiling():
+            # Here and not by a decorator: that imports the compiler, which is slow and imports Triton.
+            step = torch.compiler.disable(step, reason="chunk_rows breaks the graph: leave it out for fullgraph=True")
+        return step(*tensors, policy, reduction, num_items, chunk_rows, needs)
     # Where a product in half precision would cost digits and save little, it is done in float32.
     small_half = hidden.dtype.itemsize == 2 and len(linear_weight) <= SMALL_HEAD_CLASSES
     if not by_kernel and affine and not small_half:
@@ -269,6 +272,10 @@ def linear_step(
     return loss, MixStats(lam, lam_adv, grad, delta, mask)
 
 
+def _wants_grad(leaf: Tensor | None) -> bool:
+    return leaf is not None and leaf.requires_grad and torch.is_grad_enabled()
+
+
 def _chunked_step(
     hidden: Tensor,
     linear_weight: Tensor,
@@ -281,6 +288,7 @@ def _chunked_step(
     reduction: str,
     num_items: float | Tensor | None,
     chunk_rows: int,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, MixStats]:
     """An affine head, `chunk_rows` rows at a time; B >= 1."""
     dtype = chunked_head.product_dtype(hidden)
@@ -288,17 +296,15 @@ def _chunked_step(
     all_kept = labels_facts(target, len(linear_weight), policy)
     divisor, _ = divisors(target, lam, partner, weight, policy, reduction, num_items, all_kept)
     grad_divisor = kernel_grad_divisor(target, lam, partner, weight, policy, num_items, all_kept)
-    wants_grad = torch.is_grad_enabled()
+    per_row = chunked_head.gradients_in_backward(dtype, reduces=reduction != "none")
     loss, lam_adv, grad, delta, mask = chunked_head.chunked_losses(
         chunked_head.Head(hidden, linear_weight, linear_bias, target, lam, partner, weight, grad_divisor),
         chunked_head.How(policy, chunk_rows, dtype, uses_triton(hidden), all_kept),
-        (
-            wants_grad and hidden.requires_grad,
-            wants_grad and linear_weight.requires_grad,
-            wants_grad and linear_bias is not None and linear_bias.requires_grad,
-        ),
-        per_row=reduction == "none",
+        needs,
+        per_row=per_row,
     )
+    if per_row and reduction != "none":
+        loss = loss.sum()
     return divided(loss, divisor), MixStats(lam, lam_adv, grad, delta, mask)
 
 

@@ -2,90 +2,16 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from chunked_calls import KINDS, NAMES, Call, Made, partners
 from conftest import DTYPES, HAS_GPU, INTERPRETED, TOLERANCE, assert_no_worse
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import laid_out, options
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastamp
-from fastamp import chunked_head, reference
+from fastamp import chunked_head
 from fastamp.functional import linear_amp_cross_entropy
-from fastamp.mixing import draw
-
-NAMES = ("hidden", "linear_weight", "linear_bias")
-
-
-class Call:
-    """One call in chunks, and what comes from above."""
-
-    def __init__(self, batch=7, depth=6, classes=11, *, dtype=torch.float32, chunk_rows=3, bias=True, **options):
-        self.hidden = torch.randn(batch, depth).to(dtype)
-        self.linear_weight = (torch.randn(classes, depth) / depth**0.5).to(dtype)
-        self.linear_bias = torch.randn(classes).to(dtype) if bias else None
-        self.target = torch.randint(classes, (batch,))
-        self.lam, self.partner = torch.rand(batch, dtype=torch.float64), torch.randperm(batch)
-        self.chunk_rows, self.options = chunk_rows, options
-        self.upstream = torch.randn(batch) if options.get("reduction") == "none" else torch.tensor(0.7)
-
-    def leaves(self, dtype=None):
-        tensors = (self.hidden, self.linear_weight, self.linear_bias)
-        return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-
-    def by_library(self, leaves=None, **changed):
-        """Loss, statistics and leaves; each call's options may be changed."""
-        leaves = self.leaves() if leaves is None else leaves
-        chosen = {"chunk_rows": self.chunk_rows, **self.options, **changed}
-        batch = (self.target, self.lam, self.partner)
-        loss, stats = linear_amp_cross_entropy(*leaves, *batch, return_stats=True, **chosen)
-        return loss, stats, leaves
-
-    def by_definition(self, dtype):
-        leaves = self.leaves(dtype)
-        target = self.target.to(dtype) if self.target.is_floating_point() else self.target
-        result = reference.amp(
-            lambda m: F.linear(m, *leaves[1:]), leaves[0], target, self.lam, self.partner, **self.options
-        )
-        return result.loss, result, leaves
-
-    def gradients(self, loss, leaves, upstream=None, **kwargs):
-        present = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        return torch.autograd.grad(loss, present, (self.upstream if upstream is None else upstream).to(loss), **kwargs)
-
-    def assert_contract(self):
-        dtype = self.hidden.dtype
-        runs = [self.by_library(), self.by_definition(torch.float64), self.by_definition(dtype)]
-        assert_no_worse("loss", *[loss.detach() for loss, _, _ in runs], dtype)
-        for name in ("lam_adv", "grad", "delta"):
-            assert_no_worse(name, *[getattr(stats, name) for _, stats, _ in runs], dtype)
-        truth = runs[1][1]
-        noise = 64 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-        tie_tol = self.options.get("tie_tol", 0.0)
-        doubtful = (truth.delta + (0.0 if tie_tol == "auto" else tie_tol)).abs() <= noise
-        assert ((runs[0][1].mask == truth.mask) | doubtful).all()
-        gradients = [self.gradients(loss, leaves) for loss, _, leaves in runs]
-        if not self.target.is_floating_point() and (self.target == self.options.get("ignore_index", -100)).all():
-            assert not any(mine.any() for mine in gradients[0])
-            return
-        for name, mine, true, other in zip(NAMES, *gradients, strict=False):
-            assert mine.dtype == dtype
-            assert_no_worse(f"gradient of {name}", mine, true, other, dtype)
-
-
-def partners(kind, batch):
-    """A permutation of 0..batch-1."""
-    if kind == "one cycle":
-        order = torch.randperm(batch)
-        return torch.empty_like(order).scatter_(0, order, order.roll(-1))
-    if kind == "matching":
-        return draw(batch, pairing="matching").partner
-    return torch.arange(batch) if kind == "self" else torch.randperm(batch)
-
-
-KINDS = st.sampled_from(["permutation", "permutation", "one cycle", "matching", "self"])
-
 
 # --- the order of rows
 
@@ -247,23 +173,6 @@ def test_an_empty_batch_gives_what_the_whole_gives(backend):
 # --- what is made, and what is not
 
 
-class Made(TorchDispatchMode):
-    """Notes shape and bytes of every tensor that an operation makes in memory of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes, self.largest = set(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        given_memory = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
-        for one in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in given_memory:
-                self.shapes.add(tuple(one.shape))
-                self.largest = max(self.largest, one.untyped_storage().nbytes())
-        return made
-
-
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
@@ -309,45 +218,6 @@ def test_inference_makes_no_gradient(backend, monkeypatch):
     assert not loss.requires_grad
     torch.testing.assert_close(loss.double(), call.by_definition(torch.float64)[0].detach(), rtol=1e-5, atol=1e-6)
     call.by_library([None if leaf is None else leaf.detach() for leaf in call.leaves()])
-
-
-def wide_hidden(batch, depth, dtype):
-    return torch.empty((), dtype=dtype).expand(batch, depth)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((8192, 2048, 128256), torch.bfloat16), ((4096, 4096, 32000), torch.float32), ((10**6, 64, 10**6), torch.float64)],
-)
-def test_chunks_of_huge_heads_are_a_part_of_what_the_gradients_take(shape, dtype):
-    batch, depth, classes = shape
-    rows = chunked_head.automatic_rows(wide_hidden(batch, depth, dtype), classes)
-    wide = max(4, dtype.itemsize)
-    logits_and_gradient = 2 * (rows + chunked_head.OUTSIDE) * classes * dtype.itemsize
-    least = 2 * chunked_head.MIN_ROWS * classes * dtype.itemsize
-    assert logits_and_gradient <= max(least, chunked_head.CHUNK_BYTES, wide * (batch + classes) * depth / 4)
-    assert 8 <= rows < batch
-
-
-def test_small_heads_are_not_cut():
-    assert chunked_head.automatic_rows(wide_hidden(50, 300, torch.float32), 6) is None
-    assert chunked_head.automatic_rows(wide_hidden(1024, 1024, torch.bfloat16), 21841) is None
-
-
-def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
-    monkeypatch.setattr(chunked_head, "WHOLE_BYTES", 2 * 4 * 30 * 200 - 1)
-    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
-    call = Call(30, 4, 200, chunk_rows=None)
-    leaves = call.leaves()
-    with Made() as made:
-        loss = call.by_library(leaves)[0]
-    assert made.largest == 4 * chunked_head.MIN_ROWS * 200
-    whole = call.by_library(chunk_rows=30)[0]
-    torch.testing.assert_close(loss, whole)
-    smaller = Call(29, 4, 200, chunk_rows=None)
-    with Made() as made:
-        smaller.by_library()
-    assert made.largest == 4 * 29 * 200
 
 
 # --- arguments

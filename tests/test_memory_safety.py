@@ -32,7 +32,13 @@ LAUNCHED = {
         "_amp_total_kernel",
         "_rescale_kernel",
     },
-    "linear_amp_cross_entropy": {"_linear_head_kernel", "_amp_total_kernel"},
+    "linear_amp_cross_entropy": {
+        "_linear_head_kernel",
+        "_amp_total_kernel",
+        "_amp_cross_entropy_kernel",  # of chunks, as all below
+        "_amp_rows_kernel",
+        "_amp_rows_grad_kernel",
+    },
     "mix": {"_mix_kernel", "_mix_grad_kernel"},
     "lambda_grad": {"_inner_product_kernel"},
     "remix": {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
@@ -42,7 +48,7 @@ LAUNCHED = {
 # What goes through tiles of a few elements as well.
 SMALL = {
     "amp_cross_entropy": ["cross_entropy probabilities", "cross_entropy pairs"],
-    "linear_amp_cross_entropy": ["cross_entropy head", "softmax_bce relu, dropout"],
+    "linear_amp_cross_entropy": ["cross_entropy head", "softmax_bce relu, dropout", "cross_entropy chunks"],
     "mix": ["words, strided"],
     "lambda_grad": ["words, strided"],
     "remix": ["words, strided"],

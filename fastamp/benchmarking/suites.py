@@ -183,7 +183,7 @@ def contenders_of(
     if suite == "scaling":
         return [one for one in contenders(work.takes, compiled=False) if one.name in GROWING]
     if suite == "vocabulary":
-        whole = automatic_rows(work.inputs[0][0], work.shape[2]) is None
+        whole = automatic_rows(work.inputs[0][0], work.shape[2], (True, True, True)) is None
         every = vocabulary_contenders(work.shape[0], whole=whole)
     else:
         every = contenders(work.takes, compiled=compiled) + conditional_contenders(work.takes, compiled=compiled)

@@ -36,6 +36,7 @@ class StepCase:
     scale: float = 1.0
     offset: float = 0.0
     spoiled: bool = False  # one class is -inf in some rows
+    chunk_rows: int | None = None  # with a width and no activation
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,7 @@ class StepCase:
         leaves = self._leaves(inputs)
         given = {"weight": inputs.get("class_weight"), "return_stats": True, **self.options}
         if self.width is not None:
-            given |= {"activation": self.activation, "dropout_mask": inputs.get("keep")}
+            given |= {"activation": self.activation, "dropout_mask": inputs.get("keep"), "chunk_rows": self.chunk_rows}
         step = getattr(functional, self.op)
         arguments = (*leaves.values(), inputs["target"], inputs["lam"], inputs["partner"])
         rows, stats = step(*arguments, reduction="none", **given)
@@ -142,19 +143,18 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield from (StepCase(f"{loss} {mode}", options={**options, "mode": mode}) for mode in ("amp", "maxop", "mixup"))
         yield StepCase(f"{loss} confident", batch=7, scale=20.0, options=options)
         yield StepCase(f"{loss} -inf, strided", batch=9, spoiled=True, layout="strided", options=options)
-        yield StepCase(
-            f"{loss} weight, ignored, smoothing",
-            batch=33,
-            weighted=True,
-            ignored=True,
-            options={**options, "label_smoothing": 0.1},
-        )
-        for kind, head in (
-            ("plain", {}),
-            ("relu", {"activation": "relu"}),
-            ("relu, dropout", {"activation": "relu", "dropout": 0.5}),
-        ):
+        marked: dict[str, Any] = {"weighted": True, "ignored": True, "options": {**options, "label_smoothing": 0.1}}
+        yield StepCase(f"{loss} weight, ignored, smoothing", batch=33, **marked)
+        heads: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "relu": {"activation": "relu"},
+            "relu, dropout": {"activation": "relu", "dropout": 0.5},
+        }
+        for kind, head in heads.items():
             yield StepCase(f"{loss} {kind}", batch=24, width=20, **head, options=options)
+        # Few and small rows: gradients to logits are rounded to bfloat16, by truncation too, before they are summed.
+        small: dict[str, Any] = {"batch": 9, "classes": 37, "width": 20, "scale": 0.25, "chunk_rows": 4}
+        yield StepCase(f"{loss} chunks", **small, options=options)
         if quick:
             continue
         yield StepCase(f"{loss} one class", batch=5, classes=1, options=options)
@@ -171,9 +171,12 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield StepCase(f"{loss} pairs", batch=13, classes=300, options={**options, "pairing": "matching"})
         yield StepCase(f"{loss} TextCNN head", batch=50, width=300, activation="relu", dropout=0.5, options=options)
         yield StepCase(f"{loss} BERT head", batch=24, classes=5, width=768, options=options)
+        yield StepCase(f"{loss} chunks of marked rows", **small, **marked)
+        yield StepCase(f"{loss} chunks of one", **{**small, "chunk_rows": 1}, soft=True, options=options)
     if not quick:
         yield StepCase("cross_entropy 5000 classes", batch=6, classes=5000)
         yield StepCase("cross_entropy 20000 classes", batch=4, classes=20000)
+        yield StepCase("cross_entropy chunks of 5000 classes", batch=5, classes=5000, width=9, soft=True, chunk_rows=2)
         yield StepCase("cross_entropy pairs of 20000 classes", batch=5, classes=20000, options={"pairing": "matching"})
     yield OperationCase("mix", "rows of 30")
     yield OperationCase("mix", "words, strided", shape=(7, 5, 12), layout="strided")

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastamp import closed_form
 from fastamp import hidden as hidden_ops
 from fastamp.checks import (
-    check_class_vector,
+    check_class_weight,
     check_device,
     check_float_rows,
     check_logits,
@@ -215,7 +215,7 @@ def select_cross_entropy(
     check_device("logits_adv", logits_adv, logits.device)
     check_target(target, logits)
     check_mix(lam, partner, len(logits), logits.device)
-    check_class_vector("weight", weight, logits.shape[1], logits.device)
+    check_class_weight(weight, logits.shape[1], logits.device)
     return hidden_ops.selected_loss(
         logits,
         logits_adv,

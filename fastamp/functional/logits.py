@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastamp.autograd import refuse_torch_func
 from fastamp.checks import (
     check_class_vector,
+    check_class_weight,
     check_device,
     check_float_rows,
+    check_head_dtypes,
     check_logits,
     check_mix,
-    check_num_items,
     check_target,
+    checked_num_items,
 )
 from fastamp.mixing import MixStats
 from fastamp.policy import check_choice, checked_policy
@@ -61,14 +63,16 @@ def amp_cross_entropy(
         TypeError, ValueError: wrong options, dtypes, shapes or devices; on the CPU also labels out of range, λ
             outside [0, 1] and a partner that is no permutation. On a GPU a label out of range stops the kernel
             by a device-side assertion; λ and partner are taken as they are.
+        NotImplementedError: inside a transform of torch.func.
     """
+    refuse_torch_func("amp_cross_entropy")
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
     check_logits("logits", logits)
     check_target(target, logits)
     check_mix(lam, partner, len(logits), logits.device, pairing=policy.pairing)
-    check_class_vector("weight", weight, logits.shape[1], logits.device)
-    check_num_items(num_items)
+    check_class_weight(weight, logits.shape[1], logits.device)
+    num_items = checked_num_items(num_items, logits.device)
     facts = host_facts(logits, target, policy)
     loss, stats = amp_cross_entropy_step(
         logits, target, lam, partner, weight, policy, reduction, num_items, facts, return_stats=return_stats
@@ -112,9 +116,10 @@ def linear_amp_cross_entropy(
         num_items: replaces the divisor of the mean.
         chunk_rows: how many rows' logits are computed at a time, so that neither (B, C) logits nor their gradient are
             ever held; at least 1, and 2 more where partners lie outside. None computes all at once, unless logits and
-            gradient together would take more than 256 MiB: then a number that suits the memory (outside torch.compile
-            only: a number breaks the graph). Not with an activation or a dropout mask, after which logits cannot be
-            mixed; these hold (B, C) whatever C is.
+            their gradient, if one is wanted, would take 256 MiB more than chunks sum the wanted gradients in: then at
+            most a quarter of the rows, fewer where that suits the memory (outside torch.compile only: a number breaks
+            the graph). Not with an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C)
+            whatever C is.
         return_stats: also return a `MixStats`.
         **options: as in `amp_cross_entropy`.
 
@@ -124,12 +129,14 @@ def linear_amp_cross_entropy(
         dropout mask, are computed in float32 throughout; a large affine head is one matrix product in hidden's dtype.
         In chunks all products are in hidden's dtype (or autocast's), and gradients are summed over chunks in float32
         (float64 for float64). Those of a mean or sum are made in the forward pass, and kept in that dtype until
-        backward; for "none", backward computes the logits again.
+        backward; for "none", and for products in float16, whose gradients have to see the loss scale before they are
+        rounded, backward computes the logits again.
 
     Raises:
         TypeError, ValueError: as in `amp_cross_entropy`; chunk_rows that is no int, or less than 1.
-        NotImplementedError: chunk_rows together with an activation or a dropout mask.
+        NotImplementedError: chunk_rows together with an activation or a dropout mask; a transform of torch.func.
     """
+    refuse_torch_func("linear_amp_cross_entropy")
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
     check_float_rows("hidden", hidden, dims=2)
@@ -141,17 +148,14 @@ def linear_amp_cross_entropy(
             f"linear_weight must be (C, {hidden.shape[1]}) for hidden {tuple(hidden.shape)}, "
             f"got {tuple(linear_weight.shape)}"
         )
-    if linear_weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(
-            f"linear_weight must have hidden's dtype {hidden.dtype} outside torch.autocast, got {linear_weight.dtype}"
-        )
     classes = linear_weight.shape[0]
     check_device("linear_weight", linear_weight, hidden.device)
     check_class_vector("linear_bias", linear_bias, classes, hidden.device)
+    check_head_dtypes(hidden, linear_weight, linear_bias)
     check_target(target, hidden.new_empty(()).expand(len(hidden), classes))
     check_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
-    check_class_vector("weight", weight, classes, hidden.device)
-    check_num_items(num_items)
+    check_class_weight(weight, classes, hidden.device)
+    num_items = checked_num_items(num_items, hidden.device)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu'; got {activation!r}")
     if dropout_mask is not None:

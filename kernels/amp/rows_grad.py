@@ -114,6 +114,11 @@ def _amp_rows_grad_kernel(
             divisor = tl.where(some, divisor, 1.0)
             own = tl.where(some, own / divisor, 0.0)
             theirs = tl.where(some, theirs / divisor, 0.0)
+        # A row without an upstream gradient gives exactly nothing, also where it is NaN: chunks rely upon it.
+        g = tl.where(own == 0.0, 0.0, g)
+        lam = tl.where(own == 0.0, 0.0, lam)
+        g_source = tl.where(theirs == 0.0, 0.0, g_source)
+        lam_source = tl.where(theirs == 0.0, 0.0, lam_source)
         mask = tile_mask(ok, cols, C, BLOCK_B)
         dz = own * lam * g + theirs * (1.0 - lam_source) * g_source
         tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)

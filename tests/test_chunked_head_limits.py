@@ -1,0 +1,342 @@
+"""Chunks of a linear head: how many rows and how much memory they take, half precision, and what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from chunked_calls import NAMES, Call, Made, partners, peak_bytes
+from conftest import assert_no_worse
+from torch import nn
+
+import fastamp
+from fastamp import AMPLoss, Mix, chunked_head
+from fastamp.checks import checked_num_items
+from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
+
+ALL = (True, True, True)
+
+
+# --- how many rows
+
+
+def automatic_rows(batch, depth, classes, dtype, needs=ALL):
+    return chunked_head.automatic_rows(torch.empty((), dtype=dtype).expand(batch, depth), classes, needs)
+
+
+def wanted_elements(batch, depth, classes, needs):
+    """Of the gradients."""
+    return sum(size for size, need in zip((batch * depth, classes * depth, classes), needs, strict=True) if need)
+
+
+@pytest.mark.parametrize("needs", [ALL, (True, False, False), (False, True, False), (False, False, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_chunks_are_several_and_take_less_memory_than_the_whole(dtype, needs):
+    """By what a GPU holds at most: logits and their gradient, gradients in the dtype of sums, and those returned."""
+    cut = 0
+    batches = (1, 2, 5, 6, 7, 8, 20, 100, 300, 1000, 1022, 2000, 4096, 8192, 10**5)
+    for batch, depth, classes in itertools.product(batches, (16, 1024, 8192), (1000, 32_000, 128_256, 10**6, 10**8)):
+        rows = automatic_rows(batch, depth, classes, dtype, needs)
+        row_bytes = (2 if any(needs) else 1) * classes * dtype.itemsize
+        elements = wanted_elements(batch, depth, classes, needs)
+        summed, returned = elements * max(4, dtype.itemsize), elements * dtype.itemsize
+        if rows is None:
+            assert batch < 8 or batch * row_bytes <= chunked_head.WHOLE_BYTES + summed
+            continue
+        cut += 1
+        assert rows >= 1
+        assert -(-batch // rows) >= (4 if batch >= 16 else 2)
+        chunk = (rows + chunked_head.OUTSIDE) * row_bytes
+        assert summed + max(chunk, returned) < batch * row_bytes + returned
+    assert cut > 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((8192, 2048, 128256), torch.bfloat16), ((4096, 4096, 32000), torch.float32), ((10**6, 64, 10**6), torch.float64)],
+)
+def test_chunks_of_huge_heads_are_a_part_of_what_the_gradients_take(shape, dtype):
+    batch, depth, classes = shape
+    rows = automatic_rows(*shape, dtype)
+    logits_and_gradient = 2 * (rows + chunked_head.OUTSIDE) * classes * dtype.itemsize
+    least = 2 * chunked_head.MIN_ROWS * classes * dtype.itemsize
+    gradients = max(4, dtype.itemsize) * (batch + classes) * depth
+    assert logits_and_gradient <= max(least, chunked_head.CHUNK_BYTES, gradients / chunked_head.CHUNK_SHARE)
+    assert 8 <= rows < batch
+
+
+def test_small_heads_are_not_cut():
+    assert automatic_rows(50, 300, 6, torch.float32) is None
+    assert automatic_rows(1024, 1024, 21841, torch.bfloat16) is None
+
+
+def test_gradients_that_nobody_wants_do_not_keep_logits_whole():
+    shape = (1000, 4096, 128_256, torch.bfloat16)
+    assert automatic_rows(*shape) is None
+    assert automatic_rows(*shape, (True, False, True)) is not None
+
+
+def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
+    sums = 4 * wanted_elements(30, 4, 200, ALL)
+    monkeypatch.setattr(chunked_head, "WHOLE_BYTES", 2 * 4 * 30 * 200 - sums - 1)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
+    call = Call(30, 4, 200, chunk_rows=None)
+    leaves = call.leaves()
+    with Made() as made:
+        loss = call.by_library(leaves)[0]
+    assert made.largest == 4 * (8 + chunked_head.OUTSIDE) * 200
+    whole = call.by_library(chunk_rows=30)[0]
+    torch.testing.assert_close(loss, whole)
+    smaller = Call(29, 4, 200, chunk_rows=None)
+    with Made() as made:
+        smaller.by_library()
+    assert made.largest == 4 * 29 * 200
+
+
+# --- what backward makes
+
+
+def test_a_half_gradient_is_scaled_without_a_second_wide_one():
+    call = Call(6, 64, 16_384, dtype=torch.bfloat16, chunk_rows=2)
+    loss, _, leaves = call.by_library()
+    call.gradients(loss, leaves, retain_graph=True)
+    elements = wanted_elements(6, 64, 16_384, ALL)
+    assert 2 * elements <= peak_bytes(lambda: call.gradients(loss, leaves)) < 3 * elements
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_autograd_runs_the_chunks_of_backward_as_they_are(backend, reduction):
+    call = Call(reduction=reduction)
+    loss, _, leaves = call.by_library()
+    expected = call.gradients(loss, leaves)
+    loss, _, leaves = call.by_library()
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward(call.upstream.to(loss))
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+# --- half precision
+
+
+class Wide:
+    """Stands in for what cuBLAS offers: products of half precision that are summed, and left, in float32."""
+
+    def __init__(self, monkeypatch, adds):
+        self.calls = []
+        mm, addmm = torch.mm, torch.addmm
+
+        def wide_mm(a, b, *, out_dtype):
+            assert (a.dtype, b.dtype, out_dtype) == (a.dtype, a.dtype, torch.float32)
+            self.calls.append("mm")
+            return mm(a.float(), b.float())
+
+        def wide_addmm(total, a, b, *, out_dtype, out):
+            assert (total.dtype, b.dtype, out_dtype) == (torch.float32, a.dtype, torch.float32)
+            self.calls.append("addmm")
+            return addmm(total, a.float(), b.float(), out=out)
+
+        monkeypatch.setattr(torch, "mm", wide_mm)
+        monkeypatch.setattr(torch, "addmm", wide_addmm)
+        monkeypatch.setattr(chunked_head, "_has_wide_products", lambda factor: factor.dtype.itemsize == 2)
+        monkeypatch.setattr(chunked_head, "ADDS_WIDE", adds)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_that_are_left_in_float32_hold_the_contract(monkeypatch, dtype, reduction, adds):
+    call = Call(9, 8, 19, dtype=dtype, step_size=0.05, reduction=reduction)
+    wide = Wide(monkeypatch, adds)
+    loss, _, leaves = call.by_library()
+    ours = call.gradients(loss, leaves)
+    assert wide.calls == ["mm", "addmm" if adds else "mm"] * 3
+    monkeypatch.undo()
+    truth, other = (call.gradients(run[0], run[2]) for run in map(call.by_definition, (torch.float64, dtype)))
+    for name, mine, true, theirs in zip(NAMES, ours, truth, other, strict=True):
+        assert mine.dtype == dtype
+        assert_no_worse(name, mine, true, theirs, dtype)
+
+
+def large_masses():
+    call = Call(16, 8, 500, dtype=torch.float16)
+    call.target = torch.zeros(16, 500)
+    call.target[:, 3] = 200
+    return call
+
+
+def far_coefficients():
+    call = Call(7, 4, 20, dtype=torch.float16, step_size=1.0, grad_clip=None)
+    call.hidden, call.linear_weight = 30 * call.hidden, 3 * call.linear_weight
+    return call
+
+
+def products_that_cancel():
+    call = Call(6, 4, 20, dtype=torch.float16)
+    call.hidden *= 0
+    call.linear_weight[:10], call.linear_weight[10:] = -150, 150
+    call.linear_bias = torch.tensor([0.0] * 10 + [20.0] * 10, dtype=torch.float16)
+    call.target = call.target % 10
+    return call
+
+
+@pytest.mark.parametrize("make", [large_masses, far_coefficients, products_that_cancel])
+def test_float16_gradients_are_finite_where_those_of_the_whole_are(backend, make):
+    call = make()
+    ours, whole, truth = (
+        call.gradients(run[0], run[2])
+        for run in (call.by_library(), call.by_library(chunk_rows=None), call.by_definition(torch.float64))
+    )
+    assert all(grad.isfinite().all() for grad in whole)
+    largest = max(float(true.abs().max()) for true in truth)  # of which a bias gets a sum that cancels
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-2, atol=2e-3 * largest)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**12])
+@pytest.mark.parametrize("options", [{"mode": "mixup"}, {"grad_scale": "mean"}], ids=str)
+def test_a_factor_of_all_class_weights_changes_no_gradient_of_the_mean(backend, factor, options):
+    call = Call(16, 6, 300, dtype=torch.float16, **options)
+    call.upstream, weight = torch.tensor(2.0**10), 0.5 + torch.rand(300)
+    runs = (call.by_library(weight=weight), call.by_library(weight=factor * weight))
+    expected, mine = (call.gradients(loss, leaves) for loss, _, leaves in runs)
+    torch.testing.assert_close(mine, expected, rtol=2e-3, atol=1e-5)
+
+
+# --- rows that are NaN, and divisors of zero
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("chunk_rows", [1, 2, 5])
+def test_a_row_of_nan_reaches_the_rows_it_is_mixed_with_alone(backend, chunk_rows, reduction):
+    for kind in ("one cycle", "one cycle", "permutation", "permutation"):
+        call = Call(12, 4, 9, chunk_rows=chunk_rows, reduction=reduction)
+        call.partner = partners(kind, 12)
+        call.hidden[4] = torch.nan
+        hidden, weight, bias = call.leaves()
+        loss, _, leaves = call.by_library([hidden, weight.detach(), bias.detach()])
+        (grad,) = call.gradients(loss, leaves)
+        (before,) = (call.partner == 4).nonzero().flatten().tolist()
+        reached = grad.isnan().any(1).nonzero().flatten().tolist()
+        assert reached == sorted({4, int(call.partner[4]), before})
+
+
+def test_a_count_of_zero_gives_what_the_whole_gives(backend):
+    call = Call(num_items=torch.tensor(0.0))
+    loss, _, leaves = call.by_library()
+    assert loss == call.by_library(chunk_rows=None)[0] == torch.inf
+    assert not any(grad.any() for grad in call.gradients(loss, leaves))
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"linear_bias": torch.float64}, "linear_bias must have hidden's dtype torch.float32 outside torch.autocast"),
+        ({"linear_weight": torch.float16}, "linear_weight must have hidden's dtype torch.float32 outside"),
+        ({"autocast": True, "hidden": torch.float64}, "linear_weight must have hidden's dtype torch.float64, got"),
+        (
+            {"autocast": True, "linear_weight": torch.float64},
+            "linear_weight must have .* got torch.float64: torch",
+        ),
+        ({"autocast": True, "linear_bias": torch.float64}, "linear_bias must have hidden's dtype torch.float32, got"),
+    ],
+)
+def test_dtypes_that_a_linear_layer_does_not_take_are_refused(backend, chunk_rows, changed, message):
+    call = Call(chunk_rows=chunk_rows)
+    autocast = changed.get("autocast", False)
+    for name in set(changed) - {"autocast"}:
+        setattr(call, name, getattr(call, name).to(changed[name]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match=message):
+        call.by_library()
+
+
+@pytest.mark.parametrize("of", ["chunks", "whole", "logits", "criterion"])
+def test_class_weights_that_want_a_gradient_are_refused(backend, of):
+    call, weight = Call(), torch.rand(11).requires_grad_()
+    logits, batch = torch.randn(7, 11), (call.target, call.lam, call.partner)
+    run = {
+        "chunks": lambda: call.by_library(weight=weight)[0],
+        "whole": lambda: call.by_library(weight=weight, chunk_rows=None)[0],
+        "logits": lambda: amp_cross_entropy(logits, *batch, weight=weight),
+        "criterion": lambda: AMPLoss(weight=weight)(logits, call.target),
+    }[of]
+    with pytest.raises(ValueError, match=r"weight must not require a gradient.*weight\.detach\(\)"):
+        run()
+    with torch.no_grad():
+        assert run().isfinite()
+
+
+def test_a_count_on_the_cpu_is_a_number_for_rows_elsewhere(monkeypatch):
+    """Where a copy of it would wait for the device."""
+    elsewhere = torch.device("meta")
+    assert checked_num_items(torch.tensor(4), elsewhere) == 4
+    assert isinstance(checked_num_items(torch.tensor(4.0), elsewhere), float)
+    here = torch.tensor(4.0)
+    assert checked_num_items(here, torch.device("cpu")) is here
+    with pytest.raises(ValueError, match="num_items must be a finite number > 0 or None, got 0"):
+        checked_num_items(torch.tensor(0.0), elsewhere)
+
+
+@pytest.mark.parametrize("of", ["head", "logits", "criterion"])
+def test_every_loss_takes_such_a_count(monkeypatch, of):
+    given = []
+
+    def step(*arguments, **_):
+        given.append(arguments[-2 if of != "head" else -1])
+        return torch.zeros(()), None
+
+    monkeypatch.setattr(fastamp.functional.logits, "amp_cross_entropy_step", step)
+    monkeypatch.setattr(fastamp.functional.logits, "linear_step", step)
+    monkeypatch.setattr(fastamp.loss, "amp_cross_entropy_step", step)
+    with torch.device("meta"):
+        rows, weight, logits = torch.empty(4, 3), torch.empty(5, 3), torch.empty(4, 5)
+        target, lam, partner = torch.empty(4, dtype=torch.int64), torch.empty(4), torch.empty(4, dtype=torch.int64)
+    count = torch.tensor(2.0)
+    if of == "head":
+        linear_amp_cross_entropy(rows, weight, None, target, lam, partner, num_items=count)
+    elif of == "logits":
+        amp_cross_entropy(logits, target, lam, partner, num_items=count)
+    else:
+        AMPLoss()(logits, target, mix=Mix(lam, partner), num_items=count)
+    assert [type(one) for one in given] == [float]
+
+
+TRANSFORMS = {
+    "grad": lambda f, rows: torch.func.grad(f)(rows[0]),
+    "vmap": lambda f, rows: torch.func.vmap(f)(rows),
+    "jvp": lambda f, rows: torch.func.jvp(f, (rows[0],), (rows[0],)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("of", ["chunks", "logits", "criterion"])
+def test_transforms_of_torch_func_are_refused_by_name(transform, of):
+    call = Call()
+    batch = (call.target, call.lam, call.partner)
+
+    def loss(hidden):
+        if of == "chunks":
+            return linear_amp_cross_entropy(hidden, call.linear_weight, None, *batch, chunk_rows=3)
+        logits = hidden @ call.linear_weight.mT
+        return amp_cross_entropy(logits, *batch) if of == "logits" else AMPLoss()(logits, call.target)
+
+    name = {"chunks": "linear_amp_cross_entropy", "logits": "amp_cross_entropy", "criterion": "AMPLoss in train mode"}
+    with pytest.raises(NotImplementedError, match=f"{name[of]} does not go with the transforms of torch.func"):
+        transform(loss, torch.rand(1, 7, 6))
+
+
+def test_a_full_graph_with_chunks_is_refused_by_name():
+    call = Call()
+    layer = nn.Linear(6, 11)
+
+    def step(hidden):
+        batch = (call.target, call.lam, call.partner)
+        return linear_amp_cross_entropy(hidden, layer.weight, layer.bias, *batch, chunk_rows=3)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="chunk_rows breaks the graph: leave it out for fullgraph=True"):
+        torch.compile(step, backend="eager", fullgraph=True)(call.hidden)
