@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp.policy import Policy
@@ -201,7 +200,7 @@ def amp_rows(
     grad = scaled_grad((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
     loss_adv, g_adv = loss_and_grad(x + (lam_adv - lam).unsqueeze(1) * d, mixed)
-    return _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
+    return selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
 
 
 def _cross_entropy_rows(
@@ -226,7 +225,7 @@ def _cross_entropy_rows(
     total = 1 if target.total is None else target.total
     delta = total * torch.where(near, near_change, far_change) - eta * (target.on * d).sum(1)
     g_adv = loss_and_grad(x + u, target)[1] if need_grad else None
-    return _selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
+    return selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
 
 
 def _tame_cross_entropy_rows(
@@ -262,7 +261,7 @@ def _tame_cross_entropy_rows(
         g_adv = (p_adv if total is None else total * p_adv).sub_(target.on)
     if policy.never_rejects:
         return Rows(loss.add_(delta), lam_adv, g_adv, lam_adv, grad, delta, torch.ones_like(lam) > 0)
-    return _selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
+    return selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
 
 
 def tame_total(
@@ -317,7 +316,7 @@ def scaled_grad(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> T
     return grad / grad_divisor
 
 
-def _selected(
+def selected(
     loss: Tensor,
     delta: Tensor,
     lam: Tensor,
@@ -327,6 +326,7 @@ def _selected(
     g_adv: Tensor | None,
     policy: Policy,
 ) -> Rows:
+    """What MinOp makes of both losses and gradients (Eq. 18-21)."""
     if policy.mode == "mixup":
         delta = torch.zeros_like(delta)
     mask = select(loss, delta, policy)
@@ -349,58 +349,3 @@ def scatter_roles(grad_mixed: Tensor, lam: Tensor, partner: Tensor, upstream: Te
     grad = grad_mixed * own.view(shape)
     # One addend a row: the result does not depend on any order.
     return grad.index_add_(0, partner, grad_mixed * (upstream - own).view(shape))
-
-
-def linear_amp_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    class_weight: Tensor | None,
-    policy: Policy,
-    grad_divisor: Tensor | float,
-    *,
-    relu: bool,
-    keep: Tensor | None,
-    all_kept: bool = False,
-) -> tuple[Rows, Tensor, Tensor]:
-    """AMP before a linear head: logits = W (keep ∘ act(m)) + b with m the mixture of hidden rows.
-
-    Args:
-        hidden: (B, D) compute dtype.
-        weight: (C, D) compute dtype.
-        bias: (C,) compute dtype or None.
-        target: as `amp_rows` takes it; lam, partner, class_weight, policy and grad_divisor too.
-        lam: (B,).
-        partner: (B,).
-        class_weight: (C,) or None.
-        policy: the options.
-        grad_divisor: a number or a 0-d tensor.
-        relu: whether act is ReLU or the identity.
-        keep: (B, D) dropout mask, scaling included, or None.
-        all_kept: promises that no label equals ignore_index.
-
-    Returns:
-        The rows (grad_mixed is the gradient to the logits), the head's input at λ* (B, D), and ∂ℓ/∂m (B, D).
-    """
-    mixed = mixed_target(target, lam, partner, weight.shape[0], class_weight, policy, all_kept=all_kept)
-    other = hidden.index_select(0, partner)
-    d = hidden - other
-
-    def at(coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        m = torch.addcmul(other, coefficient.unsqueeze(1), d)
-        slope = (m > 0).to(m.dtype) if relu else torch.ones_like(m)
-        slope = slope if keep is None else slope * keep
-        head_input = m * slope
-        loss, g = loss_and_grad(F.linear(head_input, weight, bias), mixed)
-        return loss, g, head_input, (g @ weight) * slope
-
-    loss, g, head_input, grad_m = at(lam)
-    grad = scaled_grad((grad_m * d).sum(1), policy, grad_divisor)
-    lam_adv = step_lam(lam, grad, policy)
-    loss_adv, g_adv, head_input_adv, grad_m_adv = at(lam_adv)
-    rows = _selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
-    took = rows.mask.unsqueeze(1)
-    return rows, torch.where(took, head_input_adv, head_input), torch.where(took, grad_m_adv, grad_m)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastamp import chunked_head, closed_form
+from fastamp import chunked_head, closed_form, closed_form_head
 from fastamp.autograd import once_differentiable
 from fastamp.backend import uses_triton
 from fastamp.checks import labels_all_kept
@@ -309,7 +309,7 @@ def _chunked_step(
 
 
 class _LinearAmpCrossEntropy(torch.autograd.Function):
-    """`closed_form.linear_amp_rows`, with the selected pass kept for backward."""
+    """`closed_form_head.linear_amp_rows`, with the selected pass kept for backward."""
 
     @staticmethod
     def forward(
@@ -331,7 +331,7 @@ class _LinearAmpCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype = lam.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            rows, head_input, grad_m = closed_form.linear_amp_rows(
+            rows, head_input, grad_m = closed_form_head.linear_amp_rows(
                 hidden.to(dtype),
                 linear_weight.to(dtype),
                 None if linear_bias is None else linear_bias.to(dtype),

@@ -1,0 +1,65 @@
+"""AMP before a linear head in closed form, in plain PyTorch: where mixing comes before an activation or dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastamp import closed_form
+from fastamp.policy import Policy
+
+
+def linear_amp_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    partner: Tensor,
+    class_weight: Tensor | None,
+    policy: Policy,
+    grad_divisor: Tensor | float,
+    *,
+    relu: bool,
+    keep: Tensor | None,
+    all_kept: bool = False,
+) -> tuple[closed_form.Rows, Tensor, Tensor]:
+    """AMP before a linear head: logits = W (keep ∘ act(m)) + b with m the mixture of hidden rows.
+
+    Args:
+        hidden: (B, D) compute dtype.
+        weight: (C, D) compute dtype.
+        bias: (C,) compute dtype or None.
+        target: as `amp_rows` takes it; lam, partner, class_weight, policy and grad_divisor too.
+        lam: (B,).
+        partner: (B,).
+        class_weight: (C,) or None.
+        policy: the options.
+        grad_divisor: a number or a 0-d tensor.
+        relu: whether act is ReLU or the identity.
+        keep: (B, D) dropout mask, scaling included, or None.
+        all_kept: promises that no label equals ignore_index.
+
+    Returns:
+        The rows (grad_mixed is the gradient to the logits), the head's input at λ* (B, D), and ∂ℓ/∂m (B, D).
+    """
+    mixed = closed_form.mixed_target(target, lam, partner, weight.shape[0], class_weight, policy, all_kept=all_kept)
+    other = hidden.index_select(0, partner)
+    d = hidden - other
+
+    def at(coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        m = torch.addcmul(other, coefficient.unsqueeze(1), d)
+        slope = (m > 0).to(m.dtype) if relu else torch.ones_like(m)
+        slope = slope if keep is None else slope * keep
+        head_input = m * slope
+        loss, g = closed_form.loss_and_grad(F.linear(head_input, weight, bias), mixed)
+        return loss, g, head_input, (g @ weight) * slope
+
+    loss, g, head_input, grad_m = at(lam)
+    grad = closed_form.scaled_grad((grad_m * d).sum(1), policy, grad_divisor)
+    lam_adv = closed_form.step_lam(lam, grad, policy)
+    loss_adv, g_adv, head_input_adv, grad_m_adv = at(lam_adv)
+    rows = closed_form.selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
+    took = rows.mask.unsqueeze(1)
+    return rows, torch.where(took, head_input_adv, head_input), torch.where(took, grad_m_adv, grad_m)
