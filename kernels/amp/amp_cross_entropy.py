@@ -18,20 +18,9 @@ from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
     BP_TOP,
-    DELTA,
-    GRAD,
-    LAM,
-    LAM_ADV,
-    LOSS,
-    LSE,
     LSE_OTHERS,
-    MASK,
-    MASS,
-    SHIFT_A,
-    SHIFT_B,
     SUM_BO,
     TOP,
-    TOTAL,
     RowPolicy,
     load_logits,
     mixed_logits,
@@ -40,6 +29,7 @@ from .rows import (
     row_sum,
     rows_total,
     store_field,
+    store_scalars,
     target_tile,
     tile_index,
     tile_mask,
@@ -90,17 +80,9 @@ def _register_role(
             x, d, on, lam, step_size, grad_divisor_ptr, policy
         )
     if STORE:
-        store_field(rows_ptr, LOSS, row, B, loss, ok)
-        store_field(rows_ptr, MASS, row, B, share, ok)
-        store_field(rows_ptr, LAM, row, B, lam_sel, ok)
-        store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
-        store_field(rows_ptr, GRAD, row, B, grad, ok)
-        store_field(rows_ptr, DELTA, row, B, delta, ok)
-        store_field(rows_ptr, MASK, row, B, takes.to(lam.dtype), ok)
-        store_field(rows_ptr, SHIFT_A, row, B, shift_a, ok)
-        store_field(rows_ptr, SHIFT_B, row, B, shift_b, ok)
-        store_field(rows_ptr, LSE, row, B, lse, ok)
-        store_field(rows_ptr, TOTAL, row, B, total, ok)
+        store_scalars(
+            rows_ptr, row, B, ok, loss, share, lam_sel, lam_adv, grad, delta, takes, shift_a, shift_b, lse, total
+        )
     return loss, share, lam_sel, g
 
 

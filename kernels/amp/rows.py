@@ -351,3 +351,35 @@ def scaled_grad(grad, grad_divisor_ptr):
 def store_field(rows_ptr, field: tl.constexpr, row, B, value, ok):
     """Write a value per row to a field of the (fields, B) buffer."""
     tl.store(rows_ptr + field * B + row, value, mask=ok)
+
+
+@triton.jit
+def store_scalars(
+    rows_ptr,
+    row,
+    B,
+    ok,  # per row: whether it exists
+    loss,
+    share,
+    lam_sel,
+    lam_adv,
+    grad,
+    delta,
+    takes,
+    shift_a,
+    shift_b,
+    lse,
+    total,
+):
+    """Write what every forward leaves of a row."""
+    store_field(rows_ptr, LOSS, row, B, loss, ok)
+    store_field(rows_ptr, MASS, row, B, share, ok)
+    store_field(rows_ptr, LAM, row, B, lam_sel, ok)
+    store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
+    store_field(rows_ptr, GRAD, row, B, grad, ok)
+    store_field(rows_ptr, DELTA, row, B, delta, ok)
+    store_field(rows_ptr, MASK, row, B, takes.to(loss.dtype), ok)
+    store_field(rows_ptr, SHIFT_A, row, B, shift_a, ok)
+    store_field(rows_ptr, SHIFT_B, row, B, shift_b, ok)
+    store_field(rows_ptr, LSE, row, B, lse, ok)
+    store_field(rows_ptr, TOTAL, row, B, total, ok)

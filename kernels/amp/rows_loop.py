@@ -7,20 +7,9 @@ import triton.language as tl
 
 from .rows import (
     BP_TOP,
-    DELTA,
-    GRAD,
-    LAM,
-    LAM_ADV,
-    LOSS,
-    LSE,
     LSE_OTHERS,
-    MASK,
-    MASS,
-    SHIFT_A,
-    SHIFT_B,
     SUM_BO,
     TOP,
-    TOTAL,
     bce_share,
     bce_terms,
     load_logits,
@@ -29,6 +18,7 @@ from .rows import (
     scaled_grad,
     step_lam,
     store_field,
+    store_scalars,
     takes_adversarial,
     target_tile,
     tile_index,
@@ -156,14 +146,4 @@ def _amp_rows_kernel(
             logits_ptr, target_ptr, weight_ptr, grad_divisor_ptr, row, other, shift_a, shift_b, lam,
             C, stride_zm, stride_zn, step_size, policy, BLOCK_C,
         )  # fmt: skip
-    store_field(rows_ptr, LOSS, row, B, loss, ok)
-    store_field(rows_ptr, MASS, row, B, share, ok)
-    store_field(rows_ptr, LAM, row, B, lam_sel, ok)
-    store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
-    store_field(rows_ptr, GRAD, row, B, grad, ok)
-    store_field(rows_ptr, DELTA, row, B, delta, ok)
-    store_field(rows_ptr, MASK, row, B, takes.to(lam.dtype), ok)
-    store_field(rows_ptr, SHIFT_A, row, B, shift_a, ok)
-    store_field(rows_ptr, SHIFT_B, row, B, shift_b, ok)
-    store_field(rows_ptr, LSE, row, B, lse, ok)
-    store_field(rows_ptr, TOTAL, row, B, total, ok)
+    store_scalars(rows_ptr, row, B, ok, loss, share, lam_sel, lam_adv, grad, delta, takes, shift_a, shift_b, lse, total)

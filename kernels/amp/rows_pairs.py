@@ -8,40 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import (
-    DELTA,
-    GRAD,
-    LAM,
-    LAM_ADV,
-    LOSS,
-    LSE,
-    MASK,
-    MASS,
-    SHIFT_A,
-    SHIFT_B,
-    TOTAL,
-    load_logits,
-    mixed_logits,
-    row_shift,
-    store_field,
-    target_tile,
-)
+from .rows import load_logits, mixed_logits, row_shift, store_scalars, target_tile
 from .tiles import add_tile, cross_entropy_scalars, label_terms
-
-
-@triton.jit
-def _store_scalars(rows_ptr, row, B, loss, share, lam_sel, lam_adv, grad, delta, takes, shift_a, shift_b, lse, total):
-    store_field(rows_ptr, LOSS, row, B, loss, True)
-    store_field(rows_ptr, MASS, row, B, share, True)
-    store_field(rows_ptr, LAM, row, B, lam_sel, True)
-    store_field(rows_ptr, LAM_ADV, row, B, lam_adv, True)
-    store_field(rows_ptr, GRAD, row, B, grad, True)
-    store_field(rows_ptr, DELTA, row, B, delta, True)
-    store_field(rows_ptr, MASK, row, B, takes.to(loss.dtype), True)
-    store_field(rows_ptr, SHIFT_A, row, B, shift_a, True)
-    store_field(rows_ptr, SHIFT_B, row, B, shift_b, True)
-    store_field(rows_ptr, LSE, row, B, lse, True)
-    store_field(rows_ptr, TOTAL, row, B, total, True)
 
 
 @triton.jit
@@ -139,15 +107,15 @@ def _amp_pairs_kernel(
             logits_ptr, grad_divisor_ptr, row, other, shift, shift_other, lam, top, s0, s1, s2, s3, s4, d_top,
             total, target_x, target_d, C, stride_zm, stride_zn, step_size, policy, BLOCK_C,
         )  # fmt: skip
-        _store_scalars(
-            rows_ptr, row, B, loss, share, lam_sel, lam_adv, grad, delta, takes, shift, shift_other, lse, total
+        store_scalars(
+            rows_ptr, row, B, True, loss, share, lam_sel, lam_adv, grad, delta, takes, shift, shift_other, lse, total
         )
         loss, lam_sel_other, lam_adv, grad, delta, takes, lse_other = cross_entropy_scalars(
             logits_ptr, grad_divisor_ptr, other, row, shift_other, shift, lam_other, top_other, o0, o1, o2, o3, o4,
             d_top, total_other, target_x_other, target_d_other, C, stride_zm, stride_zn, step_size, policy, BLOCK_C,
         )  # fmt: skip
-        _store_scalars(
-            rows_ptr, other, B, loss, share_other, lam_sel_other, lam_adv, grad, delta, takes,
+        store_scalars(
+            rows_ptr, other, B, True, loss, share_other, lam_sel_other, lam_adv, grad, delta, takes,
             shift_other, shift, lse_other, total_other,
         )  # fmt: skip
         if dlogits_ptr is not None:
