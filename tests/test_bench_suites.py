@@ -298,7 +298,7 @@ def test_a_vocabulary_in_chunks_takes_less_memory_than_its_logits():
     results = benchmarking.run(config, command="")
     assert results["refused"] == []
     peak = {row["contender"]: row["peak_memory_bytes"] for row in results["rows"]}
-    assert peak["linear_amp_cross_entropy, chunks of 62"] < peak["AMPLoss"] / 2
+    assert peak["linear_amp_cross_entropy, chunks of 62"] < 0.6 * peak["AMPLoss"]
 
 
 # all
