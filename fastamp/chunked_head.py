@@ -23,9 +23,9 @@ from fastamp import closed_form
 from fastamp.autograd import once_differentiable
 from fastamp.policy import Policy
 
-# Up to here, logits and their gradient are held whole: it is no more than other activations of a training step take,
-# and one product is the simpler and mostly the faster way.
-WHOLE_BYTES = 2**28
+# Chunks that save less are not made: it is no more than other activations of a training step take, and one product is
+# the simpler and mostly the faster way.
+SAVED_BYTES = 2**28
 # Logits and gradient of one chunk (what the closed forms make besides is about five times as much): enough for an
 # efficient product, or a part of what gradients in the compute dtype take anyway. Every chunk reads W and reads and
 # writes dW: where these are large, a chunk must not be small. Which number of rows is the fastest on a GPU is open.
@@ -79,7 +79,7 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def automatic_rows(hidden: Tensor, classes: int, needs: tuple[bool, bool, bool]) -> int | None:
-    """Rows of a chunk, or None where it would not save enough to hold less than the logits of the whole batch.
+    """Rows of a chunk, or None where chunks would not save `SAVED_BYTES` of what is held at most.
 
     Args:
         hidden: (B, D).
@@ -89,17 +89,17 @@ def automatic_rows(hidden: Tensor, classes: int, needs: tuple[bool, bool, bool])
     batch, depth = hidden.shape
     # Without a gradient the logits are alone.
     row_bytes = (1 + any(needs)) * classes * product_dtype(hidden).itemsize
-    # What chunks sum the wanted gradients in, which they have beside those that backward returns.
     sizes = (batch * depth, classes * depth, classes)
     wanted = sum(size for size, need in zip(sizes, needs, strict=True) if need)
-    grad_bytes = wanted * closed_form.compute_dtype(hidden.dtype).itemsize
-    if batch * row_bytes <= WHOLE_BYTES + grad_bytes:
-        return None
-    rows = max(MIN_ROWS, max(CHUNK_BYTES, grad_bytes // CHUNK_SHARE) // row_bytes)
+    # Chunks sum gradients in the compute dtype, and have them beside those that backward returns; the whole way, these
+    # take the place of the logits. Under autocast parameters are as wide as the sums.
+    wide = closed_form.compute_dtype(hidden.dtype).itemsize
+    returned = wide if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype.itemsize
+    rows = max(MIN_ROWS, max(CHUNK_BYTES, wanted * wide // CHUNK_SHARE) // row_bytes)
     # A power of two suits the products; it counts the rows outside, too.
     rows = min(2 ** (rows.bit_length() - 1) - OUTSIDE, -(-batch // MIN_CHUNKS))
-    # Of a few huge rows a chunk with its partners would be most.
-    return rows if 2 * (rows + OUTSIDE) <= batch else None
+    held = wanted * wide + max((rows + OUTSIDE) * row_bytes, wanted * returned)
+    return rows if batch * row_bytes >= held + SAVED_BYTES else None
 
 
 def gradients_in_backward(dtype: torch.dtype, *, reduces: bool) -> bool:
@@ -345,11 +345,15 @@ def _accumulate(
     """Add what a chunk gives to the gradients, which are in the compute dtype."""
     grad_hidden, grad_weight, grad_bias = grads
     wide = _has_wide_products(dlogits)
+    # Elsewhere the factors are widened: a sum of half products may leave the range of float16.
+    step = SLICE_CLASSES if dlogits.dtype.itemsize == 2 else dlogits.shape[1]
     if grad_hidden is not None:
         if wide:
             grad_rows = torch.mm(dlogits, linear_weight, out_dtype=torch.float32)
         else:
-            grad_rows = _product(dlogits, linear_weight, grad_hidden.dtype)
+            grad_rows = grad_hidden.new_zeros(hidden.shape)
+            for part, weight in zip(dlogits.split(step, 1), linear_weight.split(step), strict=True):
+                grad_rows.addmm_(part.to(grad_rows.dtype), weight.to(grad_rows.dtype))
         # A row that is here twice has one addend that is not 0: the result does not depend on their order.
         grad_hidden.index_add_(0, rows, grad_rows)
     if grad_weight is not None:
@@ -358,7 +362,9 @@ def _accumulate(
         elif wide:
             grad_weight.add_(torch.mm(dlogits.mT, hidden, out_dtype=torch.float32))
         else:
-            grad_weight.addmm_(dlogits.mT.to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+            hidden = hidden.to(grad_weight.dtype)
+            for part, total in zip(dlogits.split(step, 1), grad_weight.split(step), strict=True):
+                total.addmm_(part.mT.to(total.dtype), hidden)
     if grad_bias is not None:
         grad_bias.add_(dlogits.sum(0, dtype=grad_bias.dtype))
 
@@ -368,13 +374,3 @@ def _has_wide_products(factor: Tensor) -> bool:
     if factor.dtype.itemsize != 2 or not factor.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(factor.device) >= (8, 0)
-
-
-def _product(dlogits: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, D) dlogits @ linear_weight in `dtype`: a sum over classes may leave the range of float16."""
-    if dlogits.dtype == dtype:
-        return dlogits @ linear_weight
-    product = dlogits.new_zeros(len(dlogits), linear_weight.shape[1], dtype=dtype)
-    for part, weight in zip(dlogits.split(SLICE_CLASSES, 1), linear_weight.split(SLICE_CLASSES), strict=True):
-        product.addmm_(part.to(dtype), weight.to(dtype))
-    return product

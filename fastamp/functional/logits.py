@@ -115,11 +115,10 @@ def linear_amp_cross_entropy(
         reduction: as in `amp_cross_entropy`; num_items, return_stats and the options too.
         num_items: replaces the divisor of the mean.
         chunk_rows: how many rows' logits are computed at a time, so that neither (B, C) logits nor their gradient are
-            ever held; at least 1, and 2 more where partners lie outside. None computes all at once, unless logits and
-            their gradient, if one is wanted, would take 256 MiB more than chunks sum the wanted gradients in: then at
-            most a quarter of the rows, fewer where that suits the memory (outside torch.compile only: a number breaks
-            the graph). Not with an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C)
-            whatever C is.
+            ever held; at least 1, and 2 more where partners lie outside. None computes all at once, unless chunks,
+            which have to sum the wanted gradients in float32, save 256 MiB at the peak: then at most a quarter of the
+            rows, fewer where that suits the memory (outside torch.compile only: a number breaks the graph). Not with
+            an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C) whatever C is.
         return_stats: also return a `MixStats`.
         **options: as in `amp_cross_entropy`.
 
