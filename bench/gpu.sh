@@ -52,6 +52,7 @@ began=$SECONDS
 step() {
     local name=$1 log=$out/$2.txt limit=$3 start=$SECONDS code=0
     shift 3
+    [ "$device" = cpu ] && limit=$((4 * limit))  # which is slower, and not paid for by the second
     # A step has its own limit, and all of them have one together.
     local left=$((TOGETHER - SECONDS - KILL))
     [ $limit -gt $left ] && limit=$left
