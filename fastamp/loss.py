@@ -66,8 +66,8 @@ class AMPLoss(nn.Module):
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
             it was computed in. 0.0 is Eq. 21 to the letter.
         pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching, in
-            which two rows are each other's partners. On a GPU that is faster where logits outgrow the cache: both
-            rows are then read once for their two mixtures.
+            which two rows are each other's partners. On a GPU one kernel then reads both once for their two mixtures,
+            where a permutation needs three rows for one.
         weight: (C,) class weights, as in nn.CrossEntropyLoss.
         ignore_index: a class index whose side of the mixture contributes nothing.
         label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.

@@ -201,3 +201,23 @@ def test_the_folder_follows_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert tuning.folder() == tmp_path / "home" / ".cache" / "fastamp"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        StepCase("smoothed", batch=3, classes=4099, options={"pairing": "matching", "label_smoothing": 0.1}),
+        StepCase("to the letter", batch=3, classes=4099, options={"pairing": "matching", "tie_tol": 0.0}),
+        StepCase("weighted", batch=3, classes=4099, options={"pairing": "matching"}, weighted=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_a_kernel_is_compiled_for_is_searched_for_by_itself(tunes, case):
+    """A launch that suits one specialisation may have no room for another's registers."""
+    plain = StepCase("plain", batch=3, classes=4099, options={"pairing": "matching"})
+    found = []
+    for one in (plain, case):
+        assert not check_case(one, TRITON_DEVICE, "triton", torch.float32).failures
+        found.append(set(held(tunes)["launches"]))
+    forwards = [{key for key in keys if key.startswith("_amp_cross_entropy_kernel")} for keys in found]
+    assert forwards[0] < forwards[1]

@@ -256,7 +256,7 @@ def amp_cross_entropy_forward(
     with on_device_of(logits):
         tuned(
             "_amp_cross_entropy_kernel",
-            lambda: (*_facts(logits, target, policy), "pairs" if policy.matched else "rows", logits.device),
+            lambda: _facts(logits, target, weight, policy),
             config,
             free,
             launch,
@@ -313,17 +313,18 @@ def amp_cross_entropy_backward(
     with on_device_of(logits):
         return tuned(
             "_amp_rows_grad_kernel",
-            lambda: (*_facts(logits, target, policy), "pairs" if policy.matched else "rows", logits.device),
+            lambda: _facts(logits, target, weight, policy),
             config,
             ("block_b", "block_c", "num_warps"),
             launch,
         )
 
 
-def _facts(logits: Tensor, target: Tensor, policy: RowPolicy) -> tuple[object, ...]:
-    """What decides which launch is the fastest."""
+def _facts(logits: Tensor, target: Tensor, weight: Tensor | None, policy: RowPolicy) -> tuple[object, ...]:
+    """What decides which launch is the fastest: all that the kernel is compiled for, the sizes and the device."""
     batch, classes = logits.shape
-    return logits.dtype, target.dtype, policy.loss, policy.mode, batch_class(batch), f"C={classes}"
+    compiled_for = (logits.dtype, target.dtype, weight is not None, policy.mangle())
+    return *compiled_for, batch_class(batch), f"C={classes}", logits.device
 
 
 def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float) -> Tensor:

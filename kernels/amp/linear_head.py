@@ -351,9 +351,10 @@ def launch_linear_head(
             "_linear_head_kernel",
             lambda: (
                 hidden.dtype,
-                policy.loss,
-                policy.mode,
+                policy.mangle(),
                 relu,
+                keep is not None,
+                class_weight is not None,
                 batch_class(batch),
                 f"D={depth} C={classes}",
                 hidden.device,

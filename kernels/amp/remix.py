@@ -207,5 +207,9 @@ def remix_forward(
     free = ("block_b", "num_warps") if whole else ("block_b", "block_c", "num_warps")
     with on_device_of(h):
         return tuned(
-            "_remix_kernel", lambda: (h.dtype, batch_class(batch), f"N={width}", h.device), config, free, launch
+            "_remix_kernel",
+            lambda: (h.dtype, policy.mangle(), batch_class(batch), f"N={width}", h.device),
+            config,
+            free,
+            launch,
         )

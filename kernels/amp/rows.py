@@ -61,11 +61,6 @@ class RowPolicy(NamedTuple):
         """Whether every row takes ℓ(λ'): by choice, or because cross-entropy is convex in λ and noise is a tie."""
         return self.mode == "maxop" or (self.mode == "amp" and not self.bce and self.tie_rel > 0)
 
-    @property
-    def loss(self) -> str:
-        """By its name among the options."""
-        return "softmax_bce" if self.bce else "cross_entropy"
-
     def mangle(self) -> str:
         """The part of a device function's name that stands for this policy."""
         return "_".join(str(value) for value in self).replace(".", "d").replace("-", "m").replace("+", "")

@@ -70,7 +70,7 @@ def _amp_rows_grad_kernel(
     target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
-    inverse_ptr,  # (B,) int64
+    inverse_ptr,  # (B,) int64; None: it is partner
     weight_ptr,  # (C,) class weights or None
     rows_ptr,  # (fields, B) compute dtype, from any forward
     upstream_ptr,  # () or (B,) gradient of the loss or of each row's, compute dtype

@@ -336,7 +336,15 @@ def select_cross_entropy_forward(
     with on_device_of(logits):
         return tuned(
             "_select_kernel",
-            lambda: (logits.dtype, target.dtype, policy.loss, batch_class(batch), f"C={classes}", logits.device),
+            lambda: (
+                logits.dtype,
+                target.dtype,
+                weight is not None,
+                policy.mangle(),
+                batch_class(batch),
+                f"C={classes}",
+                logits.device,
+            ),
             config,
             free,
             launch,
