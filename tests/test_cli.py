@@ -1,6 +1,7 @@
 """`fastamp check`, `fastamp bench`, `fastamp demo`, and bench/gpu.sh."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,13 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import HAS_GPU
+from rich.console import Console
 
 from fastamp import benchmarking, functional, reference
 from fastamp.benchmarking import BenchConfig, Contender, Workload, contenders, disagreement, timing
 from fastamp.benchmarking.peers import amp_autograd, cross_entropy, mixup_soft_targets
 from fastamp.cli import main
 from fastamp.cli.demo import loss_against_lambda
-from fastamp.conformance import OperationCase, StepCase, cases, check, check_case
+from fastamp.conformance import OperationCase, Report, Row, StepCase, cases, check, check_case, print_report
 
 ROOT = Path(__file__).parents[1]
 TINY = (6, 5, 3)
@@ -111,6 +113,16 @@ def test_quick_check_passes_on_a_gpu():
     report = check(["cuda"], quick=True)
     assert {row.backend for row in report.rows} == {"torch", "triton"}
     assert report.ok, [row.failures for row in report.rows]
+
+
+def test_the_check_of_a_gpu_is_whole_in_80_columns():
+    row = Row("linear_amp_cross_entropy", "cuda:0", "triton", "bfloat16", 34, 1.2e-3, 3.4e-3, ("wrong",))
+    console = Console(file=io.StringIO(), width=80)
+    print_report(Report((row,), ()), console)
+    shown = console.file.getvalue()
+    for word in ("linear_amp_cross_entropy", "triton cuda:0", "bfloat16", "34", "1.2e-03", "3.4e-03", "NO"):
+        assert f" {word} " in shown.replace("\n", " "), shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 # bench
@@ -254,6 +266,20 @@ def test_demo_trains_draws_and_resumes(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "demo.json").read_text())["loss"] == record["loss"]
 
 
+def test_an_interrupted_demo_says_how_to_go_on(monkeypatch, tmp_path):
+    import fastamp.cli.demo as demo
+
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "check", lambda *given, **options: check(["cpu"], quick=True, ops=["lambda_grad"]))
+    monkeypatch.setattr(demo, "train", interrupted)
+    result = invoke("demo", "--steps", 3, "--out", tmp_path / "my runs")
+    assert result.exit_code == 130
+    said = f"interrupted; what is trained is kept, and this goes on: fastamp demo --steps 3 --out '{tmp_path}/my runs'"
+    assert result.output.splitlines()[-1] == said
+
+
 def test_demo_stops_where_the_check_fails(monkeypatch, tmp_path):
     import fastamp.cli.demo as demo
 
@@ -304,6 +330,16 @@ def test_bad_commands_end_in_one_line_and_a_failure_code(arguments, code, messag
     *_, last = result.output.strip().splitlines()
     assert last.startswith("Error: ")
     assert message in last
+
+
+@pytest.mark.parametrize(("command", "called"), [("check", "check.check"), ("bench", "bench.run")])
+def test_an_interrupted_command_ends_in_code_130(monkeypatch, command, called):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastamp.cli.{called}", interrupted)
+    result = invoke(command)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (130, "interrupted")
 
 
 def test_a_file_in_the_place_of_the_results_folder_is_an_error_of_one_line(tmp_path):

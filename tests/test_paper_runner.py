@@ -17,6 +17,7 @@ from paper_runs import InThisProcess
 
 from fastamp.paper import runner, worker
 from fastamp.paper.plan import METHODS, Method, Run
+from fastamp.paper.progress import Rates
 from fastamp.paper.results import LINES, RUNS, claim, read
 from fastamp.paper.runner import Display, Options, execute_all
 from fastamp.paper.worker import Job
@@ -313,8 +314,31 @@ def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypa
     display = Seen()
     asked = [run_of(method, 1) for method in ("none", "word-amp", "word-mixup")]
     progress = execute(tmp_path, asked, display=display)
-    assert display.left == (1, 0, 0)  # the second is under way and has a rate, the third waits without one
+    assert display.left == (0, 0, 0)
     assert progress.seconds_left == 0
+
+
+def test_the_time_left_is_told_from_the_first_finished_run_of_the_nearest_kind():
+    def finished(model: str, method: str, loss: str, rate: int) -> dict:
+        fields = {"status": "done", "model": model, "method": method, "seconds": 1.0}
+        return {**fields, "config": {"device": "cpu", "method": loss}, "result": {"steps": rate, "resumed_from": 0}}
+
+    def left(rates: Rates, method: str, model: str = "cnn-rand") -> tuple[float, int]:
+        return rates.left([], {Run("trec", model, method, 1.0, 0): 120}, 1)
+
+    rates = Rates([], "cpu")
+    assert left(rates, "sent-amp") == (0.0, 1)
+    rates.keep(finished("cnn-rand", "none", "none", 60))
+    assert left(rates, "sent-amp") == (2.0, 0)
+    assert left(rates, "sent-amp", "lstm-rand") == (0.0, 1)
+    rates.keep(finished("cnn-rand", "sent-amp@alpha=0.2", "sent-amp", 40))
+    rates.keep(finished("cnn-rand", "word-amp", "word-amp", 10))
+    assert left(rates, "sent-amp") == (3.0, 0)
+    rates.keep(finished("cnn-rand", "sent-amp", "sent-amp", 30))
+    assert left(rates, "sent-amp") == (4.0, 0)
+    assert left(rates, "none") == (2.0, 0)
+    rates.keep({**finished("cnn-rand", "none", "none", 1), "config": {"device": "cuda", "method": "none"}})
+    assert left(rates, "none") == (2.0, 0)
 
 
 # A worker's part, in this process
@@ -365,6 +389,18 @@ def test_a_run_under_way_on_another_device_is_started_over(tmp_path, device, res
     assert line["status"] == "done", line
     assert line["result"]["resumed_from"] == resumed_from
     assert [record["step"] for record in line["history"]] == [5, 10]
+
+
+def test_a_damaged_line_of_a_runs_metrics_is_a_failed_run_that_names_it_and_says_what_to_do(tmp_path):
+    run = run_of("none")
+    config = Options(steps=10, eval_every=5, overrides=SMALL).config(run)
+    train(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    line = worker.execute(Job(run, config, tmp_path))
+    assert line["status"] == "failed"
+    assert f"{tmp_path / 'metrics.jsonl'}, line 2 is damaged (" in line["error"]
+    assert line["error"].endswith("; --retry-failed makes the run again")
 
 
 def test_a_device_that_cannot_be_used_is_a_failed_run(tmp_path):
