@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import tempfile
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,13 +28,17 @@ from fastamp.benchmarking import (
     run,
     write,
 )
-from fastamp.conformance import TOLERANCES, Report, Row, cases, check, print_report
+from fastamp.conformance import Case, Report, Row, StepCase, cases, places, print_report
+from fastamp.conformance.contract import check_op
 from fastamp.training import TrainConfig, train
 
 ROUNDS = {"head": 24, "layers": 12, "rows": 20, "scaling": 10, "vocabulary": 10}
 STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
 LARGE = SHAPES[5:]  # a step of which takes gigabytes: so many processes at once have room on one GPU
 LARGE_WORKERS = 4
+# A case of the check runs in one of each.
+WIDE, NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+CASES_A_PART = 4  # about ten kernels
 AUTOTUNED = SHAPES[2:5:2]
 TUNED_LOGITS = (
     (4096, 32000, "bfloat16", "matching"),
@@ -69,36 +75,81 @@ def describe(device: str) -> bool:
 
 
 def _workers(most: int | None = None) -> ProcessPoolExecutor:
-    # A process that has used the GPU must not be forked.
-    count = max(1, (os.cpu_count() or 1) // 2)
+    # A process that has used the GPU must not be forked. A quarter of the cores is left to what runs beside.
+    count = max(1, 3 * (os.cpu_count() or 1) // 4)
     return ProcessPoolExecutor(min(count, most or count), mp_context=multiprocessing.get_context("spawn"))
 
 
-def _check_part(device: str, op: str, dtype: torch.dtype, quick: bool) -> Report:
-    return check([device], ops=[op], dtypes=[dtype], quick=quick)
+class Part(NamedTuple):
+    """What one process checks at a time."""
+
+    op: str
+    dtype: torch.dtype
+    cases: list[Case]
+
+    @property
+    def cost(self) -> int:
+        """A guess at what its kernels take to compile, for which the check's time goes."""
+        of_cases = sum((3 if isinstance(case, StepCase) else 1) * (1 + ("bce" in case.name)) for case in self.cases)
+        return of_cases * (1 + (self.dtype == torch.float64))
+
+
+def check_parts(quick: bool) -> list[Part]:
+    """All cases of the check in small parts, the largest first, so that no process is left with one at the end.
+
+    Dtypes take turns: in two of the four a case takes half as many kernels, and every kernel meets all of them.
+    """
+    runs: dict[tuple[str, torch.dtype], list[Case]] = {}
+    numbers: defaultdict[str, int] = defaultdict(int)
+    for case in cases(quick=quick):
+        number = numbers[case.op]
+        numbers[case.op] += 1
+        for dtype in (WIDE[number % 2], NARROW[(number + number // 2) % 2]):
+            runs.setdefault((case.op, dtype), []).append(case)
+    parts = [
+        Part(op, dtype, its[first : first + CASES_A_PART])
+        for (op, dtype), its in runs.items()
+        for first in range(0, len(its), CASES_A_PART)
+    ]
+    return sorted(parts, key=lambda part: part.cost, reverse=True)
+
+
+def _check_part(device: str, part: Part) -> list[Row]:
+    found, _ = places([device])
+    return [check_op(part.op, part.cases, place, part.dtype) for place in found]
 
 
 def check_all(out: Path, device: str, quick: bool) -> bool:
-    """The whole check in many processes, since nearly all its time is Triton compiling."""
-    ops = dict.fromkeys(case.op for case in cases(quick=quick))
-    parts: dict[tuple[str, str], Report] = {}
+    """The check in many processes, since nearly all its time is Triton compiling."""
+    parts = check_parts(quick)
+    _, absent = places([device])
+    rows: list[Row] = []
     with _workers() as pool:
-        jobs = {
-            pool.submit(_check_part, device, op, dtype, quick): (op, str(dtype)) for op in ops for dtype in TOLERANCES
-        }
+        jobs = {pool.submit(_check_part, device, part): part for part in parts}
         for job in as_completed(jobs):
-            parts[jobs[job]] = job.result()
-            print("checked", *jobs[job], flush=True)
-            rows = [row for op in ops for dtype in TOLERANCES for row in _rows(parts, op, dtype)]
-            report = Report(tuple(rows), parts[jobs[job]].absent)
+            rows += job.result()
+            print("checked", jobs[job].op, jobs[job].dtype, *(case.name for case in jobs[job].cases), flush=True)
+            report = Report(tuple(united(rows)), tuple(absent))
             (out / "check.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     print_report(report, Console(width=120))
     return report.ok
 
 
-def _rows(parts: dict[tuple[str, str], Report], op: str, dtype: torch.dtype) -> list[Row]:
-    part = parts.get((op, str(dtype)))
-    return [] if part is None else list(part.rows)
+def united(rows: list[Row]) -> list[Row]:
+    """The rows of all parts, those of one operation, place and dtype as one."""
+    together: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.op, row.device, row.backend, row.dtype)):
+        together.setdefault((row.op, row.device, row.backend, row.dtype), []).append(row)
+    return [
+        Row(
+            *key,
+            sum(row.cases for row in of_key),
+            max(row.worst for row in of_key),
+            max(row.worst_pytorch for row in of_key),
+            tuple(line for row in of_key for line in row.failures),
+        )
+        for key, of_key in together.items()
+    ]
 
 
 def warm(device: str, quick: bool, *, large: bool = False) -> bool:

@@ -167,16 +167,13 @@ def sanitize(out: Path, device: str, seconds: float = LIMIT_S) -> bool:
 
     Args:
         out: the folder for the summary.
-        device: "cuda" or "cpu".
+        device: "cuda", or in a process that interprets kernels "cpu".
         seconds: for all of it; the tools have what the cases leave.
 
     Returns:
-        Whether nothing was found; True, too, where the tool is missing.
+        Whether nothing was found; also True where the tool is missing.
     """
     start = time.perf_counter()
-    if device == "cpu":
-        # Before anything imports a kernel.
-        os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from fastamp.benchmarking import machine
@@ -219,6 +216,9 @@ def main() -> None:
         return
     if given.out is None:
         parser.error("DIR is missing")
+    if given.device == "cpu":
+        # Here, where this is the whole process, and before anything imports a kernel.
+        os.environ["TRITON_INTERPRET"] = "1"
     raise SystemExit(0 if sanitize(given.out, given.device, given.seconds) else 1)
 
 

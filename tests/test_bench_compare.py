@@ -89,12 +89,13 @@ def test_processors_of_one_name_are_a_caveat(field):
     assert compare(results(row(), device=one), results(row(), device=one)).caveats == ()
 
 
-def test_numbers_and_verdicts_are_whole_in_80_columns(tmp_path):
+def test_names_numbers_and_verdicts_are_whole_in_80_columns(tmp_path):
     name = "linear_amp_cross_entropy, chunks of 126"
     second = results(row(name, 2.345, ms=1234.5), row("AMPLoss", 123.4))
     result = invoke(tmp_path, results(row(name, 1.234, ms=0.012345), row("AMPLoss", 567.8)), second, columns=80)
     assert result.exit_code == 0, result.output
     assert "…" not in result.output
+    assert {name, "AMPLoss"} <= set(result.output.splitlines())
     for shown in ("0.0123, 1.23e+03", "1.23 1.11-1.36", "2.35 2.11-2.58", "1.90", "slower", "568 511-625", "faster"):
         assert shown in result.output, shown
     assert max(map(len, result.output.splitlines())) <= 80

@@ -36,7 +36,7 @@ def test_no_kernel_spills_or_loses_its_vectors_or_moves_more_than_recorded(tmp_p
     # A process of its own: in this one kernels may have been defined for the interpreter.
     command = [sys.executable, "-m", "fastamp.codegen", "--out", str(tmp_path), "--jobs", "1", "--target", target]
     command += [word for group in groups.split() for word in ("--group", group)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads((tmp_path / "codegen.json").read_text())["rows"]
     assert rows
@@ -53,7 +53,7 @@ cases = [(case.kernel.__name__, case.name) for make in GROUPS_OF_CASES.values() 
 print(json.dumps([list(GROUPS_OF_CASES), cases]))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     groups, pairs = json.loads(run.stdout)
     assert sorted(groups) == sorted(name for part in GROUPS for name in part.split()), "compiled in no part, or in two"
@@ -187,7 +187,7 @@ def test_occupancy_follows_from_the_scarcest_resource(target, registers, num_war
 
 def test_launches_stand_beside_their_neighbours(tmp_path):
     command = [sys.executable, "-m", "fastamp.codegen", "--neighbours", "--out", str(tmp_path), "--jobs", "1"]
-    run = subprocess.run([*command, "--group", "loop-fp64"], capture_output=True, text=True, timeout=250)
+    run = subprocess.run([*command, "--group", "loop-fp64"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads((tmp_path / "launches.json").read_text())["rows"]
     cases = {row["case"] for row in rows}
@@ -203,6 +203,6 @@ def test_launches_stand_beside_their_neighbours(tmp_path):
     text = (tmp_path / "launches.md").read_text()
     assert all(f"| {case} | (1, " in text for case in cases)
     two = [*command, "--target", "sm_80", "--target", "sm_90"]
-    run = subprocess.run(two, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(two, capture_output=True, text=True)
     assert run.returncode == 2
     assert "--neighbours takes one --target, got sm_80, sm_90" in run.stderr

@@ -23,7 +23,7 @@ def run() -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     program = str(Path(__file__).with_name("distributed_steps.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*command, program, *KINDS], capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run([*command, program, *KINDS], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "draws"])

@@ -32,7 +32,7 @@ PathFinder.find_spec = find_spec
 def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints, with Triton not interpreting unless asked to."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -83,17 +83,16 @@ fastamp.AMPLoss()
     )
 
 
-def test_the_import_takes_less_than_a_third_of_a_second_beyond_that_of_torch():
+def test_beyond_torch_the_import_loads_its_own_modules_and_the_standard_librarys_alone():
+    """Counted, for the time that they take depends on what else the machine does."""
     code = """
-import time, torch
-start = time.process_time()
+import sys, torch
+before = set(sys.modules)
 import fastamp
 fastamp.AMPLoss, fastamp.functional, fastamp.reference, fastamp.Mix, fastamp.set_backend
-print(time.process_time() - start)
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
-    # The smallest is the one that other work on the machine disturbed least.
-    times = [float(python(code)) for _ in range(2)]
-    assert min(times) < 0.3, times
+    assert set(python(code).split()) - {"fastamp", *sys.stdlib_module_names} == set()
 
 
 def test_the_import_waits_for_torch_until_a_name_is_used():

@@ -6,7 +6,9 @@ shows, also one of NaN: no two NaN of the buffers have the same bits, or hardly 
 """
 
 import importlib.util
+import os
 import pkgutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -227,12 +229,31 @@ def test_every_kernel_is_among_those_launched():
     assert defined == set().union(*LAUNCHED.values())
 
 
-def test_the_sanitizer_run_is_rehearsed_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sanitize, "small_cases", lambda *, interpreted: CASES[:1] + CASES[-1:])
-    assert sanitize.sanitize(tmp_path, "cpu")
+def test_the_sanitizer_run_is_rehearsed_without_it(tmp_path):
+    """As a program: it interprets kernels, which in this process may be compiled."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(BENCH)!r})
+import sanitize
+every = sanitize.small_cases
+sanitize.small_cases = lambda *, interpreted: every(interpreted=interpreted)[:1]
+sanitize.main()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(tmp_path), "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines() == ["no GPU: the cases were interpreted", "2 cases ran"]
     text = (tmp_path / "sanitize.json").read_text()
-    assert '"cases": 4' in text
+    assert '"cases": 2' in text
     assert "no GPU: the cases were interpreted" in text
+
+
+def test_no_function_of_the_sanitizer_run_changes_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitize, "run_cases", lambda device: 0)
+    before = dict(os.environ)
+    assert sanitize.sanitize(tmp_path, "cpu")
+    assert dict(os.environ) == before
 
 
 def test_what_a_tool_found_is_told_apart():

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastamp.cli import main
 from fastamp.paper import runner
-from fastamp.paper.display import RunsDisplay, duration
+from fastamp.paper.display import RunsDisplay, _drawn, duration
 from fastamp.paper.plan import EXPERIMENTS, METHODS
 from fastamp.paper.progress import Active, Progress
 from fastamp.paper.results import LINES, read
@@ -161,14 +161,18 @@ def test_a_failed_run_is_told_ends_in_code_1_and_is_not_repeated(tmp_path):
     assert line["error"].startswith("DivergedError")
 
 
-def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["execute_all", "claim"])
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, when):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastamp.cli.paper.execute_all", interrupted)
-    result = invoke("figure2", *SMALL.split(), "--datasets", "questions", "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "the same command goes on" in result.output
+    monkeypatch.setattr(f"fastamp.cli.paper.{when}", interrupted)
+    arguments = [*SMALL.split(), "--datasets", "questions", "--out", str(tmp_path / "out")]
+    result = invoke("figure2", *arguments)
+    assert result.exit_code == 130
+    told = result.output.splitlines()[-1]
+    assert told.endswith(f"this goes on: fastamp paper figure2 {' '.join(arguments)}")
+    assert (f"what is finished is in {tmp_path / 'out'}, and runs under way" in told) == (when == "execute_all")
 
 
 def test_without_a_subcommand_it_lists_the_titles():
@@ -272,6 +276,13 @@ def test_a_terminal_shows_runs_under_way_and_what_has_ended():
     assert re.search(r"trec/cnn-rand/none/1/0 .*step .*50.*dev error .*12\.5", shown)
     assert "c: failed: [odd] text" in shown
     assert re.search(r"2 of .*4 runs.*1.* failed, about .*8.* min left", shown)
+
+
+def test_keys_are_whole_in_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    key = "trec/lstm-glove/sent-amp@eps=0.002+redrawn/0.03/9"
+    console.print(_drawn(progress(active=(Active(key, 7900, 8000, 12.5, 3.0),))))
+    assert f"  {key}" in console.file.getvalue()
 
 
 def test_elsewhere_every_run_that_has_ended_is_a_line(capsys):

@@ -52,7 +52,7 @@ def test_a_run_that_is_done_gets_no_second_line(tmp_path):
             writer.append(line_of("a"))
     line = (tmp_path / LINES).read_text()
     (tmp_path / LINES).write_text(2 * line)
-    with pytest.raises(ValueError, match=r"results.jsonl, line 2: a is done in an earlier line already"):
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2: a is done in an earlier line already; delete one"):
         read(tmp_path)
 
 
@@ -112,10 +112,14 @@ def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
         writer.append(line_of("a"))
     with open(tmp_path / LINES, "a") as file:
         file.write(damage + "\n")
-    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"):
+    told = r"results\.jsonl, line 2 is damaged \(.+\); delete the line: its run is made again, and the others are kept$"
+    with pytest.raises(ValueError, match=told):
         read(tmp_path)
-    with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged"), claim(tmp_path, SETTINGS, "first"):
+    with pytest.raises(ValueError, match=told), claim(tmp_path, SETTINGS, "first"):
         pass
+    lines = (tmp_path / LINES).read_text().splitlines(keepends=True)
+    (tmp_path / LINES).write_text(lines[0])
+    assert [line["key"] for line in read(tmp_path).records] == ["a"]
 
 
 def test_a_folder_of_another_configuration_is_refused_and_the_differences_named(tmp_path):
@@ -200,5 +204,5 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"settings\.json has format 2; takes 1"):
         read(tmp_path)
     (tmp_path / "settings.json").write_text('{"format": 1, "steps": 3}')
-    with pytest.raises(ValueError, match=r"settings\.json is damaged: it has no eval_every, threads"):
+    with pytest.raises(ValueError, match=r"settings\.json is damaged \(it has no eval_every, threads.*; put it back"):
         read(tmp_path)

@@ -17,6 +17,7 @@ from paper_runs import InThisProcess
 
 from fastamp.paper import runner, worker
 from fastamp.paper.plan import METHODS, Method, Run
+from fastamp.paper.progress import Rates
 from fastamp.paper.results import LINES, RUNS, claim, read
 from fastamp.paper.runner import Display, Options, execute_all
 from fastamp.paper.worker import Job
@@ -260,27 +261,30 @@ def test_an_interrupt_ends_all_workers_at_once(tmp_path, monkeypatch):
 
 @together
 def test_a_runner_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_lines(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    under_way = folder / RUNS / RUNS_ASKED[1].key
     code = f"""
-import sys
+import multiprocessing, os, signal, sys, threading
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
+from fastamp.training import loop
 from test_paper_runner import RUNS_ASKED, execute
 if __name__ == "__main__":
-    execute(Path(sys.argv[1]), RUNS_ASKED)
+    execute(Path({str(folder)!r}), RUNS_ASKED)
+save_tensors = loop.save_tensors
+def save(path, value):
+    save_tensors(path, value)
+    if path == Path({str(under_way / "last.pt")!r}):
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        threading.Event().wait()
+loop.save_tensors = save  # of the worker, for which this is no main program
 """
     script = tmp_path / "script.py"
     script.write_text(code)
-    folder = tmp_path / "out"
-    under_way = folder / RUNS / RUNS_ASKED[1].key
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, str(script), str(folder)], env=environment) as process:
-        deadline = time.monotonic() + 90
-        while not (under_way / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
     # The worker holds this lock as long as it lives.
-    with FileLock(under_way / worker.LOCK, timeout=10):
+    with FileLock(under_way / worker.LOCK):
         pass
     assert (under_way / "last.pt").exists()
     assert [line["key"] for line in read(folder).records] == [RUNS_ASKED[0].key]
@@ -291,7 +295,7 @@ if __name__ == "__main__":
     assert [line["key"] for line in whole_lines(folder)] == [run.key for run in RUNS_ASKED]
     resumed = read(folder).records[1]
     assert resumed["status"] == "done", resumed
-    assert resumed["result"]["resumed_from"] >= 5
+    assert resumed["result"]["resumed_from"] == 5
     assert numbers(folder) == numbers(whole)
     assert not (folder / RUNS).exists()
 
@@ -310,8 +314,31 @@ def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypa
     display = Seen()
     asked = [run_of(method, 1) for method in ("none", "word-amp", "word-mixup")]
     progress = execute(tmp_path, asked, display=display)
-    assert display.left == (1, 0, 0)  # the second is under way and has a rate, the third waits without one
+    assert display.left == (0, 0, 0)
     assert progress.seconds_left == 0
+
+
+def test_the_time_left_is_told_from_the_first_finished_run_of_the_nearest_kind():
+    def finished(model: str, method: str, loss: str, rate: int) -> dict:
+        fields = {"status": "done", "model": model, "method": method, "seconds": 1.0}
+        return {**fields, "config": {"device": "cpu", "method": loss}, "result": {"steps": rate, "resumed_from": 0}}
+
+    def left(rates: Rates, method: str, model: str = "cnn-rand") -> tuple[float, int]:
+        return rates.left([], {Run("trec", model, method, 1.0, 0): 120}, 1)
+
+    rates = Rates([], "cpu")
+    assert left(rates, "sent-amp") == (0.0, 1)
+    rates.keep(finished("cnn-rand", "none", "none", 60))
+    assert left(rates, "sent-amp") == (2.0, 0)
+    assert left(rates, "sent-amp", "lstm-rand") == (0.0, 1)
+    rates.keep(finished("cnn-rand", "sent-amp@alpha=0.2", "sent-amp", 40))
+    rates.keep(finished("cnn-rand", "word-amp", "word-amp", 10))
+    assert left(rates, "sent-amp") == (3.0, 0)
+    rates.keep(finished("cnn-rand", "sent-amp", "sent-amp", 30))
+    assert left(rates, "sent-amp") == (4.0, 0)
+    assert left(rates, "none") == (2.0, 0)
+    rates.keep({**finished("cnn-rand", "none", "none", 1), "config": {"device": "cuda", "method": "none"}})
+    assert left(rates, "none") == (2.0, 0)
 
 
 # A worker's part, in this process
@@ -362,6 +389,18 @@ def test_a_run_under_way_on_another_device_is_started_over(tmp_path, device, res
     assert line["status"] == "done", line
     assert line["result"]["resumed_from"] == resumed_from
     assert [record["step"] for record in line["history"]] == [5, 10]
+
+
+def test_a_damaged_line_of_a_runs_metrics_is_a_failed_run_that_names_it_and_says_what_to_do(tmp_path):
+    run = run_of("none")
+    config = Options(steps=10, eval_every=5, overrides=SMALL).config(run)
+    train(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    line = worker.execute(Job(run, config, tmp_path))
+    assert line["status"] == "failed"
+    assert f"{tmp_path / 'metrics.jsonl'}, line 2 is damaged (" in line["error"]
+    assert line["error"].endswith("; --retry-failed makes the run again")
 
 
 def test_a_device_that_cannot_be_used_is_a_failed_run(tmp_path):

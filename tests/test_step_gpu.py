@@ -35,6 +35,7 @@ def test_a_captured_training_step(mode, dropout):
         return loss.detach(), stats.lam, stats.delta
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             net.zero_grad()

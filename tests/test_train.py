@@ -1,16 +1,15 @@
 """Training: resuming, results, batches."""
 
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Kill, Killed, assert_same_run, records, short, tiny_encoder, write_corpus
+from runs import Kill, Killed, assert_same, assert_same_run, records, short, tiny_encoder, write_corpus
 
 from fastamp.data import Vocabulary
 from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, loop, train
@@ -28,26 +27,32 @@ def corpus(tmp_path) -> Path:
 # Resuming
 
 
+KILLING = """
+import os, signal
+from fastamp.cli.train import TrainDisplay
+def stepped(self, step, loss):
+    if step == 33:
+        os.kill(os.getpid(), signal.SIGKILL)
+TrainDisplay.stepped = stepped
+"""
+
+
 def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_path):
-    def command(out: Path) -> list[str]:
-        options = "--method sent-amp --seed 3 --steps 400 --eval-every 30 --checkpoint-every 20 --threads 1"
+    def command(out: Path, before: str = "") -> list[str]:
+        options = "--method sent-amp --seed 3 --steps 100 --eval-every 30 --checkpoint-every 20 --threads 1"
         options += " --embedding-dim 16 --lr 1e-3"
-        code = "from fastamp.cli import main; main()"
+        code = f"{before}\nfrom fastamp.cli import main; main()"
         return [sys.executable, "-c", code, "train", *options.split(), "--out", str(out)]
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not (killed / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert 20 <= checkpoint.load_tensors(killed / "last.pt")["step"] < 400
+    done = subprocess.run(command(killed, KILLING), env=environment, stdout=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoint.load_tensors(killed / "last.pt")["step"] == 20
     output = subprocess.run(command(killed), env=environment, check=True, capture_output=True, text=True).stdout
-    assert re.search(r"^resuming at step \d+ of 400$", output, re.MULTILINE)
+    assert "resuming at step 20 of 100" in output.splitlines()
     subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert len(records(whole)) == 15
+    assert len(records(whole)) == 5
     assert_same_run(killed, whole)
 
 
@@ -119,6 +124,44 @@ def test_a_run_of_any_kind_resumes_to_the_same_weights_and_metrics(tmp_path, cor
             train(config, tmp_path / "out", listener=Kill(step))
     assert train(config, tmp_path / "out").resumed_from == 8
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("steps", [[12, 24], [14, 24], [12, 18, 24]], ids=str)
+def test_a_finished_run_of_fewer_steps_continues_to_the_same_weights_and_metrics(tmp_path, corpus, steps):
+    """And the metrics of the last step of before stay, where they would not have been taken."""
+    *_, longest = configs = [short(corpus, method="sent-amp", steps=of) for of in steps]
+    train(longest, tmp_path / "whole")
+    results = [train(config, tmp_path / "out") for config in configs]
+    assert [result.resumed_from for result in results] == [0, *steps[:-1]]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == 24
+    (*ours, final), (*theirs, _) = records(tmp_path / "out"), records(tmp_path / "whole")
+    assert {record["step"] for record in ours} == {*range(3, 25, 3), *steps}
+    assert (final["final"], final["steps"]) == (True, 24)
+    ours_last, theirs_last = (checkpoint.load_tensors(tmp_path / name / "last.pt") for name in ("out", "whole"))
+    for part in ("config", "objective", "optimizer", "mixing", "batches", "rng"):
+        assert_same(ours_last[part], theirs_last[part], part)
+    if 14 not in steps:
+        assert ours == theirs
+
+
+def test_a_continued_run_that_is_killed_resumes_and_its_length_is_kept(tmp_path, corpus):
+    train(short(corpus, steps=24), tmp_path / "whole")
+    train(short(corpus, steps=12), tmp_path / "out")
+    with pytest.raises(Killed):
+        train(short(corpus, steps=24), tmp_path / "out", listener=Kill(18))
+    with pytest.raises(ValueError, match=r"different: steps 12 \(there 24\)$"):
+        train(short(corpus, steps=12), tmp_path / "out")
+    assert train(short(corpus, steps=24), tmp_path / "out").resumed_from == 16
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_of_a_finished_run_is_not_made_longer(tmp_path, corpus):
+    train(short(corpus), tmp_path / "out")
+    (tmp_path / "out" / "last.pt").write_bytes(b"")
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"last\.pt is damaged"):
+        train(short(corpus, steps=24), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
 
 
 def test_a_torn_line_of_the_metrics_is_cut_off_on_resuming(tmp_path, corpus):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastamp.cli import main
+from fastamp.cli.train import TrainDisplay
 from fastamp.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,38 @@ def test_command_trains_then_reports_the_finished_run(tmp_path):
     second = invoke(*arguments)
     assert second.exit_code == 0
     assert second.output.splitlines() == [f"{tmp_path / 'out'} holds this run, finished", *lines[2:]]
+
+
+@pytest.mark.parametrize(("step", "goes_on"), [(3, "this begins again, from step 0"), (7, "this goes on from step 6")])
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, step, goes_on):
+    def interrupt(self, at, loss):
+        if at == step:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "my runs"
+    arguments = ("--method", "sent-amp", "--steps", 9, "--eval-every", 9, "--checkpoint-every", 6, "--embedding-dim", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainDisplay, "stepped", interrupt)
+        result = invoke(*arguments, "--out", out)
+    assert result.exit_code == 130
+    told, _, command = result.output.splitlines()[-1].rpartition(": ")
+    assert told == f"interrupted; {goes_on}"
+    assert command == f"fastamp train {' '.join(map(str, arguments))} --out '{out}'"
+    again = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert again.exit_code == 0, again.output
+    assert ("resuming at step 6 of 9" in again.output) == (step == 7)
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+    arguments = ("--eval-every", 2, "--embedding-dim", 8, "--out", tmp_path / "out")
+    assert invoke("--steps", 4, *arguments).exit_code == 0
+    longer = invoke("--steps", 6, *arguments)
+    assert longer.exit_code == 0, longer.output
+    assert longer.output.splitlines()[0] == "resuming at step 4 of 6"
+    assert "after step 6: " in longer.output
+    shorter = invoke("--steps", 5, *arguments)
+    assert shorter.exit_code == 1
+    assert "different: steps 5 (there 6)" in shorter.output
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from runs import Kill, Killed, short, tiny_encoder, write_corpus
 
 from fastamp.training import TrainConfig, checkpoint, loop, train
+from fastamp.training.curves import loss_curves
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(tmp_path, device):
 def test_a_folder_with_another_run_is_refused_and_the_fields_named(tmp_path, corpus):
     out = tmp_path / "out"
     train(short(corpus), out)
-    with pytest.raises(ValueError, match=r"different: steps 20 \(there 14\), lr 0.5 \(there 0.001\)$"):
-        train(short(corpus, steps=20, lr=0.5), out)
+    with pytest.raises(ValueError, match=r"different: steps 10 \(there 14\), lr 0.5 \(there 0.001\)$"):
+        train(short(corpus, steps=10, lr=0.5), out)
     text = (corpus / "mr" / "all.tsv").read_text()
     (corpus / "mr" / "all.tsv").write_text(text.replace("w1 ", "w2 "))
     with pytest.raises(ValueError, match=r"different: dataset files$"):
@@ -78,7 +80,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, damage):
     train(short(corpus), tmp_path / "out")
     last = tmp_path / "out" / "last.pt"
     last.write_bytes(damage(last.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged \(.+\); delete it to start over$"):
         train(short(corpus), tmp_path / "out")
 
 
@@ -89,8 +91,19 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(tmp_path, corpus, cha
     state = checkpoint.load_tensors(last)
     del state[change]
     checkpoint.save_tensors(last, state)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged .*{change}"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(last))} is damaged .*{change}.*; delete it to"):
         train(short(corpus), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["no model", "no file of ours", "another model"])
+def test_a_damaged_best_model_is_refused_by_name_and_says_what_to_do(tmp_path, corpus, change):
+    config = short(corpus, steps=3)
+    train(config, tmp_path / "out")
+    best = tmp_path / "out" / "best.pt"
+    content = {"no model": {}, "another model": {"model": {"weight": torch.ones(2)}}}.get(change)
+    best.write_bytes(b"text") if content is None else checkpoint.save_tensors(best, content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(best))} is damaged \(.+\); delete .*out to start the run"):
+        loss_curves(config, tmp_path / "out")
 
 
 def test_other_damage_to_a_run_is_refused_by_name(tmp_path, corpus):
@@ -98,10 +111,10 @@ def test_other_damage_to_a_run_is_refused_by_name(tmp_path, corpus):
     with pytest.raises(Killed):
         train(short(corpus), out, listener=Kill())
     (out / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"metrics.jsonl holds 0 bytes, fewer than"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged \(0 bytes, fewer than .*delete \S*last.pt to"):
         train(short(corpus), out)
     (out / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config.json is damaged \(.+\); put it back from a copy, or give another"):
         train(short(corpus), out)
     (out / "config.json").unlink()
     with pytest.raises(ValueError, match=r"metrics.jsonl without a config.json"):

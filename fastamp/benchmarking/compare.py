@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+
+from fastamp.tables import print_table
 
 Key = tuple[str, str, str, str, str]  # workload, dtype, clock, contender, and what varies
 TAKEN = ("format", "suite", "device", "versions", "threads", "copy_gb_s", "rows")
@@ -174,25 +174,19 @@ def print_comparison(found: Comparison, console: Console) -> None:
     for caveat in found.caveats:
         console.print(f"not the same {caveat}", highlight=False, soft_wrap=True)
     for label, group in groupby(found.changes, lambda change: (*change.key[:3], change.key[4])):
-        table = Table(
-            title=", ".join(filter(None, label)),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            caption="ms of both; ratios to the base, or ms where there is none, with q25-q75; second/first of these",
-        )
-        # Names are what gives way in a narrow terminal, never a number or the verdict.
-        table.add_column("", overflow="fold", min_width=10)
-        for heading in ("ms", "first", "second", "2nd/1st"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        rows = []
         for change in group:
             shown = [_median(quantiles, change.by_ratio) for quantiles in (change.before, change.after)]
             ms = ", ".join(f"{value:.3g}" for value in change.ms)
             verdict = SHORT.get(change.verdict, change.verdict)
-            table.add_row(change.key[3], ms, *shown, f"{change.ratio:.2f}", verdict)
-        console.print(table)
+            rows.append((change.key[3], ms, *shown, f"{change.ratio:.2f}", verdict))
+        print_table(
+            console,
+            ("", "ms", "first", "second", "2nd/1st", ""),
+            rows,
+            title=", ".join(filter(None, label)),
+            caption="ms of both; ratios to the base, or ms where there is none, with q25-q75; second/first of these",
+        )
     for which, keys in zip(("first", "second"), found.only, strict=True):
         for key in keys:
             console.print(f"in the {which} only: {', '.join(filter(None, key))}", highlight=False, soft_wrap=True)

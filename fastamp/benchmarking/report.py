@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from fastamp.tables import print_table
 
 SHORT = {"forward": "fwd", "backward": "bwd", "both": "both", "step": "step"}
 LONG_MS = 10  # steps of at least so many milliseconds are shown in milliseconds
@@ -41,7 +41,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         _print_growth(results["fits"], console)
     else:
         for label, group in groupby(results["rows"], workload_label):
-            console.print(_table(label, list(group)))
+            _print_rows(label, list(group), console)
         if device["type"] == "cpu":
             console.print("ops: operators dispatched in a step, not counted where it is compiled", highlight=False)
     for note in results["notes"]:
@@ -51,18 +51,15 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def _table(label: str, rows: list[dict[str, Any]]) -> Table:
-    table = _empty_table(label)
+def _print_rows(label: str, rows: list[dict[str, Any]], console: Console) -> None:
     on_gpu, by_bytes = "kernel_launches" in rows[0], "bytes" in rows[0]
     directions = tuple(rows[0]["ms"])
     in_ms = min(row["ms"]["both"]["q50"] for row in rows) >= LONG_MS
-    # Names are what gives way in a narrow terminal, never a number.
-    table.add_column("median ms" if in_ms else "median µs", overflow="fold", min_width=10)
     base = rows[0]["ratio_to"]
     versus = "xMixup" if base is None or "Mixup" in base else "ratio"
-    headings = [*(SHORT[name] for name in directions), versus, *(["GB/s", "%copy"] if by_bytes else [])]
-    for heading in [*headings, "launches" if on_gpu else "ops", "peak MB", "x"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["median ms" if in_ms else "median µs", *(SHORT[name] for name in directions), versus]
+    headings += [*(["GB/s", "%copy"] if by_bytes else []), "launches" if on_gpu else "ops", "peak MB", "x"]
+    lines = []
     for row in rows:
         ms, ratio = row["ms"], None if row["ratio"] is None else row["ratio"]["both"]
         cells = [f"{ms[name]['q50'] * (1 if in_ms else 1e3):.1f}" for name in directions]
@@ -78,7 +75,7 @@ def _table(label: str, rows: list[dict[str, Any]]) -> Table:
         memory = row.get("peak_memory_ratio")
         cells.append("" if memory is None else f"{memory:.2f}")
         star = " *" if row["contender"] == row["ratio_to"] else ""
-        table.add_row(row["contender"] + star, *cells)
+        lines.append((row["contender"] + star, *cells))
     captions = [] if by_bytes or base is None else [f"{versus}: the median, and q25-q75"]
     if "step" in directions:
         captions.append("step: with the optimizer's")
@@ -88,28 +85,27 @@ def _table(label: str, rows: list[dict[str, Any]]) -> Table:
         )
     if by_bytes:
         captions.append(f"bytes: {rows[0]['moves']} of {rows[0]['dtype']}, {rows[0]['bytes']:,}")
-    table.caption = "; ".join(captions)
-    return table
-
-
-def _empty_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    print_table(console, headings, lines, title=label, caption="; ".join(captions))
 
 
 def _print_growth(fits: list[dict[str, Any]], console: Console) -> None:
     """A table for every size that varies, of milliseconds by size, and the exponents."""
     for title, group in groupby(fits, growth_label):
         of = list(group)
-        table = _empty_table(f"{title}: median ms")
-        table.add_column(of[0]["varies"], justify="right", no_wrap=True)
-        for fit in of:
-            table.add_column(fit["contender"], justify="right", overflow="fold", min_width=9)
-        for size in of[0]["ms"]:
-            table.add_row(size, *(f"{fit['ms'][size]:.3f}" if size in fit["ms"] else "" for fit in of))
-        table.add_section()
-        table.add_row("exponent", *(exponent(fit) for fit in of))
-        table.caption = f"exponent: of a power law through {of[0]['from']} to {of[0]['to']}"
-        console.print(table)
+        print_table(
+            console,
+            [of[0]["varies"], *(fit["contender"] for fit in of)],
+            [
+                *(
+                    [size, *(f"{fit['ms'][size]:.3f}" if size in fit["ms"] else "" for fit in of)]
+                    for size in of[0]["ms"]
+                ),
+                ["exponent", *(exponent(fit) for fit in of)],
+            ],
+            names=0,
+            title=f"{title}: median ms",
+            caption=f"exponent: of a power law through {of[0]['from']} to {of[0]['to']}",
+        )
 
 
 def growth_label(fit: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
 from fastamp import __version__
+from fastamp.cli.interrupts import Interrupted
 
 _COMMANDS = {  # each in a module of that name, as `command`
     "train": "Train a classifier with or without mixing.",
@@ -26,6 +28,12 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"fastamp.cli.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

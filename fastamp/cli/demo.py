@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastamp.cli.interrupts import Interrupted, Recorded
 from fastamp.cli.train import TrainDisplay
 from fastamp.conformance import check, print_report
 from fastamp.training import DivergedError, TrainConfig, TrainResult, train
-from fastamp.training.checkpoint import load_tensors
-from fastamp.training.curves import mixed_losses
+from fastamp.training.curves import best_model, mixed_losses
 from fastamp.training.task import Task
 
 METHODS = ("none", "sent-mixup", "sent-amp")
@@ -50,11 +50,8 @@ def loss_against_lambda(logits: Tensor, labels: Tensor, lam: Tensor, generator: 
 
 
 def _curve(config: TrainConfig, run: Path, lam: Tensor) -> list[float]:
-    device = torch.device("cpu")
-    task = Task.load(config, device)
-    model = task.model(config)
-    model.load_state_dict(load_tensors(run / "best.pt")["model"])
-    model.eval()
+    task = Task.load(config, torch.device("cpu"))
+    model = best_model(config, run, task)
     with torch.no_grad():
         logits = model(task.test.ids)
     generator = torch.Generator().manual_seed(config.seed)
@@ -112,7 +109,7 @@ def _draw_terminal(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[
     return drawn
 
 
-@click.command("demo")
+@click.command("demo", cls=Recorded)
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 100), help="The first seed.")
 @click.option("--seeds", default=3, type=click.IntRange(1, 100), help="How many seeds a method is trained with.")
 @click.option("--steps", default=400, type=click.IntRange(1), help="Updates of each model.")
@@ -123,7 +120,8 @@ def _draw_terminal(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the runs and the figure; finished runs found there are not repeated.",
 )
-def command(seed: int, seeds: int, steps: int, threads: int, out: Path) -> None:
+@click.pass_obj
+def command(text: str, seed: int, seeds: int, steps: int, threads: int, out: Path) -> None:
     """Compare plain training, Mixup and AMP in one go, in about two minutes.
 
     Checks the operations, trains a TextCNN on the generated corpus with each method, and draws the loss of mixed
@@ -147,6 +145,8 @@ def command(seed: int, seeds: int, steps: int, threads: int, out: Path) -> None:
                     results[method].append(train(config, run, listener=display))
                 curves[method].append(_curve(config, run, lam))
         _show(console, out, lam.tolist(), results, curves)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; what is trained is kept, and this goes on: {text}") from None
     except (ValueError, OSError, DivergedError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
 
+from fastamp.cli.interrupts import Interrupted, Recorded
 from fastamp.cli.names import Names
 from fastamp.data import DATASETS
 from fastamp.paper.commands import DEFAULT_SEEDS, parse_ratios, parse_seeds
@@ -150,14 +151,6 @@ def command() -> None:
     """
 
 
-class _Recorded(click.Command):
-    """A command that keeps its own text as `ctx.obj`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.obj = shlex.join(["fastamp", "paper", str(self.name), *args])
-        return super().parse_args(ctx, args)
-
-
 def _add(name: str, experiment: Experiment) -> None:
     """The subcommand of an experiment."""
 
@@ -171,7 +164,7 @@ def _add(name: str, experiment: Experiment) -> None:
     subcommand.__doc__ = f"{experiment.title}.\n\n{extent}, with {methods}{ratios}."
     for option in reversed(_OPTIONS):
         subcommand = option(subcommand)
-    command.command(name, cls=_Recorded, short_help=experiment.title)(subcommand)
+    command.command(name, cls=Recorded, short_help=experiment.title)(subcommand)
 
 
 for _name, _experiment in EXPERIMENTS.items():
@@ -195,6 +188,7 @@ def _run(
     out: Path,
     **common: Any,
 ) -> None:
+    done = ""
     try:
         runs = list(experiment.runs(datasets=datasets, models=models, methods=methods, ratios=ratios, seeds=seeds))
         options = Options(overrides=dict(overrides), threads=threads or threads_for(out, jobs), **common)
@@ -204,6 +198,7 @@ def _run(
             _list(runs, out, retry_failed)
             return
         with claim(out, options.settings(runs), text) as writer:
+            done = f"what is finished is in {out}, and runs under way are kept as of their last checkpoints; "
             for notice in (*options.notices(runs), *writer.notices):
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
@@ -211,7 +206,7 @@ def _run(
     except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted; what is finished is in {out}, and the same command goes on") from None
+        raise Interrupted(f"interrupted; {done}this goes on: {text}") from None
     click.echo(f"{overview(progress)}, in {out}; for tables and plots: fastamp paper report {shlex.quote(str(out))}")
     if progress.failed:
         click.echo("what failed is recorded with its error, and tried again only with --retry-failed", err=True)

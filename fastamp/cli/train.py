@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastamp.cli.interrupts import Interrupted, Recorded
 from fastamp.data import DATASETS
 from fastamp.training import METHODS, MODELS, DivergedError, Listener, TrainConfig, TrainResult, recipe, train
 from fastamp.training.config import PASS_DROPOUTS, PRESETS, REWEIGHTS
@@ -20,9 +21,13 @@ class TrainDisplay(Listener):
     Args:
         console: where to; the standard output by default.
         description: begins the bar and every line.
+
+    Attributes:
+        kept: the step of the last checkpoint, which an interrupted run goes on from.
     """
 
     def __init__(self, console: Console | None = None, description: str = "") -> None:
+        self.kept = 0
         self._console = console or Console()
         self._description = description
         self._progress = Progress(
@@ -46,6 +51,7 @@ class TrainDisplay(Listener):
 
     def started(self, config: TrainConfig, step: int) -> None:
         """Shows the bar, or says where a resumed run goes on."""
+        self.kept = step
         if self._console.is_terminal:
             self._bar = self._progress.add_task(
                 self._description or config.method, total=config.steps, completed=step, facts=""
@@ -68,6 +74,10 @@ class TrainDisplay(Listener):
             self._progress.update(self._bar, completed=record["step"], facts=facts)
         else:
             self._line(f"step {record['step']}  {facts}")
+
+    def saved(self, step: int) -> None:
+        """Keeps the step."""
+        self.kept = step
 
     def _line(self, text: str) -> None:
         click.echo(f"{self._description}: {text}" if self._description else text)
@@ -105,7 +115,7 @@ def _recipe_option(flag: str, text: str, **settings: Any) -> Any:
     return click.option(flag, help=f"{text}  [default: {', '.join(shown)}]", **settings)
 
 
-@click.command("train")
+@click.command("train", cls=Recorded)
 @_option("--dataset", "Corpus; questions is generated and needs no files.", type=click.Choice(DATASETS))
 @_option("--data-dir", "Folder that holds trec/, sst1/, ...; without it the Hugging Face hub.", type=click.Path())
 @_option("--fold", "Of subj and mr: the tenth to test on.  [default: seed % 10]", type=int)
@@ -117,7 +127,7 @@ def _recipe_option(flag: str, text: str, **settings: Any) -> Any:
 @_option("--pass-dropout", "Dropout of AMP's two passes.", type=click.Choice(PASS_DROPOUTS))
 @_option("--reweight", "Re-weighting by the change of the loss.", type=click.Choice(REWEIGHTS))
 @_option("--seed", "Of splits, weights, shuffling, dropout and mixing.", type=int)
-@_recipe_option("--steps", "Number of updates.", type=int)
+@_recipe_option("--steps", "Number of updates; a larger one continues a finished run.", type=int)
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run; resumes a run found there.")
 @_option("--vectors", "GloVe text file, plain or .gz, to start the word vectors from.", type=click.Path())
 @click.option("--freeze-vectors", is_flag=True, default=_DEFAULTS.freeze_vectors, help="Do not train the word vectors.")
@@ -136,15 +146,21 @@ def _recipe_option(flag: str, text: str, **settings: Any) -> Any:
 @_option("--threads", "CPU threads.  [default: torch's]", type=int)
 @_option("--device", "As in torch.device: cpu, cuda, cuda:1.")
 @click.option("--capture", is_flag=True, help="On cuda: replay training steps as CUDA graphs.")
-def command(out: str, model: str, **fields: Any) -> None:
+@click.pass_obj
+def command(text: str, out: str, model: str, **fields: Any) -> None:
     """Train a classifier with or without mixing, by the paper's recipe.
 
-    Run the same command again to resume a run that was interrupted; it ends with the same numbers.
+    Run the same command again to resume a run that was interrupted; it ends with the same numbers. With a larger
+    --steps it continues a run that is finished.
     """
+    display = TrainDisplay()
     try:
         config = recipe(_RECIPES[model], **fields)
-        with TrainDisplay() as display:
+        with display:
             result = train(config, out, listener=display)
+    except KeyboardInterrupt:
+        goes_on = f"this goes on from step {display.kept}" if display.kept else "this begins again, from step 0"
+        raise Interrupted(f"interrupted; {goes_on}: {text}") from None
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergedError) as error:
         raise click.ClickException(str(error)) from error
     if result.resumed_from == result.steps:

@@ -142,11 +142,20 @@ def check(
         for op, its_cases in by_op.items():
             for dtype in dtypes:
                 listener(f"{op} {backend} on {device} in {_name(dtype)}")
-                rows.append(_check_op(op, its_cases, Place(device, backend), dtype, seed))
+                rows.append(check_op(op, its_cases, Place(device, backend), dtype, seed=seed))
     return Report(tuple(rows), tuple(absent))
 
 
-def _check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtype, seed: int) -> Row:
+def check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtype, *, seed: int = 0) -> Row:
+    """Hold cases of one operation to the contract.
+
+    Args:
+        op: its name in fastamp.functional.
+        its_cases: see `fastamp.conformance.cases`.
+        place: where they run.
+        dtype: of their inputs.
+        seed: of their inputs, together with their names.
+    """
     worst = worst_pytorch = 0.0
     failures = []
     count = 0
@@ -264,4 +273,4 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["TOLERANCES", "Finding", "Place", "Report", "Row", "Tensors", "check", "check_case", "places"]
+__all__ = ["TOLERANCES", "Finding", "Place", "Report", "Row", "Tensors", "check", "check_case", "check_op", "places"]

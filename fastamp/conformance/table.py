@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from fastamp.conformance.contract import Report
+from fastamp.tables import print_table
 
 _SHOWN = 3  # failures of one row
 
@@ -19,21 +19,18 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console: where to; the standard output by default.
     """
     console = console or Console()
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption="errors against the definition in float64; PyTorch: the definition in the same dtype",
-    )
-    for heading in ("op", "on", "dtype"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("cases", "worst", "PyTorch's", "ok"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for row in report.rows:
         numbers = (str(row.cases), f"{row.worst:.1e}", f"{row.worst_pytorch:.1e}")
-        verdict = "[green]yes[/]" if row.ok else "[red]NO[/]"
-        table.add_row(row.op, f"{row.backend} {row.device}", row.dtype, *numbers, verdict)
-    console.print(table)
+        kept = Text("yes", "green") if row.ok else Text("NO", "red")
+        rows.append((row.op, f"{row.backend} {row.device}", row.dtype, *numbers, kept))
+    print_table(
+        console,
+        ("op", "on", "dtype", "cases", "worst", "PyTorch's", "ok"),
+        rows,
+        names=3,
+        caption="errors against the definition in float64; PyTorch: the definition in the same dtype",
+    )
     for row in report.rows:
         where = f"{row.op}, {row.backend} on {row.device}, {row.dtype}"
         for line in row.failures[:_SHOWN]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,7 +168,9 @@ class SentLoss(TrainerCallback):
                 )
             return
         if path is not None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            from fastamp.training.checkpoint import load_tensors
+
+            state = load_tensors(Path(path), "delete it to start the criterion over")
             try:
                 self.criterion.load_state_dict(state)
             except (RuntimeError, ValueError) as error:

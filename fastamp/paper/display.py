@@ -83,6 +83,7 @@ def _drawn(progress: Progress) -> Group:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=max(progress.steps, 1), completed=progress.steps_done, width=40), overview(progress))
     runs = Table.grid(padding=(0, 2))
+    runs.add_column(no_wrap=True, overflow="fold")  # a key is whole, and what stands beside it breaks
     for run in progress.active:
         error = "" if run.dev_error is None else f"dev error {run.dev_error:.2f}%"
         runs.add_row(Text(f"  {run.key}"), f"step {run.step}/{run.steps}", error)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastamp.paper.plan import Run
+from fastamp.paper.plan import METHODS, Run
 from fastamp.paper.worker import Job
 
 _TAIL_BYTES = 4096  # of metrics.jsonl, more than a line
@@ -36,7 +36,7 @@ class Progress:
         steps_done: updates made since, those that a failed run left out included.
         active: the runs under way.
         seconds_left: of the runs whose rate is known.
-        unknown: how many runs are left of whose backbone and method nothing yet tells a rate.
+        unknown: how many runs are left of whose backbone nothing yet tells a rate.
     """
 
     total: int
@@ -49,8 +49,13 @@ class Progress:
     unknown: int = 0
 
 
+def _kinds(model: str, method: str, loss: str) -> tuple[tuple[str, ...], ...]:
+    """Whose rate tells a run's, the nearest first: the same method's, one's that differs in α or ε, the backbone's."""
+    return (model, method, loss), (model, loss), (model,)
+
+
 class Rates:
-    """Updates a second by backbone and method.
+    """Updates a second, of runs of a kind.
 
     Args:
         records: lines of results.jsonl.
@@ -59,7 +64,7 @@ class Rates:
 
     def __init__(self, records: Iterable[Mapping[str, Any]], device: str) -> None:
         self._device = device
-        self._finished: dict[tuple[str, str], float] = {}
+        self._finished: dict[tuple[str, ...], float] = {}
         for line in records:
             self.keep(line)
 
@@ -69,20 +74,29 @@ class Rates:
             return
         steps = line["result"]["steps"] - line["result"]["resumed_from"]
         if steps:
-            self._finished[line["model"], line["method"]] = steps / line["seconds"]
+            kinds = _kinds(line["model"], line["method"], line["config"]["method"])
+            self._finished |= dict.fromkeys(kinds, steps / line["seconds"])
 
     def left(self, active: Collection[tuple[Run, Active]], waiting: Mapping[Run, int], jobs: int) -> tuple[float, int]:
         """Seconds left of the runs of known rate, and the number of the others.
+
+        A run's rate is that of the last that is done of its kind: of the same method; else of one that differs in α or
+        ε; else of its backbone.
 
         Args:
             active: the runs under way, whose own rates stand in where none of their kind is done.
             waiting: steps of the runs to come.
             jobs: number of runs at a time.
         """
-        rates = {(run.model, run.method): at.rate for run, at in active} | self._finished
+        rates = {kind: at.rate for run, at in active if at.rate for kind in _kinds_of(run)} | self._finished
         left = [*((run, at.steps - at.step) for run, at in active), *waiting.items()]
-        seconds = [steps / rate for run, steps in left if (rate := rates.get((run.model, run.method)))]
+        known = [(steps, [rates[kind] for kind in _kinds_of(run) if kind in rates]) for run, steps in left]
+        seconds = [steps / near[0] for steps, near in known if near]
         return max([sum(seconds) / jobs, *seconds]), len(left) - len(seconds)
+
+
+def _kinds_of(run: Run) -> tuple[tuple[str, ...], ...]:
+    return _kinds(run.model, run.method, METHODS[run.method].fields["method"])
 
 
 def last_evaluation(job: Job) -> Active:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastamp.paper.plan import Run
-from fastamp.training.checkpoint import load_json, save_json
+from fastamp.training.checkpoint import damaged, load_json, save_json
 from fastamp.training.config import unused_fields
 
 FORMAT = 1  # of settings.json and of every line
@@ -73,7 +73,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {settings.get('format')!r}; takes {FORMAT}")
     missing = [name for name in _NAMES if name not in settings]
     if missing:
-        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
+        raise damaged(path, f"it has no {', '.join(missing)}", "put it back from a copy, or give another folder")
     return settings
 
 
@@ -83,22 +83,23 @@ def _lines(path: Path) -> tuple[dict[str, dict[str, Any]], tuple[str, ...], int]
     *lines, torn = content.split(b"\n")
     records: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
+        where, advice = f"{path}, line {number}", "delete the line: its run is made again, and the others are kept"
         try:
             record = json.loads(line)
             key, status = record["key"], record["status"]
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is damaged: {error!r}") from None
+            raise damaged(where, error, advice) from None
         if record.get("format") != FORMAT:
-            raise ValueError(f"{path}, line {number} has format {record.get('format')!r}; takes {FORMAT}")
+            raise ValueError(f"{where} has format {record.get('format')!r}, takes {FORMAT}: give another folder")
         if not isinstance(key, str):
-            raise ValueError(f"{path}, line {number} is damaged: key {key!r}")
+            raise damaged(where, f"key {key!r}", advice)
         if status not in tuple(_FIELDS):
-            raise ValueError(f"{path}, line {number} is damaged: status {status!r}")
+            raise damaged(where, f"status {status!r}", advice)
         missing = [name for name in _FIELDS[status] if name not in record]
         if missing:
-            raise ValueError(f"{path}, line {number} is damaged: it has no {', '.join(missing)}")
+            raise damaged(where, f"it has no {', '.join(missing)}", advice)
         if records.get(key, {}).get("status") == "done":
-            raise ValueError(f"{path}, line {number}: {key} is done in an earlier line already")
+            raise ValueError(f"{where}: {key} is done in an earlier line already; delete one of the two")
         records[key] = record
     notices = (f"{path}: the last line is torn, and left out",) if torn else ()
     return records, notices, len(content) - len(torn)

@@ -6,7 +6,6 @@ before the import, which takes seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -107,6 +106,7 @@ def execute(job: Job) -> dict[str, Any]:
         the run's record: "done" or, whatever was raised, "failed".
     """
     from fastamp.training import train
+    from fastamp.training.checkpoint import load_lines
     from fastamp.training.curves import loss_curves
 
     began = time.monotonic()
@@ -114,7 +114,7 @@ def execute(job: Job) -> dict[str, Any]:
         with FileLock(job.folder / LOCK, timeout=_ORPHAN_SECONDS):
             _leave_other_device(job)
             result = train(job.config, job.folder)
-            lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+            lines = load_lines(job.folder / "metrics.jsonl", "--retry-failed makes the run again")
             fields: dict[str, Any] = {
                 "result": asdict(result),
                 "history": [line for line in lines if not line.get("final")],
@@ -129,8 +129,10 @@ def execute(job: Job) -> dict[str, Any]:
 
 def _leave_other_device(job: Job) -> None:
     """Starts over a run that was under way on another device, whose numbers this one does not continue."""
+    from fastamp.training.checkpoint import load_json
+
     described = job.folder / "config.json"
-    if described.exists() and json.loads(described.read_bytes()).get("device") != job.config.device:
+    if described.exists() and load_json(described).get("device") != job.config.device:
         # config.json last: a folder that has other files alone is nobody's.
         others = [path for path in job.folder.iterdir() if path.name not in (LOCK, described.name)]
         for path in (*others, described):

@@ -16,6 +16,9 @@ import torch
 _DAMAGE = (ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
+START_OVER = "delete it to start over"
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replaces `path` by what `write` puts into a file object; durable when this returns."""
     # A fixed name in the same folder: same file system, and what a kill leaves is overwritten next time.
@@ -39,15 +42,34 @@ def save_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def damaged(path: Path | str, reason: object, advice: str) -> ValueError:
+    """The error for a file of ours that cannot be read: which it is, why, and what to do."""
+    text = (str(reason).splitlines() or [""])[0]
+    named = f"{type(reason).__name__}: {text}" if isinstance(reason, Exception) else text
+    return ValueError(f"{path} is damaged ({named}); {advice}")
+
+
 def load_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; ValueError where it is none."""
+    advice = "put it back from a copy, or give another folder"
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise damaged(path, error, advice) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
+        raise damaged(path, "not a JSON object", advice)
     return value
+
+
+def load_lines(path: Path, advice: str) -> list[dict[str, Any]]:
+    """Reads JSON lines; ValueError, with the line and what to do then, where one is damaged."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise damaged(f"{path}, line {number}", error, advice) from None
+    return found
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -55,19 +77,18 @@ def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(dict(value), file))
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; ValueError where it is damaged."""
+def load_tensors(path: Path, advice: str = START_OVER) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU; ValueError, with what to do then, where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
+            wrong = archive.testzip()  # torch.load does not look at the checksums
+        if wrong is not None:
+            raise ValueError(f"wrong checksum of {wrong}")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged ({reason}); delete it to start over") from None
+        raise damaged(f"checkpoint {path}", error, advice) from None
     if not isinstance(value, dict):
-        raise ValueError(f"checkpoint {path} is damaged (no dictionary); delete it to start over")
+        raise damaged(f"checkpoint {path}", "no dictionary", advice)
     return value
 
 
@@ -87,7 +108,8 @@ class MetricsLog:
         size = self._file.seek(0, os.SEEK_END)
         if size < offset:
             self._file.close()
-            raise ValueError(f"{path} holds {size} bytes, fewer than the {offset} of its checkpoint")
+            reason = f"{size} bytes, fewer than the {offset} of its checkpoint"
+            raise damaged(path, reason, f"delete {path.with_name('last.pt')} to start over")
         self._file.truncate(offset)
         self._file.seek(offset)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastamp.mixing import Mix
 from fastamp.models import Model
 from fastamp.training.batches import EVAL_BATCH, Examples
-from fastamp.training.checkpoint import load_tensors
+from fastamp.training.checkpoint import damaged, load_tensors
 from fastamp.training.config import TrainConfig
 from fastamp.training.task import Task
 
@@ -55,6 +55,29 @@ def mixed_losses(
     return torch.stack(losses)
 
 
+def best_model(config: TrainConfig, run: str | os.PathLike[str], task: Task) -> nn.Module:
+    """A run's model of least dev error, in eval mode and on the CPU; the global generators are left as they were.
+
+    Args:
+        config: the run.
+        run: its folder.
+        task: what the run was trained on.
+
+    Raises:
+        ValueError: its best.pt is damaged.
+    """
+    advice = f"delete {run} to start the run over"
+    path = Path(run) / "best.pt"
+    saved = load_tensors(path, advice)
+    with torch.random.fork_rng([]):
+        model = task.model(config)
+    try:
+        model.load_state_dict(saved["model"])
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise damaged(path, error, advice) from None
+    return model.eval()
+
+
 def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Figure 2's curves of a finished run's best model.
 
@@ -74,10 +97,7 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
         return None
     device = torch.device(config.device)
     task = Task.load(config, device)
-    with torch.random.fork_rng([]):
-        model = task.model(config).to(device)
-    model.load_state_dict(load_tensors(Path(run) / "best.pt")["model"])
-    model.eval()
+    model = best_model(config, run, task).to(device)
     lam = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     curves: dict[str, Any] = {"lam": lam.tolist()}
     for level in LEVELS:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ from torch import Tensor
 import fastamp
 from fastamp.checks import NonFiniteError
 from fastamp.training.batches import Batches, error_rate
-from fastamp.training.checkpoint import MetricsLog, load_json, load_tensors, save_json, save_tensors
+from fastamp.training.checkpoint import (
+    START_OVER,
+    MetricsLog,
+    damaged,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
 from fastamp.training.config import TrainConfig, usable_device
 from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
@@ -83,6 +91,9 @@ class Listener:
     def evaluated(self, record: dict[str, Any]) -> None:
         """A record was added to metrics.jsonl."""
 
+    def saved(self, step: int) -> None:
+        """last.pt was written; a run that ends now goes on from `step`."""
+
 
 def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listener | None = None) -> TrainResult:
     """Trains a model, or resumes a run, or reports one that is done.
@@ -90,7 +101,9 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
     `out` receives config.json; metrics.jsonl, one record an evaluation and a final one; best.pt, the model of
     least dev error; last.pt, from which the same call resumes. A run that was killed at any time and resumed
     gives bit for bit the weights and metrics (but for times) of one that was not, on the same machine's CPU with
-    the same number of threads; on a GPU up to the order in which its kernels sum.
+    the same number of threads; on a GPU up to the order in which its kernels sum. A larger `steps` continues a run,
+    also a finished one: its weights become those of a run that was this long from the start, and the evaluation after
+    what was its last step stays among the records.
 
     The records: `step`; `train_loss`, the mean since the last evaluation; `dev_error` and `test_error` in
     percent; `steps_per_s`; and of the evaluated step's batch, where rows are mixed, `mix/lam`, the mean
@@ -121,6 +134,9 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         saved = out / "last.pt"
         if saved.exists():
             run.restore(load_tensors(saved), saved)
+        described = load_json(out / "config.json")
+        if described["steps"] != config.steps:
+            save_json(out / "config.json", {**described, "steps": config.steps})
         return run.finish(listener or Listener())
 
 
@@ -143,7 +159,7 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     described = out / "config.json"
     if described.exists():
         there = load_json(described)
-        differences = config.differences(there)
+        differences = _differences(config, there)
         digests = there.get("data") or {}
         differences += [name for name, digest in task.fingerprint().items() if digest != digests.get(name)]
         if differences:
@@ -157,6 +173,13 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {"fastamp": fastamp.__version__, "torch": torch.__version__}
     save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
+
+
+def _differences(config: TrainConfig, there: Mapping[str, Any]) -> list[str]:
+    """As `TrainConfig.differences`, but that more steps are the same run."""
+    steps = there.get("steps")
+    longer = isinstance(steps, int) and steps < config.steps
+    return config.differences({**there, "steps": config.steps} if longer else there)
 
 
 class _Run:
@@ -223,7 +246,7 @@ class _Run:
                 f"checkpoint {path} has format {state.get('format')!r}, of another version of fastamp; takes {FORMAT}: "
                 "give another folder, or delete this one to start over"
             )
-        differences = self.config.differences(state.get("config", {}))
+        differences = _differences(self.config, state.get("config", {}))
         if differences or state.get("data") != self.task.fingerprint():
             raise ValueError(f"{path} is of another run; different: {', '.join(differences) or 'data'}")
         try:
@@ -241,7 +264,7 @@ class _Run:
             self.least_test_error = state["least_test_error"]
             self.seconds, self.window_seconds = state["seconds"], state["window_seconds"]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"checkpoint {path} is damaged ({error!r}); delete it to start over") from None
+            raise damaged(f"checkpoint {path}", error, START_OVER) from None
 
     def finish(self, listener: Listener) -> TrainResult:
         """Trains to the end."""
@@ -280,12 +303,15 @@ class _Run:
             self.window_seconds += now - began
             if evaluate:
                 self._evaluate(stats, metrics, listener)
-            if last:
-                result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
-                metrics.append({"final": True, **result})
             if checkpoint:
                 self.offset = metrics.sync()
+                if last:
+                    # Behind the offset, so that more steps cut it off.
+                    result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
+                    metrics.append({"final": True, **result})
+                    metrics.sync()
                 save_tensors(self.out / "last.pt", self.state())
+                listener.saved(self.step)
             began = time.perf_counter()
 
     def _check_finite(self) -> None:
