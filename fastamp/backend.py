@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
 from types import TracebackType
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
+# Looked for once, without importing it: torch 2.11 cannot trace a search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _current = "auto"
 
 
@@ -43,10 +44,9 @@ class set_backend:  # noqa: N801 - reads as a function, like torch.set_grad_enab
         _current = self._previous
 
 
-@lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether the package triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the package triton is installed."""
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -296,8 +296,8 @@ def _rows(logits: Tensor, head: Head, how: How, chunk: Chunk, upstream: Tensor |
     dlogits = None
     if upstream is not None and rows.grad_mixed is not None:
         # Exactly 0, also where a row outside is NaN, which its partner in this chunk need not be mixed with.
-        rows.grad_mixed[chunk.own :] = 0
-        rows.lam[chunk.own :] = 0
+        rows.grad_mixed[chunk.own :].zero_()
+        rows.lam[chunk.own :].zero_()
         dlogits = closed_form.scatter_roles(rows.grad_mixed, rows.lam, chunk.partner, upstream).to(logits.dtype)
     fields = (rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(lam.dtype))
     return torch.stack(fields), dlogits

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastamp.randomness import capturing
+
 
 class Mix(NamedTuple):
     """One draw for a batch: row r becomes λ_r·row r + (1-λ_r)·row partner[r]."""
@@ -59,17 +61,17 @@ def draw(
     Processes of torch.distributed are mostly seeded alike. Drawing from the default generator, each of them therefore
     draws for all, and takes the part of its rank: independent draws, from one seed, without communication.
     """
-    source = device if generator is None else generator.device
+    source = draw_device(device, generator)
     rank, processes = (0, 1) if generator is not None else _rank()
     lam = draw_beta(processes * batch_size, alpha, source, generator)
     if processes == 1:
-        partner = torch.randperm(batch_size, device=source, generator=generator)
+        partner = draw_permutation(batch_size, source, generator)
     else:
         # By turns: numbers of two ranks never coincide, even if their batches differ in size.
         lam = lam.view(batch_size, processes)[:, rank].contiguous()
         # Sorting random keys is a random permutation; double precision makes ties a matter of 1e-16·B².
-        keys = torch.rand(batch_size, processes, dtype=torch.float64, device=source)
-        partner = keys[:, rank].argsort()
+        keys = torch.rand(batch_size, processes, dtype=torch.float64, device=_with_float64(source, generator))
+        partner = keys[:, rank].argsort().to(source)
     if pairing == "matching":
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
         order, alone = partner, batch_size % 2
@@ -77,9 +79,28 @@ def draw(
         if alone:
             swapped = torch.cat([swapped, order[-1:]])
         partner = torch.empty_like(order).scatter_(0, order, swapped)
-    if generator is not None and device is not None and generator.device != torch.device(device):
-        lam, partner = lam.to(device, non_blocking=True), partner.to(device, non_blocking=True)
-    return Mix(lam, partner)
+    return Mix(moved(lam, device), moved(partner, device)) if generator is not None else Mix(lam, partner)
+
+
+def draw_device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device:
+    """Where the random numbers of a draw for `device` are made; RuntimeError where they could not be taken there."""
+    if generator is None:
+        return torch.get_default_device() if device is None else torch.device(device)
+    if device is not None and generator.device.type == "cpu" and capturing(torch.device(device)):
+        raise RuntimeError(
+            "a CPU generator cannot draw while a CUDA graph is captured: every replay would copy the same numbers, from "
+            "memory that is free by then. Leave generator out, give one on the GPU that the graph knows "
+            "(graph.register_generator_state), or pass mix, tensors on the GPU that are filled before each replay"
+        )
+    return generator.device
+
+
+def moved(value: Tensor, device: torch.device | str | None) -> Tensor:
+    """Of what was drawn by a generator of one's own: on `device`, or where it is for None."""
+    if device is None or value.device == torch.device(device):
+        return value
+    # CUDA takes a copy of pageable memory before the call returns; that others do is not said anywhere.
+    return value.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def _rank() -> tuple[int, int]:
@@ -89,17 +110,45 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def draw_beta(
-    batch_size: int, alpha: float, device: torch.device | str | None, generator: torch.Generator | None
-) -> Tensor:
+def draw_beta(batch_size: int, alpha: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """(batch_size,) numbers, float32, from Beta(alpha, alpha), drawn on `device`, which is the generator's."""
     if alpha == 1.0:
-        return torch.rand(batch_size, device=device, generator=generator)
+        return torch.rand(batch_size, dtype=torch.float32, device=device, **_given(generator))
     # Beta(α, α) = X / (X + Y) with X, Y ~ Gamma(α). For small α both gammas underflow, and λ would pile up
     # at 0.5, so the logarithms are drawn: log X = log Gamma(α+1) + log(U) / α (Marsaglia & Tsang 2000, §6).
-    shape = torch.full((2, batch_size), alpha + 1.0, dtype=torch.float64, device=device)
+    source = _with_float64(device, generator)
+    shape = torch.full((2, batch_size), alpha + 1.0, dtype=torch.float64, device=source)
     log_gamma = torch._standard_gamma(shape, generator=generator).log()
     # 1 - U lies in (0, 1]: its logarithm is finite.
-    uniform = torch.rand(2, batch_size, dtype=torch.float64, device=device, generator=generator)
+    uniform = torch.rand(2, batch_size, dtype=torch.float64, device=source, **_given(generator))
     log_x, log_y = log_gamma + torch.log1p(-uniform) / alpha
-    return torch.sigmoid(log_x - log_y).float()
+    return torch.sigmoid(log_x - log_y).float().to(device)
+
+
+def draw_permutation(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """(size,) int64: a uniform random permutation, drawn on `device`, which is the generator's."""
+    # With generator=None, for inductor of torch 2.13 fails at rows that are taken by randperm's other overload.
+    return torch.randperm(size, device=device, generator=generator)
+
+
+def _given(generator: torch.Generator | None) -> dict[str, torch.Generator]:
+    """torch.rand's argument `generator`: left out rather than None, with which it takes no symbolic size."""
+    return {} if generator is None else {"generator": generator}
+
+
+def _with_float64(device: torch.device, generator: torch.Generator | None) -> torch.device:
+    """`device`, or the CPU in place of one without double precision."""
+    if _has_float64(device):
+        return device
+    if generator is not None:
+        raise ValueError(
+            f"generator is on {device}, which has no float64, and λ for alpha other than 1 is drawn in float64: pass a "
+            "generator on the CPU"
+        )
+    return torch.device("cpu")
+
+
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"

@@ -240,11 +240,12 @@ _operator.register_autograd(_operator_gradient, setup_context=_keep_for_backward
 
 def linear_head_fits(hidden: Tensor, linear_weight: Tensor, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
+    if torch.compiler.is_compiling() or not len(hidden):
+        return False
     classes, depth = linear_weight.shape
     itemsize = closed_form.compute_dtype(hidden.dtype).itemsize
     bce = policy.loss == "softmax_bce"
-    fits = kernels.linear_head_config(max(1, len(hidden)), classes, depth, itemsize, bce=bce) is not None
-    return fits and len(hidden) > 0 and not torch.compiler.is_compiling()
+    return kernels.linear_head_config(len(hidden), classes, depth, itemsize, bce=bce) is not None
 
 
 def linear_amp_cross_entropy(

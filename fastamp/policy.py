@@ -89,5 +89,6 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {taken}, got {value!r}")
     number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+    # By comparisons, which torch.compile can make of a number that is a symbol.
+    if not low <= number <= high or number == math.inf or (open_low and number == low):
         raise ValueError(f"{name} must be {taken}, got {value!r}")

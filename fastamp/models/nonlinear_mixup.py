@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastamp.mixing import Mix, draw_beta
+from fastamp.mixing import Mix, draw_beta, draw_device, draw_permutation
 from fastamp.models.cut import Model
 from fastamp.models.words import check_sizes
 
@@ -94,9 +94,9 @@ class NonlinearMixup(nn.Module):
         g, f = self.parts
         words = g(ids)
         self._check(words, labels)
-        source = words.device if self.generator is None else self.generator.device
+        source = draw_device(words.device, self.generator)
         share = draw_beta(words.numel(), self.alpha, source, self.generator).to(words).view_as(words)
-        partner = torch.randperm(len(words), device=source, generator=self.generator).to(words.device)
+        partner = draw_permutation(len(words), source, self.generator).to(words.device)
         # One λ a row is what a Mix has; of this one only the partners are asked for.
         mix = Mix(torch.ones(len(words), device=words.device), partner)
         mixed = torch.lerp(words[partner], words, share)
