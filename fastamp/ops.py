@@ -92,14 +92,20 @@ def amp_cross_entropy(
             compiled_for,
             policy.step_size,
             divisor,
-            logits.requires_grad and torch.is_grad_enabled(),
+            logits.requires_grad and torch.is_grad_enabled() and not _saved_tensors_are_hooked(),
         )
     return loss, _stats(rows, lam) if return_stats else None
 
 
+def _saved_tensors_are_hooked() -> bool:
+    """Whether what is kept for backward is offloaded or made again: the gradient itself is then left to backward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _AmpCrossEntropy(torch.autograd.Function):
     """The eager path. The gradient of the forward launch is handed out once, scaled in place by the first backward;
-    a later one computes it anew, so that nobody's gradient is ever written to.
+    a later one computes it anew, so that nobody's gradient is ever written to. It is kept beside the saved tensors,
+    where no hook would see it: under hooks the forward makes none.
     """
 
     @staticmethod
@@ -140,7 +146,7 @@ class _AmpCrossEntropy(torch.autograd.Function):
         logits, target, lam, partner, weight, rows, divisor = ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is not None:
-            dlogits = kernels.rescale_(dlogits, grad_loss, divisor, ctx.assumed)
+            dlogits = kernels.rescaled(dlogits, grad_loss, divisor, ctx.assumed)
         else:
             dlogits = kernels.amp_cross_entropy_backward(
                 logits, target, lam, partner, weight, rows, divisor, grad_loss, policy=ctx.policy

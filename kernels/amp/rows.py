@@ -38,9 +38,11 @@ def row_fields(bce: bool) -> int:
     return 15 if bce else 11
 
 
+# What every launch says: Triton fuses products and sums where nothing is said, and has announced that it will not.
+OPTIONS = {"enable_fp_fusion": True}
 # Launch options under which a label out of range stops the kernel; without the checks of integer overflow that
 # would come with them.
-ASSERTING = {"debug": True, "sanitize_overflow": False}
+ASSERTING = {**OPTIONS, "debug": True, "sanitize_overflow": False}
 
 
 class RowPolicy(NamedTuple):
@@ -342,9 +344,15 @@ def scaled_grad(grad, grad_divisor_ptr):
 
 
 @triton.jit
+def field_at(rows_ptr, field: tl.constexpr, row, B):
+    """Where a value per row stands in the (fields, B) buffer."""
+    return rows_ptr + (tl.full((), field, tl.int64) * B + row)
+
+
+@triton.jit
 def store_field(rows_ptr, field: tl.constexpr, row, B, value, ok):
     """Write a value per row to a field of the (fields, B) buffer."""
-    tl.store(rows_ptr + field * B + row, value, mask=ok)
+    tl.store(field_at(rows_ptr, field, row, B), value, mask=ok)
 
 
 @triton.jit
