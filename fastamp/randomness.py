@@ -14,7 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, when nothing may wait for the device or set its generator back."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current stream of the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 class RandomStates:

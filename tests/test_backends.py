@@ -1,5 +1,7 @@
 """The numerics contract: closed forms and Triton kernels against the reference in float64."""
 
+import subprocess
+
 import pytest
 import torch
 from conftest import DTYPES, INTERPRETED, assert_contract, by_definition, by_library, random_case
@@ -178,6 +180,39 @@ def test_delta_is_free_of_cancellation(backend):
     exact = (step.double() * truth.grad)[other]
     assert change.min() > 1e-12
     torch.testing.assert_close(ours.delta[other].double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_translated"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), True),
+        (RuntimeError("0 active drivers ([]). There should only be one."), True),
+        (RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"), True),
+        (subprocess.CalledProcessError(1, ["gcc"]), True),
+        (AssertionError("libcuda.so cannot found!"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=str,
+)
+def test_where_triton_cannot_work_the_error_names_the_other_backend(triton_backend, monkeypatch, error, is_translated):
+    from fastamp.kernels.rows_grad import _amp_total_kernel
+
+    def run(*given, **options):
+        raise error
+
+    case = random_case(6, 5)
+    monkeypatch.setattr(type(_amp_total_kernel), "run", run)
+    if is_translated:
+        with pytest.raises(RuntimeError, match=r'fastamp\.set_backend\("torch"\)') as raised:
+            by_library(case)
+        assert raised.value.__cause__ is error
+        assert str(error) in str(raised.value)
+    else:
+        with pytest.raises(type(error)) as raised:
+            by_library(case)
+        assert raised.value is error
 
 
 def test_the_two_backends_agree_on_the_statistics(triton_backend):

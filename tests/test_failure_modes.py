@@ -1,6 +1,7 @@
 """What went wrong in other kernel libraries; the numbers are those of the list that these tests follow."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import fastamp
 from fastamp import AMPLoss, Mix
-from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
+from fastamp.functional import amp_cross_entropy, embedding_mix, linear_amp_cross_entropy
 
 LOSSES = ("cross_entropy", "softmax_bce")
 
@@ -58,6 +59,41 @@ def test_backward_with_weights_one_two_one_gives_one_two_one_times(backend, redu
     ]
     torch.testing.assert_close(grads[1], 2 * grads[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(grads[2], grads[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_captured_backward_that_is_replayed_twice_scales_once(triton_backend, monkeypatch):
+    """2: a graph of the backward alone runs again on the gradient that the forward left."""
+    kernels, loss_kernels = map(import_module, ("fastamp.kernels", "fastamp.kernels.amp_cross_entropy"))
+    left = []
+    run = kernels.amp_cross_entropy_forward
+
+    def forward(*given, **options):
+        out = run(*given, **options)
+        left.append((out.dlogits, out.dlogits.clone()))
+        return out
+
+    monkeypatch.setattr(kernels, "amp_cross_entropy_forward", forward)
+    monkeypatch.setattr(loss_kernels, "is_captured", lambda device: True)
+    case = random_case(6, 5)
+    logits = leaf(case)
+    (grad,) = torch.autograd.grad(call(case, logits), logits, torch.tensor(4.0))
+    ((kept, before),) = left
+    assert torch.equal(kept, before)
+    torch.testing.assert_close(grad, 4 * before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hooks_of_saved_tensors_see_all_that_waits_for_backward(backend, reduction):
+    """Activation offloading and checkpointing: nothing of the logits' size stays beside what is saved."""
+    case = random_case(6, 5, reduction=reduction)
+    logits = leaf(case)
+    (expected,) = torch.autograd.grad(call(case, logits).sum(), logits)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True), lambda x: torch.tensor(x)):
+        loss = call(case, logits)
+    held = [value for value in vars(loss.grad_fn).values() if isinstance(value, torch.Tensor)]
+    assert not [value.shape for value in held]
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_double_backward_raises_instead_of_giving_zero(backend):
@@ -124,6 +160,18 @@ def test_offsets_beyond_the_range_of_int32(small_tiles, classes, reduction):
     across = storage.as_strided((2, 3), (1, stride))
     across.copy_(torch.randn(2, 3))
     assert_contract(random_case(2, 3, reduction=reduction)._replace(logits=across))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="6 GB, of which a CPU gives only what is touched")
+def test_offsets_of_columns_beyond_the_range_of_int32(triton_backend):
+    """8: column times stride does not fit in 32 bits, though each of them does."""
+    stride = 2**31 // 2 + 7
+    upstream = torch.empty(2 * stride + 1, dtype=torch.float16).as_strided((1, 1, 3), (1, 1, stride))
+    upstream.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    ids, lam, partner = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    table = torch.zeros(2, 3, dtype=torch.float16, requires_grad=True)
+    (grad,) = torch.autograd.grad(embedding_mix(ids, table, lam, partner), table, upstream)
+    assert grad.tolist() == [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import HAS_GPU
 
 import fastamp
 from fastamp.backend import uses_triton
@@ -130,6 +131,41 @@ def test_a_block_that_raises_gives_the_backend_back():
     with fastamp.set_backend("torch"), pytest.raises(KeyError), fastamp.set_backend("auto"):
         raise KeyError
     assert not uses_triton(torch.zeros(1))
+
+
+def test_a_triton_that_cannot_be_imported_names_the_other_backend(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('GLIBC_2.34 not found')")
+    refusal = python(
+        """
+import torch, fastamp
+fastamp.set_backend("triton")
+try:
+    fastamp.AMPLoss()(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+except ImportError as error:
+    print(error)
+""",
+        TRITON_INTERPRET="1",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert refusal == 'GLIBC_2.34 not found; fastamp.set_backend("torch") computes the same without Triton'
+
+
+@pytest.mark.skipif(HAS_GPU, reason="Triton finds a driver")
+def test_a_triton_that_finds_no_gpu_driver_names_the_other_backend():
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    refusal = python(
+        """
+import torch, fastamp.backend
+fastamp.backend.interpreting = lambda: True  # whereas its kernels are not interpreted
+fastamp.set_backend("triton")
+try:
+    fastamp.AMPLoss()(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert refusal.startswith("Triton is installed, but cannot run this kernel here: RuntimeError: 0 active drivers")
+    assert refusal.endswith('fastamp.set_backend("torch") computes the same without Triton')
 
 
 def test_triton_refuses_cpu_tensors_outside_its_interpreter():

@@ -6,17 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from collections import namedtuple
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import TRITON_DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, StepCase, check_case
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from triton.runtime.errors import OutOfResources
+
+from fastamp.kernels import RowPolicy
 
 tuning = import_module("fastamp.kernels.tuning")
 
@@ -92,13 +99,35 @@ def search(times, kernel="_some_kernel"):
 EVERY = {Tile(size, warps): size + warps for size in (2, 4, 8) for warps in (4, 8, 16)}
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Options of the launches. As in the newest Triton, a kernel is handed the fields of its policy and no more."""
+
+    class Fields(namedtuple("Fields", RowPolicy._fields, defaults=[False])):
+        mangle = RowPolicy.mangle  # for the host
+
+    for module in ("fastamp.ops", "fastamp.layer_ops"):
+        monkeypatch.setattr(f"{module}.RowPolicy", Fields)
+    options, kernels = [], type(import_module("fastamp.kernels.mix")._mix_kernel)
+    run = kernels.run
+
+    def noted(*given, **said):
+        options.append(said)
+        return run(*given, **said)
+
+    monkeypatch.setattr(kernels, "run", noted)
+    return options
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
-def test_every_candidate_of_every_kernel_computes_the_same(tunes, case):
+def test_every_candidate_of_every_kernel_computes_the_same(tunes, launched, case):
     def check():
         finding = check_case(case, TRITON_DEVICE, "triton", torch.float32)
         assert not finding.failures, finding.failures
 
     check()
+    assert launched
+    assert all(options["enable_fp_fusion"] is True for options in launched), "Triton's default changes"
     found = held(tunes)["launches"]
     assert found
     candidates = {key: entry["ms"] for key, entry in found.items()}
@@ -164,6 +193,18 @@ def test_a_spoiled_file_is_told_and_replaced(tunes):
     assert held(tunes)["launches"]
 
 
+def test_a_folder_that_cannot_be_written_is_told_once_and_ends_no_step(tunes, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTAMP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="cannot be written.*lost with this process"):
+        _, made = search(EVERY | {Tile(8, 16): 0.001})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(EVERY, kernel="_another_kernel")
+        again, made_again = search(EVERY)
+    assert again == [Tile(8, 16)] == [made] == [made_again]
+
+
 def test_two_processes_keep_what_both_found(tunes):
     search(EVERY, kernel="_first_kernel")
     mine = dict(tuning._stores)
@@ -181,6 +222,46 @@ def test_without_the_switch_nothing_is_searched_for(monkeypatch, tmp_path):
     ran, made = search(EVERY)
     assert ran == [Tile(4, 8)] == [made]
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("tiles", ["frozen", "small_tiles", "tiny_tiles"])
+@given(data=st.data())
+def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, tiles, data):
+    """Of any size and dtype: warps and tiles are powers of two, and there are some."""
+    if tiles != "frozen":
+        request.getfixturevalue(tiles)
+    from fastamp.codegen.case import PLAIN
+
+    config = import_module("fastamp.kernels.config")
+    size, batch = (data.draw(st.integers(0, 20).flatmap(lambda power: st.integers(1, 2**power))) for _ in range(2))
+    stored, itemsize = data.draw(st.sampled_from([(2, 4), (4, 4), (8, 8)]))
+    bce, never_rejects, flag = (data.draw(st.booleans()) for _ in range(3))
+    policy = PLAIN._replace(bce=bce, never_rejects=never_rejects and not bce)
+    head = config.linear_head_config(batch, min(size, 16), batch % 2048 + 1, itemsize, bce=bce)
+    launches = [
+        config.forward_config(batch, size, itemsize, policy),
+        config.pairs_config(itemsize, dense_target=flag),
+        config.backward_config(size, itemsize, policy),
+        config.select_config(size, itemsize, bce=bce),
+        config.mix_config(size, stored),
+        config.remix_config(size, itemsize),
+        config.inner_product_config(size, stored),
+        config.embedding_grad_config(size, itemsize),
+        head and head._replace(rows=1),  # of which a program takes one after the other
+    ]
+    for launch in filter(None, launches):
+        numbers = {name: value for name, value in launch._asdict().items() if name not in ("in_registers", "part")}
+        assert all(value >= 1 and value & (value - 1) == 0 for value in numbers.values()), launch
+        assert launch.num_warps <= tuning.MAX_WARPS, launch
+    wide, narrow = config.select_config(size, 8, bce=bce), config.select_config(2 * size, 4, bce=bce)
+    assert wide.num_warps == narrow.num_warps, "as many words want as many warps"
+
+
+def test_every_kernel_has_a_case_that_is_compiled():
+    record = json.loads((Path(__file__).parents[1] / "bench" / "results" / "codegen.json").read_text())
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastamp.kernels.")]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == {row["kernel"] for row in record["rows"]}
 
 
 @pytest.mark.parametrize(("value", "enabled"), [("1", "True"), ("0", "False"), ("", "False"), ("yes", None)])

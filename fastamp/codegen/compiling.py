@@ -18,7 +18,7 @@ from fastamp.codegen.case import Case
 from fastamp.codegen.cases import ASSERTING_KERNELS, GROUPS_OF_CASES
 from fastamp.codegen.occupancy import ARCHITECTURES, occupancy
 from fastamp.codegen.traffic import program_traffic
-from fastamp.kernels.rows import ASSERTING
+from fastamp.kernels.rows import ASSERTING, OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # A PTX access: its direction, how many elements, bits of each.
@@ -42,8 +42,8 @@ def compile_group(target: str, group: str, listener: Callable[[str], None] = lam
     return rows
 
 
-def compile_case(case: Case, target: str) -> dict[str, Any]:
-    """One row of the report.
+def compiled(case: Case, target: str) -> Any:
+    """What Triton makes of a case.
 
     Args:
         case: what to compile.
@@ -62,19 +62,23 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
     aligned = [name for name in case.aligned if name in case.signature]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.num_warps} | (ASSERTING if case.kernel in ASSERTING_KERNELS else {})
+    options = {"num_warps": case.num_warps, **(ASSERTING if case.kernel in ASSERTING_KERNELS else OPTIONS)}
     backend, arch = TARGETS[target].split(":")
-    lanes = ARCHITECTURES[target].warp_size
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, lanes)
-    compiled = triton.compile(source, target=gpu, options=options)
-    taken = _nvidia(compiled, case.num_warps) if backend == "cuda" else _amd(compiled, case.kernel.__name__)
-    shared = compiled.metadata.shared
-    text, arguments = compiled.asm["ttgir"], [name for name in names if name in case.signature]
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, ARCHITECTURES[target].warp_size)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def compile_case(case: Case, target: str) -> dict[str, Any]:
+    """One row of the report; arguments as `compiled` takes them."""
+    made, kernel = compiled(case, target), case.kernel.__name__
+    taken = _nvidia(made, case.num_warps) if TARGETS[target].startswith("cuda") else _amd(made, kernel)
+    shared = made.metadata.shared
+    text, arguments = made.asm["ttgir"], [name for name in case.kernel.arg_names if name in case.signature]
     moved = program_traffic(text, arguments, case.sizes)
     mostly = program_traffic(text, arguments, case.sizes, first_branch=True)
     row = {
         "target": target,
-        "kernel": case.kernel.__name__,
+        "kernel": kernel,
         "case": case.name,
         "launch": str(case.launch),
         "warps": case.num_warps,
@@ -88,7 +92,7 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
         "mostly_written": mostly.written,
         "floor": case.floor,
     }
-    held = case.row_bytes // (case.num_warps * lanes)
+    held = case.row_bytes // (case.num_warps * ARCHITECTURES[target].warp_size)
     return row | {"narrow": row["load_width"] < min(16, held)}
 
 

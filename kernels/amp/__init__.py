@@ -1,7 +1,12 @@
 """Triton kernels and their launchers; importing this imports Triton."""
 
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(f'{error}; fastamp.set_backend("torch") computes the same without Triton') from error
+
 from . import rows as _rows
-from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescale_
+from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescaled
 from .config import linear_head_config
 from .embedding_mix import embedding_mix_backward, embedding_mix_forward
 from .linear_head import launch_linear_head
@@ -34,7 +39,7 @@ __all__ = [
     "mix_backward",
     "mix_forward",
     "remix_forward",
-    "rescale_",
+    "rescaled",
     "row_fields",
     "select_cross_entropy_forward",
 ]

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import RESCALE_BLOCK, TOTAL_BLOCK, Config, backward_config, cdiv, forward_config, pairs_config
-from .launch import inverse_permutation, on_device_of
+from .launch import inverse_permutation, is_captured, on_device_of
 from .rows import (
     ASSERTING,
     BP_TOP,
     LSE_OTHERS,
+    OPTIONS,
     SUM_BO,
     TOP,
     RowPolicy,
@@ -262,7 +263,9 @@ def amp_cross_entropy_forward(
             launch,
         )
         if loss is not None and not single:
-            _amp_total_kernel[(1,)](rows, loss, loss_divisor, None, batch, divisor, 0.0, BLOCK=TOTAL_BLOCK, num_warps=4)
+            _amp_total_kernel[(1,)](
+                rows, loss, loss_divisor, None, batch, divisor, 0.0, BLOCK=TOTAL_BLOCK, num_warps=4, **OPTIONS
+            )
     return Forward(rows, loss, loss_divisor, dlogits, assumed)
 
 
@@ -306,6 +309,7 @@ def amp_cross_entropy_backward(
             BLOCK_B=config.block_b,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
+            **OPTIONS,
         )
         return dlogits
 
@@ -327,11 +331,17 @@ def _facts(logits: Tensor, target: Tensor, weight: Tensor | None, policy: RowPol
     return *compiled_for, batch_class(batch), f"C={classes}", logits.device
 
 
-def rescale_(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float) -> Tensor:
-    """Multiply `dlogits` in place by upstream·assumed/divisor; touches no memory where that is 1."""
+def rescaled(dlogits: Tensor, upstream: Tensor, divisor: Tensor, assumed: float) -> Tensor:
+    """`dlogits` times upstream·assumed/divisor, in its memory, none of which is touched where that is 1.
+
+    While a CUDA graph is captured it is copied first: a backward may be replayed more often than the forward that wrote
+    what is scaled.
+    """
     numel = dlogits.numel()
     with on_device_of(dlogits):
+        if is_captured(dlogits.device):
+            dlogits = dlogits.clone()
         _rescale_kernel[(min(cdiv(numel, RESCALE_BLOCK), 2048),)](
-            dlogits, upstream, divisor, numel, assumed, BLOCK=RESCALE_BLOCK, num_warps=8
+            dlogits, upstream, divisor, numel, assumed, BLOCK=RESCALE_BLOCK, num_warps=8, **OPTIONS
         )
     return dlogits

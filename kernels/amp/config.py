@@ -132,8 +132,8 @@ def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
     if bce:
         group, per_warp = ROW_GROUP_WORDS_BCE, WORDS_PER_WARP_HEAVY
     if words > (REGISTER_WORDS_BCE if bce else REGISTER_WORDS):
-        block_c = (LOOP_WORDS_BCE if bce else LOOP_WORDS) * 4 // itemsize
-        return Config(1, block_c, block_c // per_warp, False)
+        tile = LOOP_WORDS_BCE if bce else LOOP_WORDS
+        return Config(1, tile * 4 // itemsize, max(1, tile // per_warp), False)
     block_b = min(max(1, group // words), ROW_GROUP_ROWS)
     return Config(block_b, block_c, min(max(1, words // per_warp), SELECT_WARPS), True)
 

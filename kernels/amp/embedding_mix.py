@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import Config, EmbeddingConfig, cdiv, embedding_grad_config, mix_config
 from .launch import inverse_permutation, on_device_of
 from .mix import mixed_tile, tile_of
-from .rows import ASSERTING, tile_mask
+from .rows import ASSERTING, OPTIONS, tile_mask
 from .tuning import batch_class, tuned
 
 
@@ -99,7 +99,7 @@ def _run_pieces_kernel(
             source = tl.load(inverse_ptr + row)
             own_share = tl.load(lam_ptr + row)[:, None]
             their_share = 1.0 - tl.load(lam_ptr + source)[:, None]
-            at = upstream_ptr + (token % T * stride_ut)[:, None] + (cols * stride_ud)[None, :]
+            at = upstream_ptr + (token % T * stride_ut)[:, None] + (cols.to(tl.int64) * stride_ud)[None, :]
             mask = (index < length)[:, None] & (cols < D)[None, :]
             own = tl.load(at + (row * stride_ub)[:, None], mask=mask, other=0.0).to(dtype)
             theirs = tl.load(at + (source * stride_ub)[:, None], mask=mask, other=0.0).to(dtype)
@@ -224,6 +224,7 @@ def embedding_mix_backward(
             "ROWS": config.rows,
             "BLOCK_D": config.block_d,
             "num_warps": config.num_warps,
+            **OPTIONS,
         }
         _run_pieces_kernel[(tokens * blocks,)](
             sorted_ids,

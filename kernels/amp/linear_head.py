@@ -25,6 +25,7 @@ from .rows import (
     LOSS,
     MASK,
     MASS,
+    OPTIONS,
     RowPolicy,
     row_sum,
     scaled_grad,
@@ -365,5 +366,7 @@ def launch_linear_head(
         )
         if rows is not None and divisor is not None:
             loss, factor = lam.new_empty(()), lam.new_empty(())
-            _amp_total_kernel[(1,)](rows, loss, None, factor, batch, divisor, assumed, BLOCK=TOTAL_BLOCK, num_warps=4)
+            _amp_total_kernel[(1,)](
+                rows, loss, None, factor, batch, divisor, assumed, BLOCK=TOTAL_BLOCK, num_warps=4, **OPTIONS
+            )
     return HeadForward(rows, loss, factor, dhidden, dweight, dbias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import Config, cdiv, mix_config
 from .launch import as_matrix, inverse_permutation, on_device_of
-from .rows import tile_index, tile_mask
+from .rows import OPTIONS, tile_index, tile_mask
 from .tuning import batch_class, tuned
 
 
@@ -129,6 +129,7 @@ def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_c,
             num_warps=config.num_warps,
+            **OPTIONS,
         )
         return out
 

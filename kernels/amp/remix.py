@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Config, PartsConfig, cdiv, inner_product_config, mix_config, next_power_of_2, remix_config
 from .launch import as_matrix, on_device_of
 from .mix import load_rows, mixed_tile, tile_of
-from .rows import RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
+from .rows import OPTIONS, RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
 from .tuning import batch_class, tuned
 
 
@@ -128,6 +128,7 @@ def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: t
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
+            **OPTIONS,
         )
         return products
 
@@ -200,6 +201,7 @@ def remix_forward(
             BLOCK_N=config.block_c,
             BLOCK_P=next_power_of_2(max(1, parts)),
             num_warps=config.num_warps,
+            **OPTIONS,
         )
         return grad, lam_adv, mixed
 

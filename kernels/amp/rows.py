@@ -38,13 +38,18 @@ def row_fields(bce: bool) -> int:
     return 15 if bce else 11
 
 
+# What every launch says: Triton fuses products and sums where nothing is said, and has announced that it will not.
+OPTIONS = {"enable_fp_fusion": True}
 # Launch options under which a label out of range stops the kernel; without the checks of integer overflow that
 # would come with them.
-ASSERTING = {"debug": True, "sanitize_overflow": False}
+ASSERTING = {**OPTIONS, "debug": True, "sanitize_overflow": False}
 
 
 class RowPolicy(NamedTuple):
-    """What a kernel is compiled for. Values, not tensors: they enter the code as constants."""
+    """What a kernel is compiled for. Values, not tensors: they enter the code as constants.
+
+    A kernel may read fields only: from Triton 3.8 on it is handed a tuple without properties and methods.
+    """
 
     mode: str  # "mixup", "maxop" or "amp"
     bce: bool  # softmax_bce instead of cross-entropy
@@ -54,12 +59,8 @@ class RowPolicy(NamedTuple):
     label_smoothing: float
     tie_abs: float
     tie_rel: float
+    never_rejects: bool  # every row takes ℓ(λ'): by choice, or because the loss is convex in λ and noise is a tie
     matched: bool = False  # promises that partner is its own inverse
-
-    @property
-    def never_rejects(self) -> bool:
-        """Whether every row takes ℓ(λ'): by choice, or because cross-entropy is convex in λ and noise is a tie."""
-        return self.mode == "maxop" or (self.mode == "amp" and not self.bce and self.tie_rel > 0)
 
     def mangle(self) -> str:
         """The part of a device function's name that stands for this policy."""
@@ -343,9 +344,15 @@ def scaled_grad(grad, grad_divisor_ptr):
 
 
 @triton.jit
+def field_at(rows_ptr, field: tl.constexpr, row, B):
+    """Where a value per row stands in the (fields, B) buffer."""
+    return rows_ptr + (tl.full((), field, tl.int64) * B + row)
+
+
+@triton.jit
 def store_field(rows_ptr, field: tl.constexpr, row, B, value, ok):
     """Write a value per row to a field of the (fields, B) buffer."""
-    tl.store(rows_ptr + field * B + row, value, mask=ok)
+    tl.store(field_at(rows_ptr, field, row, B), value, mask=ok)
 
 
 @triton.jit

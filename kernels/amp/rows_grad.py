@@ -18,6 +18,7 @@ from .rows import (
     TOP,
     TOTAL,
     bce_grad,
+    field_at,
     load_logits,
     mixed_logits,
     target_tile,
@@ -28,7 +29,7 @@ from .rows import (
 
 @triton.jit
 def _field(rows_ptr, field: tl.constexpr, row, B):
-    return tl.load(rows_ptr + field * B + row)
+    return tl.load(field_at(rows_ptr, field, row, B))
 
 
 @triton.jit
@@ -143,8 +144,8 @@ def _amp_total_kernel(
     mass = loss
     for start in range(0, B, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        loss += tl.load(rows_ptr + LOSS * B + index, mask=index < B, other=0.0)
-        mass += tl.load(rows_ptr + MASS * B + index, mask=index < B, other=0.0)
+        loss += tl.load(field_at(rows_ptr, LOSS, index, B), mask=index < B, other=0.0)
+        mass += tl.load(field_at(rows_ptr, MASS, index, B), mask=index < B, other=0.0)
     scale = tl.full((), divisor, loss.dtype)
     scale = tl.where(scale == 0.0, tl.sum(mass), scale)
     tl.store(loss_ptr, tl.sum(loss) / scale)

@@ -17,14 +17,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .config import next_power_of_2
+from .launch import is_captured
 
 FORMAT = 1
 MAX_WARPS = 32
@@ -64,7 +66,7 @@ def tuned(
     if not ENABLED:
         return run(launch)
     *facts, device = about()
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_captured(device):
         return run(launch)  # a captured stream cannot be waited for
     store = _store(device)
     key = " ".join(map(str, (kernel, *facts)))
@@ -91,10 +93,11 @@ def neighbours(launch: Launch, free: tuple[str, ...]) -> Iterator[Launch]:
         yield launch._replace(**dict(zip(free, values, strict=True)))
 
 
-class _Store(NamedTuple):
+@dataclass
+class _Store:
     """What is known of one device."""
 
-    path: Path
+    path: Path | None  # None once it could not be written
     chosen: dict[str, Launch]
     times: dict[str, dict[str, Any]]  # what the file holds: by kernel and facts the launch, and milliseconds of each
     head: dict[str, Any]
@@ -135,8 +138,8 @@ def _read(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
         held = json.loads(path.read_text())
         if all(held[name] == value for name, value in head.items()):
             return dict(held["launches"])
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # if it cannot be written either, that is said then
     except (ValueError, KeyError, TypeError):
         warnings.warn(f"{path} is not a file of launches; they are searched for anew", stacklevel=4)
     return {}
@@ -183,8 +186,20 @@ def _milliseconds(run: Callable[[Launch], Any], launch: Launch, device: torch.de
 
 def _write(store: _Store) -> None:
     """Replace the file as a whole, with what another process has found since it was read."""
-    store.path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**_read(store.path, store.head), **store.times}
-    with tempfile.NamedTemporaryFile("w", dir=store.path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({**store.head, "launches": dict(sorted(merged.items()))}, file, indent=1)
-    os.replace(file.name, store.path)
+    path = store.path
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        merged = {**_read(path, store.head), **store.times}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump({**store.head, "launches": dict(sorted(merged.items()))}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        # A step does not end for want of a file that only saves the next process a search.
+        store.path = None
+        warnings.warn(
+            f"{path} cannot be written ({error}): the launches that are found are lost with this process. "
+            f"FASTAMP_CACHE names another folder",
+            stacklevel=4,
+        )
