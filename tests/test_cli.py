@@ -401,6 +401,24 @@ def test_the_limits_of_the_gpu_script_leave_time_of_its_530_seconds():
     assert "in one go of 530 seconds at most" in text
 
 
+@pytest.mark.parametrize("failing", ["", "check"])
+def test_the_gpu_script_runs_every_step_and_checks_before_it_warms_up(tmp_path, failing):
+    """With a program in Python's place, which keeps what it is asked for."""
+    stand_in, asked, out = tmp_path / "python", tmp_path / "asked", tmp_path / "out"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {asked}\ncase "$*" in *" {failing or "none"} {out}") exit 1;; esac\n')
+    stand_in.chmod(0o755)
+    done = run_script(str(SCRIPT), str(out), PYTHON=str(stand_in), DEVICE="cpu")
+    summary = dict(line.split(": ") for line in (out / "summary.txt").read_text().splitlines())
+    summary.pop("all of it")
+    summary.pop("nvidia-smi", None)
+    rest = {"ops", "head", "layers", "scaling", "vocabulary", "training", "launches"}
+    assert summary.keys() == {"machine", "tests", "check", "warm", "sanitize", *rest}
+    assert {name for name, said in summary.items() if not said.startswith("passed")} == {*failing.split()}
+    assert done.returncode == (1 if failing else 0)
+    steps = re.findall(rf"--quick (\S+) {out}$", asked.read_text(), re.MULTILINE)
+    assert steps.index("check") < steps.index("warm") < steps.index("ops")
+
+
 @pytest.fixture(scope="module")
 def gpu_steps():
     spec = importlib.util.spec_from_file_location("bench_gpu_steps", SCRIPT.with_name("gpu_steps.py"))
