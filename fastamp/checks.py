@@ -249,7 +249,7 @@ def check_mix(lam: object, partner: object, batch: int, device: torch.device, *,
         if pairing == "matching":
             assert isinstance(partner, Tensor)
             there_and_back = partner[partner]
-            alone = there_and_back != torch.arange(batch)
+            alone = there_and_back != torch.arange(batch, device=device)
             if bool(alone.any()):
                 row = int(alone.int().argmax())
                 raise ValueError(

@@ -88,8 +88,8 @@ def draw_device(device: torch.device | str | None, generator: torch.Generator | 
         return torch.get_default_device() if device is None else torch.device(device)
     if device is not None and generator.device.type == "cpu" and capturing(torch.device(device)):
         raise RuntimeError(
-            "a CPU generator cannot draw while a CUDA graph is captured: every replay would copy the same numbers, from "
-            "memory that is free by then. Leave generator out, give one on the GPU that the graph knows "
+            "a CPU generator cannot draw while a CUDA graph is captured: every replay would copy the same numbers, "
+            "from memory that is free by then. Leave generator out, give one on the GPU that the graph knows "
             "(graph.register_generator_state), or pass mix, tensors on the GPU that are filled before each replay"
         )
     return generator.device

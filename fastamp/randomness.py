@@ -131,7 +131,7 @@ class RecordedMasks(TorchFunctionMode):
             if unbatched is not None:  # a number a channel
                 kept = 1 if input.dim() == unbatched else 2
                 shape = shape[:kept] + (1,) * (input.dim() - kept)
-            keep = torch.rand(shape, device=input.device) >= p
+            keep = torch.rand(shape, dtype=torch.float32, device=input.device) >= p
             self.masks.append(keep.to(input.dtype) / (1 - p) if p < 1 else keep.to(input.dtype))
             mask = self.masks[-1]
         else:

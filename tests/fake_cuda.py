@@ -83,9 +83,9 @@ def check_forward_stays_on_the_device() -> None:
 
 def check_launchers_stay_on_the_device() -> None:
     """Eager, Triton: the same of what surrounds the launches, which are left out."""
-    import fastamp.kernels
-    from fastamp.kernels import launch
     from triton.runtime.jit import JITFunction
+
+    from fastamp.kernels import launch
 
     launched = []
     JITFunction.run = lambda self, *args, **kwargs: launched.append(self.__name__)

@@ -3,13 +3,17 @@
 import math
 from collections import Counter
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import fastamp
+import fastamp.mixing
 from fastamp.mixing import Mix, draw
 
 REJECT = 1e-3  # seeds are fixed: a test that passes once passes always
@@ -22,7 +26,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
 def test_lambda_follows_the_beta_law(alpha):
     """36: both gammas underflow at small α."""
-    lam = draw(20_000, alpha=alpha, generator=seeded()).lam.double().numpy()
+    assert_beta(draw(20_000, alpha=alpha, generator=seeded()).lam, alpha)
+
+
+def assert_beta(lam: Tensor, alpha: float) -> None:
+    """By the distance of Kolmogorov and Smirnov, and by what lies about 0.5."""
+    lam = lam.double().numpy()
     law = stats.beta(alpha, alpha)
     # The Kolmogorov-Smirnov distance over points that float32 can tell apart from 0 and 1: at α = 0.02 half of
     # the mass lies within 1e-15 of them.
@@ -33,6 +42,68 @@ def test_lambda_follows_the_beta_law(alpha):
     half = abs(lam - 0.5) < 1e-3
     expected = law.cdf(0.501) - law.cdf(0.499)
     assert stats.binomtest(int(half.sum()), len(lam), expected).pvalue > REJECT
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """ "cpu:0" stands for a device that has no double precision, and refuses it as MPS does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        values = [*args, *(kwargs or {}).values()]
+        wide = any(
+            value is torch.float64 or (isinstance(value, Tensor) and value.dtype == torch.float64) for value in values
+        )
+        if wide and any(isinstance(value, torch.device) and value.index == 0 for value in values):
+            raise TypeError(f"{func}: no float64 on this device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def narrow_device(monkeypatch):
+    monkeypatch.setattr(fastamp.mixing, "_has_float64", lambda device: device.index != 0)
+    with WithoutFloat64():
+        yield torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
+def test_a_device_without_float64_draws_by_the_same_law(narrow_device, alpha):
+    with pytest.raises(TypeError, match="no float64"):
+        torch.zeros(2, dtype=torch.float64, device=narrow_device)
+    assert_beta(draw(20_000, alpha=alpha, device=narrow_device).lam, alpha)
+
+
+def test_a_device_without_float64_draws_for_several_processes(narrow_device, monkeypatch):
+    monkeypatch.setattr(fastamp.mixing, "_rank", lambda: (1, 3))
+    mix = draw(7, alpha=0.3, device=narrow_device)
+    assert mix.lam.dtype == torch.float32
+    assert mix.partner.sort().values.tolist() == list(range(7))
+
+
+def test_a_generator_on_a_device_without_float64_is_refused_where_that_is_needed(monkeypatch):
+    monkeypatch.setattr(fastamp.mixing, "_has_float64", lambda device: False)
+    with pytest.raises(ValueError, match="generator is on cpu, which has no float64"):
+        draw(7, alpha=0.3, generator=seeded())
+    assert draw(7, generator=seeded()).lam.shape == (7,)
+
+
+def test_float64_is_known_to_be_missing_where_it_is(monkeypatch):
+    assert fastamp.mixing._has_float64(torch.device("cuda", 0))
+    assert fastamp.mixing._has_float64(torch.device("cpu"))
+    assert not fastamp.mixing._has_float64(torch.device("mps"))
+    for has in (True, False):
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, has=has: SimpleNamespace(has_fp64=has))
+        assert fastamp.mixing._has_float64(torch.device("xpu")) == has
+
+
+def test_a_cpu_generator_is_refused_while_a_cuda_graph_is_captured(monkeypatch):
+    """45: the graph would copy from memory that is free when it is replayed."""
+    monkeypatch.setattr(fastamp.mixing, "capturing", lambda device: device.type == "cuda")
+    generator = seeded()
+    before = generator.get_state()
+    with pytest.raises(RuntimeError, match="a CPU generator cannot draw while a CUDA graph is captured"):
+        draw(6, device="cuda", generator=generator)
+    with pytest.raises(RuntimeError, match="register_generator_state"):
+        fastamp.AMPLoss(generator=generator).sample(6, device="cuda:1")
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.02, 0.1])

@@ -44,7 +44,7 @@ def loss_against_lambda(logits: Tensor, labels: Tensor, lam: Tensor, generator: 
     Returns:
         (L,) float64, nats.
     """
-    pairings = [torch.randperm(len(labels), generator=generator) for _ in range(PAIRINGS)]
+    pairings = [torch.randperm(len(labels), device=generator.device, generator=generator) for _ in range(PAIRINGS)]
     curves = [mixed_losses(lambda mixed: mixed, logits.double(), labels, pairing, lam).mean(1) for pairing in pairings]
     return torch.stack(curves).mean(0)
 

@@ -192,7 +192,9 @@ def check_case(case: Case, device: torch.device | str, backend: str, dtype: torc
         seed: of its inputs, together with its name.
     """
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{case.op} {case.name}".encode()))
-    inputs = {name: _moved(x, torch.device(device)) for name, x in case.draw(dtype, generator).items()}
+    with torch.device("cpu"):
+        drawn = case.draw(dtype, generator)
+    inputs = {name: _moved(x, torch.device(device)) for name, x in drawn.items()}
     before = {name: x.clone() for name, x in inputs.items()}
     with set_backend(backend), _poisoned_memory():
         ours = case.ours(inputs)

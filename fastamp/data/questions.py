@@ -183,7 +183,7 @@ def _drawer(seed: int) -> Callable[[int], int]:
 
     def draw(n: int) -> int:
         if not block:
-            block.extend(torch.randint(2**31, (4096,), generator=generator).tolist())
+            block.extend(torch.randint(2**31, (4096,), device="cpu", generator=generator).tolist())
         return block.pop() % n  # n is a few hundred at most: the bias is below 1e-6
 
     return draw

@@ -29,7 +29,7 @@ def hold_out(size: int, generator: torch.Generator) -> tuple[list[int], list[int
     held = round(HELD_OUT * size)
     if not 0 < held < size:
         raise ValueError(f"{size} examples are too few to hold out {HELD_OUT:.0%}")
-    order = torch.randperm(size, generator=generator).tolist()
+    order = torch.randperm(size, device="cpu", generator=generator).tolist()
     return sorted(order[held:]), sorted(order[:held])
 
 
@@ -51,7 +51,7 @@ def leave_fold_out(size: int, fold: int) -> tuple[list[int], list[int]]:
     """
     if size < FOLDS:
         raise ValueError(f"{size} examples are too few for {FOLDS} folds")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(FOLD_SEED)).tolist()
+    order = torch.randperm(size, device="cpu", generator=torch.Generator().manual_seed(FOLD_SEED)).tolist()
     begin, end = fold * size // FOLDS, (fold + 1) * size // FOLDS
     return sorted(order[:begin] + order[end:]), sorted(order[begin:end])
 
@@ -74,7 +74,7 @@ def stratified_subset(labels: Sequence[int], fraction: float, generator: torch.G
     sizes = Counter(labels)
     drawn: Counter[int] = Counter()
     placed = []
-    for index in torch.randperm(len(labels), generator=generator).tolist():
+    for index in torch.randperm(len(labels), device="cpu", generator=generator).tolist():
         label = labels[index]
         rank = drawn[label]
         drawn[label] += 1

@@ -111,7 +111,7 @@ def _read(path: Path, identity: tuple[int, ...], words: frozenset[str]) -> WordV
             digest.update(line + b"\n")
     if not dim:
         raise ValueError(f"{path}: the file is empty")
-    table = torch.tensor(values, dtype=torch.float32).reshape(len(values), dim)
+    table = torch.tensor(values, dtype=torch.float32, device="cpu").reshape(len(values), dim)
     return WordVectors(rows, table, digest.hexdigest())
 
 
@@ -126,15 +126,15 @@ def embedding_table(
         generator: a CPU generator for the uncovered words; None takes the global one.
 
     Returns:
-        (V, D), float32.
+        (V, D), float32, on the CPU.
     """
     size = len(vocabulary)
-    table = torch.rand(size, vectors.dim, generator=generator) * 0.5 - 0.25
+    table = torch.rand(size, vectors.dim, dtype=torch.float32, device="cpu", generator=generator) * 0.5 - 0.25
     table[PAD] = 0
     found = [(size - len(vocabulary.words) + i, vectors.find(w)) for i, w in enumerate(vocabulary.words)]
     pairs = [(number, row) for number, row in found if row is not None]
     if pairs:
-        numbers, sources = torch.tensor(pairs).unbind(1)
+        numbers, sources = torch.tensor(pairs, device="cpu").unbind(1)
         table[numbers] = vectors.table[sources]
     return table
 

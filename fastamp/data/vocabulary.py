@@ -58,4 +58,4 @@ class Vocabulary:
         rows = [[self._ids.get(token, UNK) for token in tokens] or [UNK] for tokens in sentences]
         longest = max(map(len, rows), default=1)
         padded = [row + [PAD] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest)
+        return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), longest)

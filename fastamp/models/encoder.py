@@ -206,9 +206,9 @@ class PretrainedEncoder:
         if self.positions is not None:
             max_length = min(max_length, self.positions)
         if not texts:
-            return torch.zeros(0, 1, dtype=torch.int64)
+            return torch.zeros(0, 1, dtype=torch.int64, device="cpu")
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        return encoded["input_ids"]
+        return encoded["input_ids"].cpu()  # where the default device put it
 
     def classifier(self, num_classes: int) -> TransformerClassifier:
         """`TransformerClassifier.from_pretrained` of this encoder.

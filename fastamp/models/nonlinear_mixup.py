@@ -98,7 +98,7 @@ class NonlinearMixup(nn.Module):
         share = draw_beta(words.numel(), self.alpha, source, self.generator).to(words).view_as(words)
         partner = draw_permutation(len(words), source, self.generator).to(words.device)
         # One λ a row is what a Mix has; of this one only the partners are asked for.
-        mix = Mix(torch.ones(len(words), device=words.device), partner)
+        mix = Mix(torch.ones(len(words), dtype=torch.float32, device=words.device), partner)
         mixed = torch.lerp(words[partner], words, share)
         output = f(mixed, **f.context(ids, mix))
         if output.shape[1] != self.labels.embedding_dim:

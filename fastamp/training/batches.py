@@ -32,7 +32,7 @@ class Examples:
     def of(cls, ids: Tensor, labels: Sequence[int], device: torch.device, *, pad_id: int = PAD) -> Examples:
         """Examples from ids (N, T), int64, on the CPU, `pad_id` on the right."""
         lengths = (ids != pad_id).sum(1)
-        return cls(ids.to(device), torch.tensor(labels, dtype=torch.int64).to(device), lengths)
+        return cls(ids.to(device), torch.tensor(labels, dtype=torch.int64, device=device), lengths)
 
     def by_length(self) -> Examples:
         """The same examples, the shortest first."""
@@ -58,7 +58,7 @@ class Batches:
 
     def _shuffle(self) -> None:
         self._before = self._generator.get_state()
-        order = torch.randperm(len(self._examples.labels), generator=self._generator)
+        order = torch.randperm(len(self._examples.labels), device="cpu", generator=self._generator)
         self._longest = [int(part.max()) for part in self._examples.lengths[order].split(self._size)]
         self._order = order.to(self._examples.ids.device).split(self._size)
         self._next = 0

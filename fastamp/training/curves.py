@@ -98,7 +98,7 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
     device = torch.device(config.device)
     task = Task.load(config, device)
     model = best_model(config, run, task).to(device)
-    lam = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    lam = torch.linspace(0, 1, POINTS, dtype=torch.float64, device="cpu")
     curves: dict[str, Any] = {"lam": lam.tolist()}
     for level in LEVELS:
         losses, pairs = _curves(model, level, task.test, lam)
@@ -110,15 +110,15 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
 def _curves(model: nn.Module, level: str, examples: Examples, lam: Tensor) -> tuple[Tensor, list[int]]:
     """Losses (L, N) of N test sentences, and the first rows whose labels differ from their partners'."""
     g, f = cast("Model", model).split(level)
-    chosen = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))[:SENTENCES]
+    order = torch.randperm(len(examples.labels), device="cpu", generator=torch.Generator().manual_seed(0))
     losses, differ = [], []
-    for rows in chosen.split(EVAL_BATCH):
+    for rows in order[:SENTENCES].split(EVAL_BATCH):
         on_device = rows.to(examples.ids.device)
         ids = examples.ids[on_device, : int(examples.lengths[rows].max())]
         labels = examples.labels[on_device]
         # The order is random already: neighbours are random pairs, none with itself.
         partner = torch.arange(len(rows), device=ids.device).roll(1)
-        mix = Mix(torch.ones(len(rows), device=ids.device), partner)
+        mix = Mix(torch.ones(len(rows), dtype=torch.float32, device=ids.device), partner)
         losses.append(mixed_losses(f, g(ids), labels, partner, lam, f.context(ids, mix)).cpu())
         differ.append((labels != labels[partner]).cpu())
     return torch.cat(losses, 1), torch.cat(differ).nonzero()[:PAIRS, 0].tolist()

@@ -1,0 +1,136 @@
+"""The default dtype decides nothing: λ is float32, a loss follows its logits, and the bits are those of float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_case
+from torch import Tensor, nn
+
+from fastamp import AMPLoss, Mix, functional, reference
+from fastamp.mixing import draw
+from fastamp.models import NonlinearMixup, TextCNN
+from fastamp.randomness import RecordedMasks
+
+OPTIONS = [
+    {},
+    {"alpha": 0.3, "pairing": "matching", "step_size": 0.1, "clamp": True},
+    {"mode": "mixup", "reduction": "none", "label_smoothing": 0.1},
+    {"mode": "maxop", "grad_scale": "mean", "ignore_index": 2},
+    {"loss": "softmax_bce", "grad_clip": None, "reduction": "sum", "tie_tol": 0.0},
+]
+B, C, D = 7, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def with_grads(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), inputs)]
+
+
+def of_draws() -> Iterator[Tensor]:
+    for alpha in (1.0, 0.3):
+        for pairing in ("permutation", "matching"):
+            yield from draw(301, alpha=alpha, pairing=pairing)
+    masks = RecordedMasks()
+    with masks:
+        yield F.dropout(torch.ones(500, dtype=torch.bfloat16), 0.3)
+    yield from masks.masks
+
+
+def of_the_criterion(
+    backend: str, dtype: torch.dtype, inputs: dict[str, Tensor], network: nn.Module
+) -> Iterator[Tensor]:
+    logits, hidden = leaves(inputs["logits"], inputs["hidden"], dtype=dtype)
+    for target in (inputs["labels"], inputs["soft"]):
+        for options in OPTIONS[: 5 if backend == "torch" else 2]:  # the interpreter takes its time
+            criterion = AMPLoss(weight=inputs["weight"], **options)
+            loss, stats = criterion(logits, target, return_stats=True)
+            yield from (*with_grads(loss, [logits]), *stats[:5])
+            yield from with_grads(criterion(logits, target, num_items=3), [logits])
+            loss, stats = criterion.step(network, hidden, target, return_stats=True)
+            yield from (*with_grads(loss, [hidden, *network.parameters()]), *stats[:5])
+        yield AMPLoss(label_smoothing=0.1).eval()(logits, target).detach()
+
+
+def of_the_functions(dtype: torch.dtype, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    mix = Mix(inputs["lam"], inputs["partner"])
+    hidden, head, bias, logits = leaves(*(inputs[n] for n in ("hidden", "head", "bias", "logits")), dtype=dtype)
+    table = inputs["table"].to(dtype)
+    for target in (inputs["labels"], inputs["soft"]):
+        yield from with_grads(functional.amp_cross_entropy(logits, target, *mix), [logits])
+        for more in ({}, {"activation": "relu"}, {"chunk_rows": 3}, {"chunk_rows": 3, "reduction": "none"}):
+            loss = functional.linear_amp_cross_entropy(hidden, head, bias, target, *mix, **more)
+            yield from with_grads(loss, [hidden, head, bias])
+        loss, delta, mask = functional.select_cross_entropy(logits, logits * 1.01, target, *mix)
+        yield from (*with_grads(loss, [logits]), delta, mask)
+        yield from functional.select_loss(loss.detach(), loss.detach() * 1.01)
+        result = reference.amp(lambda m: m, logits, target, *mix, grad_scale="mean", num_items=3)
+        yield from (*with_grads(result.loss, [logits]), *result[1:])
+    yield from with_grads(functional.mix(hidden, *mix), [hidden])
+    yield from (one.detach() for one in functional.remix(hidden, *mix, hidden.detach()))
+    yield functional.lambda_grad(hidden.detach(), hidden, mix.partner)
+    yield functional.embedding_mix(inputs["ids"], table, *mix)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "default"),
+    [
+        ("torch", torch.float32, torch.float16),
+        ("torch", torch.float32, torch.bfloat16),
+        ("torch", torch.float32, torch.float64),
+        ("torch", torch.bfloat16, torch.float64),
+        ("torch", torch.float64, torch.bfloat16),
+        ("triton", torch.float32, torch.float64),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_draws_losses_and_gradients_do_not_depend_on_the_default_dtype(backend, dtype, default):
+    """40: λ with 256 values a binade, a loss that is wider than its logits."""
+    case = random_case(B, C)
+    inputs = {"logits": case.logits, "labels": case.target, "lam": case.lam, "partner": case.partner}
+    inputs |= {"soft": torch.rand(B, C).softmax(1), "weight": torch.rand(C), "hidden": torch.randn(B, D)}
+    inputs |= {"head": torch.randn(C, D), "bias": torch.randn(C)}
+    inputs |= {"ids": torch.randint(9, (B, 3)), "table": torch.randn(9, D)}
+    network = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, C)).to(dtype)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        return [*of_draws(), *of_the_criterion(backend, dtype, inputs, network), *of_the_functions(dtype, inputs)]
+
+    expected = run()
+    torch.set_default_dtype(default)
+    for one, other in zip(run(), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other) or one.isnan().all()
+    assert expected[0].dtype == torch.float32
+    assert AMPLoss()(inputs["logits"].to(dtype), inputs["labels"]).dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_nonlinear_mixup_does_not_depend_on_the_default_dtype(default):
+    """40."""
+    model = NonlinearMixup(TextCNN(9, 64, embedding_dim=D), num_classes=3, length=6, width=D)
+    ids, labels = torch.randint(1, 9, (B, 6)), torch.randint(3, (B,))
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        return with_grads(model.loss(ids, labels), list(model.parameters()))
+
+    expected = run()
+    torch.set_default_dtype(default)
+    for one, other in zip(run(), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
