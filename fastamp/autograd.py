@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +33,17 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *upstream)
 
     return wrapper
+
+
+def inside_a_function() -> bool:
+    """Whether the forward pass of an autograd.Function runs, such as a reentrant checkpoint: gradients come later."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def refuse_torch_func(name: str) -> None:

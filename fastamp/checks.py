@@ -16,6 +16,15 @@ from fastamp.policy import check_number
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# What to do with an argument of three dimensions or more.
+_TOO_DEEP = {
+    "logits": "; AMP mixes rows: make every position one, by logits.flatten(0, -2), or where classes are dimension 1 "
+    "logits.movedim(1, -1).flatten(0, -2), and target.flatten()",
+    "hidden": "; AMP mixes rows: make every position one, by hidden.flatten(0, -2) and target.flatten()",
+    "f's output": "; a row of hidden has one target: pool over positions in f, or, for a target at every position, "
+    "call the criterion itself on logits.flatten(0, -2) and target.flatten()",
+}
+
 
 class NonFiniteError(ValueError):
     """The user's f returned NaN or +inf."""
@@ -32,13 +41,21 @@ def check_float_rows(name: str, value: object, *, dims: int | None = None) -> No
         )
     if value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
-            + ("; embed integer ids first: they cannot be mixed" if not value.dtype.is_floating_point else "")
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}" + _floats_from(value.dtype)
         )
     if dims is not None and value.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+        advice = _TOO_DEEP.get(name, "") if value.dim() > dims else ""
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}{advice}")
     if value.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, got a scalar")
+
+
+def _floats_from(dtype: torch.dtype) -> str:
+    if dtype == torch.uint8:
+        return "; make pixels floating point first, as by .float() / 255"
+    if dtype == torch.bool or dtype.is_complex:
+        return ""
+    return "; embed integer ids first: they cannot be mixed"
 
 
 def is_dtensor(value: Tensor) -> bool:
@@ -92,8 +109,8 @@ def check_context(context: object, batch: int, device: torch.device) -> None:
         check_device(f"context[{name!r}]", value, device)
 
 
-def check_row_target(target: object, batch: int, device: torch.device) -> None:
-    """As far as it can be told before the number of classes is known: `check_target`."""
+def checked_row_target(target: object, batch: int, device: torch.device) -> Tensor:
+    """As far as it can be told before the number of classes is known: `checked_target`."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     soft = target.dtype.is_floating_point
@@ -102,7 +119,7 @@ def check_row_target(target: object, batch: int, device: torch.device) -> None:
             f"target of probabilities must have shape (B, C), got {tuple(target.shape)}; class indices must be int64"
         )
     classes = target.shape[1] if soft else 1
-    check_target(target, torch.empty((), device=device).expand(batch, classes))
+    return checked_target(target, torch.empty((), device=device).expand(batch, classes))
 
 
 def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub_batch: bool = False) -> Tensor:
@@ -138,14 +155,16 @@ def check_outputs(logits: object, batch: int, *, classes: int | None = None, sub
 
 def check_logits(name: str, logits: object) -> None:
     """`logits` is (B, C) floating point with C >= 1."""
+    if not isinstance(logits, Tensor) and hasattr(logits, "logits"):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; take its .logits")
     check_float_rows(name, logits, dims=2)
     assert isinstance(logits, Tensor)
     if logits.shape[1] == 0:
         raise ValueError(f"{name} must have at least one class, got shape {tuple(logits.shape)}")
 
 
-def check_target(target: object, logits: Tensor) -> None:
-    """`target` is (B,) int64 or (B, C) floating point, on the device of `logits` (B, C)."""
+def checked_target(target: object, logits: Tensor) -> Tensor:
+    """`target`: (B,) int64 (uint8 becomes that) or (B, C) floating point, on the device of `logits` (B, C)."""
     batch, classes = logits.shape
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
@@ -155,13 +174,19 @@ def check_target(target: object, logits: Tensor) -> None:
                 f"target of probabilities must have the shape of the logits, ({batch}, {classes}), "
                 f"got {tuple(target.shape)}; class indices must be int64"
             )
-    elif target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 class indices or floating-point probabilities, got {target.dtype}")
     elif target.shape != (batch,):
         raise ValueError(
             f"target of class indices must have shape ({batch},), one a row of logits, got {tuple(target.shape)}"
         )
+    elif target.dtype == torch.uint8:
+        target = target.long()
+    elif target.dtype != torch.int64:
+        raise TypeError(
+            "target must be int64 or uint8 class indices or floating-point probabilities, "
+            f"got {target.dtype}; pass target.long()"
+        )
     check_device("target", target, logits.device)
+    return target
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -212,7 +237,7 @@ def check_partner(partner: object, batch: int, device: torch.device) -> None:
     if not isinstance(partner, Tensor):
         raise TypeError(f"partner must be a tensor, got {type(partner).__name__}")
     if partner.dtype != torch.int64:
-        raise TypeError(f"partner must be int64, got {partner.dtype}")
+        raise TypeError(f"partner must be int64, got {partner.dtype}; pass partner.long()")
     if partner.shape != (batch,):
         raise ValueError(f"partner must have shape ({batch},), one a row, got {tuple(partner.shape)}")
     check_device("partner", partner, device)
@@ -229,18 +254,28 @@ def check_partner(partner: object, batch: int, device: torch.device) -> None:
         )
 
 
-def check_mix(lam: object, partner: object, batch: int, device: torch.device, *, pairing: str = "permutation") -> None:
-    """`lam` is (B,) floating point in [0, 1], `partner` a permutation, for "matching" its own inverse.
-
-    Values are looked at on the CPU only.
-    """
+def checked_lam(lam: object, batch: int, device: torch.device) -> Tensor:
+    """`lam` (B,) floating point; one number, (), becomes that of every row."""
     if not isinstance(lam, Tensor):
         raise TypeError(f"lam must be a tensor, got {type(lam).__name__}")
     if lam.dtype not in FLOATS:
         raise TypeError(f"lam must be floating point, got {lam.dtype}")
-    if lam.shape != (batch,):
-        raise ValueError(f"lam must have shape ({batch},), one a row, got {tuple(lam.shape)}")
+    if lam.dim() == 0:
+        lam = lam.repeat(batch)
+    elif lam.shape != (batch,):
+        raise ValueError(f"lam must have shape ({batch},), one a row, or () for one of all, got {tuple(lam.shape)}")
     check_device("lam", lam, device)
+    return lam
+
+
+def checked_mix(
+    lam: object, partner: object, batch: int, device: torch.device, *, pairing: str = "permutation"
+) -> Tensor:
+    """`lam` as `checked_lam` gives it, in [0, 1]; `partner` is a permutation, for "matching" its own inverse.
+
+    Values are looked at on the CPU only.
+    """
+    lam = checked_lam(lam, batch, device)
     check_partner(partner, batch, device)
     if lam.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         low, high = torch.aminmax(lam)
@@ -256,6 +291,7 @@ def check_mix(lam: object, partner: object, batch: int, device: torch.device, *,
                     f"partner must be its own inverse for pairing='matching', but row {row}'s partner is "
                     f"{int(partner[row])}, whose partner is {int(there_and_back[row])}"
                 )
+    return lam
 
 
 def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:

@@ -137,7 +137,10 @@ def step_lam(lam: Tensor, grad: Tensor, policy: Policy) -> Tensor:
         return lam
     if policy.grad_clip is not None:
         grad = grad.clamp(-policy.grad_clip, policy.grad_clip)
-    lam_adv = torch.add(lam, grad, alpha=policy.step_size)
+    if torch.compiler.is_compiling():  # in a product, an ε that changes from step to step is not compiled for anew
+        lam_adv = lam + policy.step_size * grad
+    else:
+        lam_adv = torch.add(lam, grad, alpha=policy.step_size)
     return lam_adv.clamp(0, 1) if policy.clamp else lam_adv
 
 

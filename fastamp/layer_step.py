@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fastamp import closed_form
 from fastamp import hidden as hidden_ops
 from fastamp.batch_statistics import BatchStatistics
-from fastamp.checks import check_class_weight, check_outputs, check_target, is_dtensor
+from fastamp.checks import check_class_weight, check_outputs, checked_target, is_dtensor
 from fastamp.hidden import Selected, with_graph
 from fastamp.mixing import MixStats
 from fastamp.policy import Policy
@@ -140,7 +140,7 @@ class _Step:
     def learn(self, logits: object) -> Tensor:
         """Check f's first answer, and keep what follows from the number of classes and the dtype."""
         checked = check_outputs(logits, self.lam.shape[0])
-        check_target(self.target, checked)
+        checked_target(self.target, checked)
         check_class_weight(self.weight, checked.shape[1], checked.device)
         self._all_kept = labels_facts(self.target, checked.shape[1], self.policy)
         self.divisor, self._grad_divisor = divisors(
@@ -189,7 +189,10 @@ class _Step:
         if self.policy.mode == "mixup":
             return self._mixup()
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("step differentiates by λ, which torch.inference_mode() rules out; use torch.no_grad()")
+            raise RuntimeError(
+                "step differentiates by λ, which torch.inference_mode() rules out: for validation call "
+                "criterion.eval(), else use torch.no_grad()"
+            )
         # Of a frozen encoder under inference_mode; such tensors take no part in autograd.
         self.parts = [part.clone() if part.is_inference() else part for part in self.parts]
         device, amp = self.lam.device, self.policy.mode == "amp"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, Literal, overload
 
 import torch
@@ -10,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import reference
-from fastamp.autograd import refuse_torch_func
+from fastamp.autograd import inside_a_function, refuse_torch_func
 from fastamp.checks import (
     check_class_weight,
     check_context,
     check_hidden,
     check_logits,
-    check_mix,
     check_outputs,
-    check_row_target,
-    check_target,
+    checked_mix,
     checked_num_items,
+    checked_row_target,
+    checked_target,
 )
 from fastamp.layer_step import Hidden, layer_step
 from fastamp.mixing import Mix, MixStats, draw
-from fastamp.policy import check_choice, check_number, checked_policy
-from fastamp.randomness import random_states_kept_on_error
+from fastamp.policy import Policy, check_choice, check_number, checked_policy
+from fastamp.randomness import check_drawn_once, random_states_kept_on_error, recomputes
 from fastamp.reduction import divided, divisors
 from fastamp.reweighting import moving_weights, new_window
 from fastamp.steps import amp_cross_entropy_step, host_facts
@@ -50,7 +52,17 @@ class AMPLoss(nn.Module):
     the dropout, each row under its own mask; to mix before it, as the paper's CNN does, use `step`, which mixes at any
     layer, or `fastamp.functional.linear_amp_cross_entropy`.
 
+    Every argument is an attribute that may be set at any time, `criterion.step_size = 0.01`: it is checked, and acts
+    from the next call on. Under torch.compile every new value is compiled for, and after torch's recompile limit none
+    (by the closed forms, a step_size is compiled for twice): for a schedule compile the model, and call the criterion
+    outside.
+
+    In an activation checkpoint the criterion may stand as long as λ is drawn from torch's default generator and the
+    checkpoint preserves its state, or `mix` is given; otherwise, and with reweight="moving", its recomputation is a
+    RuntimeError.
+
     Args:
+        weight: (C,) class weights, as in nn.CrossEntropyLoss.
         alpha: λ ~ Beta(alpha, alpha), > 0.
         step_size: ε, >= 0.
         mode: "amp", "maxop" (no comparison: always the loss at λ') or "mixup" (plain Mixup).
@@ -60,7 +72,7 @@ class AMPLoss(nn.Module):
         grad_scale: "row" differentiates each row's loss; "mean" the batch mean, which divides the step by about B.
         clamp: keep λ' inside [0, 1].
         reweight: None, or "moving": rows whose δ = ℓ' - ℓ exceeds the mean μ of the positive δ of the last five
-            steps weigh 1 + (δ-μ)/σ.
+            steps weigh 1 + (δ-μ)/σ, σ their unbiased standard deviation. Setting it anew starts with no steps.
         dropout: "shared": both passes of `step` drop out the same; "redrawn": each draws anew, as the published
             code does.
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
@@ -68,14 +80,14 @@ class AMPLoss(nn.Module):
         pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching, in
             which two rows are each other's partners. On a GPU one kernel then reads both once for their two mixtures,
             where a permutation needs three rows for one.
-        weight: (C,) class weights, as in nn.CrossEntropyLoss.
         ignore_index: a class index whose side of the mixture contributes nothing.
         label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.
         reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))), "sum", "none".
-        generator: source of λ and partners; its state is part of state_dict. Default: torch's global one, from which
-            the ranks of torch.distributed draw independently even if seeded alike. Your own is taken as it is: seed
-            it differently on every rank that has other data, and alike on ranks that share a batch; of a CPU
-            generator's seed torch takes the low 32 bits only.
+        generator: source of λ and partners; its state is part of state_dict, generator_state, uint8. Default: torch's
+            global one, from which the ranks of torch.distributed draw independently even if seeded alike. Your own is
+            taken as it is: seed it differently on every rank that has other data, and alike on ranks that share a
+            batch; of a CPU generator's seed torch takes the low 32 bits only. The workers of a DataLoader have copies
+            of it that all draw the same λ: seed it in worker_init_fn by the worker's number, or draw in the loop.
             torch.compile(fullgraph=True) cannot trace a draw from a generator of your own: use the default there, or
             pass `mix`.
 
@@ -83,12 +95,28 @@ class AMPLoss(nn.Module):
         TypeError, ValueError: an option that is not one of these, by name.
     """
 
+    # The options of the policy, which holds them
+    mode: str
+    loss: str
+    step_size: float
+    grad_clip: float | None
+    grad_scale: str
+    clamp: bool
+    tie_tol: float | str
+    ignore_index: int
+    label_smoothing: float
+    pairing: str
+
     weight: Tensor | None
+    generator: torch.Generator | None
+    generator_state: Tensor  # as it was when state_dict was last made or loaded
     window: Tensor
     window_step: Tensor
+    _has_warned = False
 
     def __init__(
         self,
+        weight: Tensor | None = None,
         *,
         alpha: float = 1.0,
         step_size: float = 2e-3,
@@ -101,7 +129,6 @@ class AMPLoss(nn.Module):
         dropout: str = "shared",
         tie_tol: float | str = "auto",
         pairing: str = "permutation",
-        weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -120,23 +147,40 @@ class AMPLoss(nn.Module):
             label_smoothing=label_smoothing,
             pairing=pairing,
         )
-        check_number("alpha", alpha, low=0.0, open_low=True)
-        check_choice("reduction", reduction)
-        check_choice("reweight", reweight)
-        check_choice("dropout", dropout)
-        if weight is not None:
-            if not isinstance(weight, Tensor) or weight.dim() != 1:
-                raise TypeError(f"weight must be a (C,) tensor or None, got {weight!r}")
-            check_class_weight(weight, len(weight), weight.device)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
-        self.alpha, self.reduction, self.reweight = float(alpha), reduction, reweight
+        self.alpha, self.reduction, self.reweight = alpha, reduction, reweight
         self.dropout = dropout
         self.generator = generator
-        self.register_buffer("weight", weight)
-        if reweight is not None:
-            self.register_buffer("window", new_window())
-            self.register_buffer("window_step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("weight", None)
+        self.weight = weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options are checked, here and nowhere else."""
+        if name in Policy._fields:
+            name, value = "policy", checked_policy(**{**self.policy._asdict(), name: value})
+        elif name == "alpha":
+            check_number(name, value, low=0.0, open_low=True)
+            value = float(value)
+        elif name in ("reduction", "reweight", "dropout"):
+            check_choice(name, value)
+        elif name == "weight" and value is not None:
+            if not isinstance(value, Tensor) or value.dim() != 1:
+                raise TypeError(f"weight must be a (C,) tensor or None, got {value!r}; other options go by name")
+            check_class_weight(value, len(value), value.device)
+        elif name == "generator" and value is not None and not isinstance(value, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {value!r}")
+        elif name == "generator_state" and self.generator is not None and not value.is_meta:
+            self.generator.set_state(value.to("cpu", torch.uint8))
+        super().__setattr__(name, value)
+        if name == "generator":
+            self._buffers.pop("generator_state", None)
+            if value is not None:
+                self.register_buffer("generator_state", value.get_state())
+        elif name == "reweight":
+            self._buffers.pop("window", None)
+            self._buffers.pop("window_step", None)
+            if value is not None:
+                self.register_buffer("window", new_window())
+                self.register_buffer("window_step", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> AMPLoss:
@@ -153,23 +197,29 @@ class AMPLoss(nn.Module):
             raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}; got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def sample(self, batch_size: int, *, device: torch.device | str) -> Mix:
+    def sample(self, batch_size: int, *, device: torch.device | str | None = None) -> Mix:
         """Draw λ and partners for a batch.
+
+        A λ is drawn for every row. One λ for the whole batch, as image recipes have it, is
+        `mix = Mix(mix.lam[0], mix.partner)`; AMP still moves it by a step of each row's own.
 
         Args:
             batch_size: B >= 0.
-            device: where the result lies; random numbers come from `generator`, on its own device, if there is one.
+            device: where the result lies: that of the rows. Default: the generator's, or torch's default device.
+                Random numbers come from `generator`, on its own device, if there is one.
 
         Returns:
             Mix(lam (B,) float32, partner (B,) int64).
 
         Raises:
             TypeError, ValueError: batch_size is no int, or negative.
+            RuntimeError: in the recomputation of an activation checkpoint, where other numbers would be drawn.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
             raise TypeError(f"batch_size must be an int, got {batch_size!r}")
         if batch_size < 0:
             raise ValueError(f"batch_size must be >= 0, got {batch_size}")
+        check_drawn_once(self.generator)
         return draw(batch_size, alpha=self.alpha, pairing=self.policy.pairing, device=device, generator=self.generator)
 
     def forward(
@@ -180,15 +230,17 @@ class AMPLoss(nn.Module):
         mix: Mix | None = None,
         num_items: float | Tensor | None = None,
         return_stats: bool = False,
+        **unexpected: Any,
     ) -> Tensor | tuple[Tensor, MixStats]:
         """The loss of a batch; train mode mixes, eval mode is nn.CrossEntropyLoss on the rows as they are.
 
         Args:
             logits: (B, C) float16/bfloat16/float32/float64, unmixed.
-            target: (B,) int64 class indices, or (B, C) floating-point probabilities.
+            target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.
             mix: λ and partners; drawn if not given. Not taken in eval mode.
             num_items: replaces the divisor of the mean (gradient accumulation): a number or a 0-d tensor.
             return_stats: also return a `MixStats`; train mode only.
+            **unexpected: nothing; transformers' Trainer would pass num_items_in_batch, see `fastamp.hf.sent_loss`.
 
         Returns:
             The loss, () or (B,): float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
@@ -197,16 +249,25 @@ class AMPLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong shapes, dtypes or devices; on the CPU also values out of range. The
                 criterion's state is then as before.
+            RuntimeError: in the recomputation of an activation checkpoint, see `AMPLoss`.
+
+        A UserWarning, once, says so where train mode is called without gradients.
         """
+        if unexpected:
+            name = next(iter(unexpected))
+            advice = "; for transformers' Trainer give compute_loss_func=fastamp.hf.sent_loss(criterion)"
+            raise TypeError(
+                f"AMPLoss got an unexpected keyword argument {name!r}" + advice * (name == "num_items_in_batch")
+            )
         check_logits("logits", logits)
-        check_target(target, logits)
+        target = checked_target(target, logits)
         check_class_weight(self.weight, logits.shape[1], logits.device)
         num_items = checked_num_items(num_items, logits.device)
         if not self.training:
             self._check_eval(mix, return_stats)
             return self._plain(logits, target, num_items)
         refuse_torch_func("AMPLoss in train mode")
-        self._check_train(mix, logits.shape[0], logits.device)
+        mix = self._checked_train(mix, logits.shape[0], logits.device, stacklevel=5)
         facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
         lam, partner = self.sample(logits.shape[0], device=logits.device) if mix is None else mix
         loss, stats = amp_cross_entropy_step(
@@ -288,7 +349,7 @@ class AMPLoss(nn.Module):
                 compiled by torch.compile, pass the module: the first pass then leaves its parameters' gradients out.
             hidden: (B, ...) float16/bfloat16/float32/float64, or a dict, tuple or list of such, each of them mixed
                 with the same λ.
-            target: (B,) int64 class indices, or (B, C) floating-point probabilities.
+            target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.
             context: tensors (B, ...) that f takes by keyword and that are not mixed (None is passed on). Giving it,
                 even empty, promises that f treats rows independently at any batch size, so that rows that keep λ can
                 be run again on their own.
@@ -312,7 +373,7 @@ class AMPLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong shapes, dtypes or devices; an f that returns something else than (B, C)
                 logits, or NaN (on the CPU), or whose logits do not depend on hidden. Random states are then as before.
-            RuntimeError: under torch.inference_mode().
+            RuntimeError: under torch.inference_mode(); in the recomputation of an activation checkpoint, see `AMPLoss`.
             NotImplementedError: inside torch.compile or a CUDA graph, an f whose random numbers cannot be repeated;
                 inside torch.compile also batch normalisation in train mode.
         """
@@ -321,16 +382,16 @@ class AMPLoss(nn.Module):
         parts = check_hidden(hidden)
         batch, device = parts[0].shape[0], parts[0].device
         check_context(context, batch, device)
-        check_row_target(target, batch, device)
+        target = checked_row_target(target, batch, device)
         num_items = checked_num_items(num_items, device)
         check_choice("plan", plan)
         if not self.training:
             self._check_eval(mix, return_stats)
             logits = check_outputs(f(hidden, **(context or {})), batch)
-            check_target(target, logits)
+            checked_target(target, logits)
             check_class_weight(self.weight, logits.shape[1], logits.device)
             return self._plain(logits, target, num_items)
-        self._check_train(mix, batch, device)
+        mix = self._checked_train(mix, batch, device, stacklevel=3)
         with random_states_kept_on_error(device, self.generator):
             lam, partner = self.sample(batch, device=device) if mix is None else mix
             rows = layer_step(
@@ -361,16 +422,37 @@ class AMPLoss(nn.Module):
         if mix is not None or return_stats:
             raise ValueError("mix and return_stats need train mode: in eval mode nothing is mixed")
 
-    def _check_train(self, mix: Mix | None, batch: int, device: torch.device) -> None:
+    def _checked_train(self, mix: Mix | None, batch: int, device: torch.device, *, stacklevel: int) -> Mix | None:
+        """The mix, with a λ for every row."""
         if mix is not None:
             if not isinstance(mix, tuple) or len(mix) != 2:
                 raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
-            check_mix(*mix, batch, device, pairing=self.policy.pairing)
-        if self.reweight is not None and self.window.device != device:
-            raise ValueError(
-                f"the criterion's window is on {self.window.device}, the rows are on {device}: "
-                f"move it with criterion.to({str(device)!r})"
-            )
+            mix = Mix(checked_mix(*mix, batch, device, pairing=self.policy.pairing), mix[1])
+        if self.reweight is not None:
+            if self.window.device != device:
+                raise ValueError(
+                    f"the criterion's window is on {self.window.device}, the rows are on {device}: "
+                    f"move it with criterion.to({str(device)!r})"
+                )
+            if recomputes():
+                raise RuntimeError(
+                    "an activation checkpoint runs the criterion again in its backward pass, which would move the "
+                    "window of reweight='moving' a second time: leave the criterion out of the checkpoint"
+                )
+        if not torch.is_grad_enabled() and not self._has_warned and not torch.compiler.is_compiling():
+            self._warn_of_train_mode(stacklevel + 1)
+        return mix
+
+    def _warn_of_train_mode(self, stacklevel: int) -> None:
+        if inside_a_function():
+            return
+        self._has_warned = True
+        warnings.warn(
+            "AMPLoss is in train mode and no gradients are recorded: this is the loss of mixed rows. For validation "
+            "call criterion.eval(); model.eval() reaches a criterion only if it is a submodule of the model",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
     def _plain(self, logits: Tensor, target: Tensor, num_items: float | Tensor | None) -> Tensor:
         by_items = self.reduction == "mean" and num_items is not None
@@ -386,20 +468,31 @@ class AMPLoss(nn.Module):
             return loss
         return loss / (num_items.to(loss.dtype) if isinstance(num_items, Tensor) else num_items)
 
-    def get_extra_state(self) -> dict[str, Tensor | None]:
-        """The generator's state, so that a resumed run draws what an uninterrupted one would have drawn."""
-        return {"generator": None if self.generator is None else self.generator.get_state()}
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._read_generator()
+        super()._save_to_state_dict(*args)
 
-    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
-        """Restore the generator; ValueError if exactly one of the two criteria has a generator of its own."""
-        saved = state["generator"]
-        if (saved is None) != (self.generator is None):
-            raise ValueError(
-                f"the saved criterion had {'no' if saved is None else 'a'} generator of its own, "
-                f"this one has {'no generator' if self.generator is None else 'one'}"
-            )
-        if saved is not None and self.generator is not None:
-            self.generator.set_state(saved.cpu())
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        old = state_dict.pop(f"{prefix}_extra_state", None)  # as fastamp 0.1.0 saved it, with a generator or without
+        if isinstance(old, dict) and old["generator"] is not None:
+            state_dict[f"{prefix}generator_state"] = old["generator"]
+        self._read_generator()  # what is not in state_dict, or does not fit, is to stay
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.generator is not None:
+            self.generator_state = self.generator_state  # which sets the generator
+
+    def _read_generator(self) -> None:
+        if self.generator is not None:
+            # A new tensor: a state_dict that was taken before keeps what it has.
+            self._buffers["generator_state"] = self.generator.get_state().to(self.generator_state.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AMPLoss:
+        """Moves and casts, which leave the window in float32."""
+        window = self._buffers.get("window")
+        super()._apply(fn, recurse)
+        if window is not None and self.window.dtype != window.dtype:
+            self.window = window.to(self.window.device)
+        return self
 
     def extra_repr(self) -> str:
         """The options, those that differ from the defaults last in a readable order."""
@@ -420,3 +513,7 @@ class AMPLoss(nn.Module):
         if self.weight is not None:
             shown.append(f"weight=({len(self.weight)},)")
         return ", ".join(shown)
+
+
+for _name in Policy._fields:
+    setattr(AMPLoss, _name, property(attrgetter(f"policy.{_name}")))

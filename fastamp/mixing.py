@@ -13,24 +13,34 @@ from fastamp.randomness import capturing
 class Mix(NamedTuple):
     """One draw for a batch: row r becomes λ_r·row r + (1-λ_r)·row partner[r]."""
 
-    lam: Tensor  # (B,) float32 (or float64), in [0, 1]
+    lam: Tensor  # (B,) float32 (or float64), in [0, 1]; also taken: (), one λ for all rows
     partner: Tensor  # (B,) int64, a permutation of 0..B-1
+
+    def to(self, device: torch.device | str) -> Mix:
+        """The same draw on another device."""
+        return Mix(self.lam.to(device), self.partner.to(device))
 
     def union(self, mask: Tensor) -> Tensor:
         """The attention mask of the mixed rows: a position counts where it counts in either row.
 
         Args:
-            mask: (B, ...) boolean or 0/1 integer mask of the unmixed rows.
+            mask: (B, ...) boolean or 0/1 integer mask of the unmixed rows, or their lengths, (B,) integers.
 
         Returns:
-            A mask of the same shape and dtype.
+            A mask of the same shape and dtype; of lengths, the longer one of either row.
 
         Raises:
             TypeError: a floating-point mask, which adds to attention scores rather than saying what counts.
+            ValueError: on the CPU, an integer mask that is neither 0/1 nor lengths.
         """
         if mask.is_floating_point():
             raise TypeError(f"mask must be boolean or integer, got {mask.dtype}")
-        return mask | mask[self.partner]
+        on_host = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and mask.dim() > 1 and mask.dtype != torch.bool and mask.numel():
+            low, high = torch.aminmax(mask)
+            if int(low) < 0 or int(high) > 1:
+                raise ValueError(f"mask must be 0 or 1, or (B,) lengths, got values from {int(low)} to {int(high)}")
+        return torch.maximum(mask, mask[self.partner])
 
 
 class MixStats(NamedTuple):

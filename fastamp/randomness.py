@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +20,38 @@ def capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):  # torch asks the current stream of the current device
         return torch.cuda.is_current_stream_capturing()
+
+
+def recomputes() -> bool:
+    """Whether a backward pass is running: then an activation checkpoint calls the criterion a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def check_drawn_once(generator: torch.Generator | None) -> None:
+    """RuntimeError in a checkpoint's recomputation, if numbers drawn now would not be those of the forward pass."""
+    if not recomputes():
+        return
+    if generator is not None:
+        why = "its generator has gone on since the forward pass, and a checkpoint sets back torch's default ones only"
+    elif not _default_states_are_restored():
+        why = "preserve_rng_state=False does not set torch's default generators back"
+    else:
+        return
+    raise RuntimeError(
+        f"an activation checkpoint runs the criterion again in its backward pass and would draw another λ: {why}. "
+        "Leave the criterion out of the checkpoint, or draw outside of it and pass mix=criterion.sample(batch_size)"
+    )
+
+
+def _default_states_are_restored() -> bool:
+    """What the checkpoint that recomputes was asked to preserve; True where there is none of torch's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            known = frame.f_locals
+            return known.get("preserve_rng_state", getattr(known.get("ctx"), "preserve_rng_state", True))
+        frame = frame.f_back
+    return True
 
 
 class RandomStates:

@@ -80,13 +80,13 @@ def tie_tolerance(tie_tol: float | str, loss: Tensor, dtype: torch.dtype) -> Ten
 
 
 def moving_weights(delta: Tensor, history: list[Tensor]) -> Tensor:
-    """1 + (δ-μ)/σ where δ > μ, else 1; μ, σ of the positive δ of the last five steps, this one included."""
+    """1 + (δ-μ)/σ where δ > μ, else 1; μ, σ (unbiased) of the positive δ of the last five steps, this one included."""
     history.append(delta[delta > 0])
     del history[:-5]
     positive = torch.cat(history)
-    if positive.numel() == 0 or positive.std(correction=0) == 0:
+    if positive.numel() < 2 or positive.std() == 0:
         return torch.ones_like(delta)
-    mean, std = positive.mean(), positive.std(correction=0)
+    mean, std = positive.mean(), positive.std()
     return torch.where(delta > mean, 1 + (delta - mean) / std, 1)
 
 

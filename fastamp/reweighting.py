@@ -10,11 +10,13 @@ WINDOW = 5  # steps that are looked back on
 
 def new_window() -> Tensor:
     """Count, mean and sum of squared deviations of the positive δ of each of the last steps: (WINDOW, 3) float32."""
-    return torch.zeros(WINDOW, 3)
+    return torch.zeros(WINDOW, 3, dtype=torch.float32)
 
 
 def moving_weights(delta: Tensor, window: Tensor, step: Tensor) -> Tensor:
     """1 + (δ-μ)/σ where δ > μ, else 1; μ, σ of the positive δ of the last steps, this one included.
+
+    σ is the unbiased one (n - 1); all weights are 1 while there are fewer than two positive δ.
 
     Args:
         delta: (B,) δ of this step's rows.
@@ -30,7 +32,7 @@ def moving_weights(delta: Tensor, window: Tensor, step: Tensor) -> Tensor:
     step.add_(1)
 
     counts, means, spreads = window.to(delta.dtype).unbind(1)
-    total = counts.sum().clamp(min=1)
-    mean = (counts * means).sum() / total
-    std = ((spreads + counts * (means - mean).square()).sum() / total).sqrt()
+    total = counts.sum()
+    mean = (counts * means).sum() / total.clamp(min=1)
+    std = ((spreads + counts * (means - mean).square()).sum() / (total - 1).clamp(min=1)).sqrt()
     return torch.where((delta > mean) & (std > 0), 1 + (delta - mean) / std, 1)

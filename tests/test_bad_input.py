@@ -49,7 +49,14 @@ ROWS = [
         rf"logits must be {FLOATS}, got torch\.complex64",
     ),
     ({"logits": torch.zeros(4)}, ValueError, r"logits must have 2 dimensions, got shape \(4,\)"),
-    ({"logits": torch.zeros(4, 3, 1)}, ValueError, r"logits must have 2 dimensions, got shape \(4, 3, 1\)"),
+    (
+        {"logits": torch.zeros(4, 3, 1)},
+        ValueError,
+        r"logits must have 2 dimensions, got shape \(4, 3, 1\); AMP mixes rows: make every position one, by "
+        r"logits\.flatten\(0, -2\), or where classes are dimension 1 logits\.movedim\(1, -1\)\.flatten\(0, -2\), and "
+        r"target\.flatten\(\)",
+    ),
+    ({"logits": types.SimpleNamespace(logits=0)}, TypeError, r"logits must be a tensor, got .*; take its \.logits"),
     ({"logits": torch.zeros(4, 0)}, ValueError, r"logits must have at least one class, got shape \(4, 0\)"),
     ({"target": [0, 1, 2, 0]}, TypeError, "target must be a tensor, got list"),
     ({"target": torch.tensor([0, 1, 2])}, ValueError, r"target of class indices must have shape \(4,\).*got \(3,\)"),
@@ -57,9 +64,9 @@ ROWS = [
     (
         {"target": torch.zeros(4, dtype=torch.int32)},
         TypeError,
-        r"target must be int64 class indices or .*got torch\.int32",
+        r"target must be int64 or uint8 class indices or .*got torch\.int32; pass target\.long\(\)",
     ),
-    ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, r"target must be int64 .*got torch\.bool"),
+    ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, r"target must be int64 .*got torch\.bool; pass"),
     ({"target": torch.zeros(4, 2)}, ValueError, r"target of probabilities must .*\(4, 3\), got \(4, 2\)"),
     ({"target": torch.zeros(4)}, ValueError, r"target of probabilities must .*\(4, 3\), got \(4,\)"),
     (
@@ -71,15 +78,16 @@ ROWS = [
     ({"target": meta(4, dtype=torch.int64)}, ValueError, "target is on meta, the rows to mix are on cpu"),
     ({"lam": 0.5}, TypeError, "lam must be a tensor, got float"),
     ({"lam": torch.ones(4, dtype=torch.int64)}, TypeError, r"lam must be floating point, got torch\.int64"),
-    ({"lam": torch.rand(3)}, ValueError, r"lam must have shape \(4,\), one a row, got \(3,\)"),
-    ({"lam": torch.rand(4, 1)}, ValueError, r"lam must have shape \(4,\), one a row, got \(4, 1\)"),
-    ({"lam": torch.tensor(0.5)}, ValueError, r"lam must have shape \(4,\), one a row, got \(\)"),
+    ({"lam": torch.rand(3)}, ValueError, r"lam must have shape \(4,\), one a row, or \(\).*, got \(3,\)"),
+    ({"lam": torch.rand(4, 1)}, ValueError, r"lam must have shape \(4,\), one a row, or \(\).*, got \(4, 1\)"),
+    ({"lam": torch.tensor(1.5)}, ValueError, r"lam must lie in \[0, 1\], got values from 1\.5 to 1\.5"),
     ({"lam": torch.tensor([0.0, 1.5, 0.5, 0.5])}, ValueError, r"lam must lie in \[0, 1\], got values from 0 to 1\.5"),
     ({"lam": torch.tensor([-0.25, 1, 0.5, 0.5])}, ValueError, r"lam must lie in \[0, 1\], got values from -0\.25 to 1"),
     ({"lam": torch.tensor([torch.nan, 1, 0.5, 0.5])}, ValueError, r"lam must lie in \[0, 1\], got values from nan"),
     ({"lam": meta(4)}, ValueError, "lam is on meta, the rows to mix are on cpu"),
     ({"partner": [1, 0, 3, 2]}, TypeError, "partner must be a tensor, got list"),
     ({"partner": torch.tensor([1.0, 0, 3, 2])}, TypeError, r"partner must be int64, got torch\.float32"),
+    ({"partner": torch.tensor([1, 0, 3, 2]).int()}, TypeError, r"partner must be .* torch\.int32; pass partner\.long"),
     ({"partner": torch.tensor([1, 0, 2])}, ValueError, r"partner must have shape \(4,\), one a row, got \(3,\)"),
     ({"partner": torch.tensor([1, 0, 4, 2])}, ValueError, r"partner must lie in 0\.\.3, got values from 0 to 4"),
     ({"partner": torch.tensor([1, 0, -1, 2])}, ValueError, r"partner must lie in 0\.\.3, got values from -1 to 2"),
@@ -145,7 +153,11 @@ def test_an_option_that_does_not_exist_is_refused():
             TypeError,
             r"hidden must be .*got torch\.int64; embed integer",
         ),
-        ({"hidden": torch.zeros(4, 5, 1)}, ValueError, "hidden must have 2 dimensions"),
+        (
+            {"hidden": torch.zeros(4, 5, 1)},
+            ValueError,
+            r"hidden must have 2 dimensions, .*make every position one, by hidden\.flatten\(0, -2\)",
+        ),
         ({"linear_weight": torch.zeros(3)}, ValueError, r"linear_weight must have 2 dimensions, got shape \(3,\)"),
         ({"linear_weight": torch.zeros(3, 4)}, ValueError, r"linear_weight must be \(C, 5\) .*got \(3, 4\)"),
         (
@@ -184,8 +196,14 @@ HIDDEN, LAM, PARTNER = torch.zeros(4, 2, 3), torch.full((4,), 0.5), torch.tensor
             ValueError,
             "hidden must have a batch dimension, got a scalar",
         ),
-        (lambda: F.mix(HIDDEN, LAM[:3], PARTNER), ValueError, r"lam must have shape \(4,\), one a row, got \(3,\)"),
-        (lambda: F.mix(HIDDEN, LAM.long(), PARTNER), TypeError, "lam must be float16"),
+        (
+            lambda: F.mix(HIDDEN.byte(), LAM, PARTNER),
+            TypeError,
+            r"got torch\.uint8; make pixels .* by \.float\(\) / 255",
+        ),
+        (lambda: F.mix(HIDDEN.bool(), LAM, PARTNER), TypeError, r"got torch\.bool$"),
+        (lambda: F.mix(HIDDEN, LAM[:3], PARTNER), ValueError, r"lam must have shape \(4,\), one a row, .*, got \(3,\)"),
+        (lambda: F.mix(HIDDEN, LAM.long(), PARTNER), TypeError, "lam must be floating point"),
         (lambda: F.mix(HIDDEN, LAM, PARTNER[:3]), ValueError, r"partner must have shape \(4,\)"),
         (lambda: F.mix(HIDDEN, LAM, PARTNER * 2), ValueError, r"partner must lie in 0\.\.3"),
         (lambda: F.mix(HIDDEN, meta(4), PARTNER), ValueError, "lam is on meta"),
@@ -230,6 +248,21 @@ def test_the_other_functions_name_what_is_wrong(call, error, message):
 def test_the_criterion_names_the_option_that_is_wrong(options, error, message):
     with pytest.raises(error, match=message):
         AMPLoss(**options)
+    criterion = AMPLoss(torch.ones(3))
+    before = dict(vars(criterion), weight=criterion.weight)
+    ((name, value),) = options.items()
+    with pytest.raises(error, match=message):
+        setattr(criterion, name, value)
+    assert dict(vars(criterion), weight=criterion.weight) == before
+
+
+def test_class_weights_that_require_a_gradient_are_refused_whenever_they_are_set():
+    criterion = AMPLoss()
+    with pytest.raises(ValueError, match=r"weight must not require a gradient"):
+        criterion.weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"weight must be .*, got 0\.5; other options go by name"):
+        AMPLoss(0.5)
+    assert not list(criterion.parameters())
 
 
 Z, Y = args()["logits"], args()["target"]
@@ -259,6 +292,19 @@ def mixed(lam=LAM, partner=PARTNER):
 def test_the_criterion_names_the_argument_that_is_wrong(logits, target, kwargs, error, message):
     with pytest.raises(error, match=message):
         AMPLoss(weight=torch.ones(3))(logits, target, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 7), (4, 7, 3), (4, 3, 2, 5)])
+def test_logits_of_every_position_go_as_the_error_says(shape):
+    """As nn.CrossEntropyLoss has them, (B, C, ...), or (B, ..., C)."""
+    logits, last = torch.randn(shape), shape == (4, 7, 3)
+    target = torch.randint(3, (shape[0], *(shape[1:-1] if last else shape[2:])))
+    with pytest.raises(ValueError, match="make every position one"):
+        AMPLoss()(logits, target)
+    rows = (logits if last else logits.movedim(1, -1)).flatten(0, -2)
+    AMPLoss()(rows, target.flatten())
+    expected = torch.nn.functional.cross_entropy(logits.movedim(-1, 1) if last else logits, target)
+    torch.testing.assert_close(AMPLoss().eval()(rows, target.flatten()), expected)
 
 
 def test_the_criterion_names_what_eval_mode_does_not_take():

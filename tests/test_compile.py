@@ -75,6 +75,31 @@ def test_a_compiled_criterion_gives_the_numbers_of_eager_mode(backend, options):
         torch.testing.assert_close(other.window, eager.window, **CLOSE)
 
 
+@pytest.mark.parametrize("entry", ["forward", "step"])
+def test_a_schedule_of_the_step_size_is_compiled_for_twice(torch_backend, entry):
+    logits, target, mix = batch()
+    graphs, criterion, eager, head = [], AMPLoss(), AMPLoss(), nn.Linear(5, 5)
+
+    def call(criterion):
+        return criterion.step(head, logits, target, mix=mix) if entry == "step" else criterion(logits, target, mix=mix)
+
+    step = torch.compile(call, fullgraph=True, backend=counting(graphs))
+    for step_size in (0.1, 0.2, 0.4, 0.3, 0.8):
+        criterion.step_size = eager.step_size = step_size
+        torch.testing.assert_close(step(criterion), call(eager), **CLOSE)
+    assert len(graphs) == 2
+
+
+def test_every_option_acts_in_a_compiled_criterion(torch_backend):
+    logits, target, mix = batch()
+    criterion, eager = AMPLoss(step_size=0.3), AMPLoss(step_size=0.3)
+    call = torch.compile(criterion, fullgraph=True, backend="eager")
+    for name, value in (("mode", "mixup"), ("reduction", "sum"), ("weight", torch.rand(5)), ("reweight", "moving")):
+        for each in (criterion, eager):
+            setattr(each, name, value)
+        torch.testing.assert_close(call(logits, target, mix=mix), eager(logits, target, mix=mix), **CLOSE)
+
+
 def test_inductor_gives_the_numbers_of_eager_mode(torch_backend):
     logits, target, mix = batch()
     criterion = AMPLoss(ignore_index=1, label_smoothing=0.1)

@@ -37,6 +37,7 @@ def spy(monkeypatch, backend):
     return calls
 
 
+@pytest.mark.filterwarnings("ignore:AMPLoss is in train mode")
 @pytest.mark.parametrize("grad_mode", ["no leaf", "no_grad", "inference_mode"])
 def test_no_gradient_is_computed_where_none_can_be_asked_for(backend, monkeypatch, grad_mode):
     calls = spy(monkeypatch, backend)

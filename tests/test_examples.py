@@ -94,7 +94,8 @@ def test_the_lightning_recipe_runs(at: str) -> None:
 def test_the_lightning_recipe_keeps_the_criterion_in_its_checkpoints() -> None:
     pytest.importorskip("lightning")
     module = example("lightning_recipe").AMPClassifier(20, 3)
-    assert "criterion._extra_state" in module.state_dict()
+    module.criterion.generator = torch.Generator()
+    assert "criterion.generator_state" in module.state_dict()
     ids, labels = torch.randint(1, 20, (8, 6)), torch.randint(3, (8,))
     module.eval()
     assert not module.criterion.training

@@ -329,3 +329,30 @@ def test_the_functions_take_the_backend_that_is_set():
     with fastamp.set_backend("torch"):
         loss = functional.amp_cross_entropy(hidden, torch.zeros(6, dtype=torch.int64), lam, partner)
     assert loss.isfinite()
+
+
+def test_one_lambda_for_all_rows_is_that_of_every_row(backend):
+    hidden, logits, ids = torch.randn(6, 2, 3), torch.randn(6, 4), torch.randint(5, (6, 3))
+    target, one, partner = torch.randint(4, (6,)), torch.tensor(0.3), torch.randperm(6)
+    calls = [
+        lambda lam: functional.mix(hidden, lam, partner),
+        lambda lam: functional.embedding_mix(ids, torch.ones(5, 2), lam, partner),
+        lambda lam: functional.remix(hidden, lam, partner, hidden)[1],
+        lambda lam: functional.amp_cross_entropy(logits, target, lam, partner, return_stats=True)[1].lam_adv,
+        lambda lam: linear_amp_cross_entropy(logits, torch.eye(4), None, target, lam, partner),
+        lambda lam: functional.select_cross_entropy(logits, 2 * logits, target, lam, partner)[0],
+    ]
+    for call in calls:
+        assert torch.equal(call(one), call(torch.full((6,), 0.3)))
+
+
+def test_uint8_labels_are_class_indices(backend):
+    logits, target = torch.randn(6, 4), torch.randint(4, (6,))
+    mix = torch.rand(6), torch.randperm(6)
+    calls = [
+        lambda y: functional.amp_cross_entropy(logits, y, *mix, reduction="none"),
+        lambda y: linear_amp_cross_entropy(logits, torch.eye(4), None, y, *mix, reduction="none"),
+        lambda y: functional.select_cross_entropy(logits, 2 * logits, y, *mix)[0],
+    ]
+    for call in calls:
+        assert torch.equal(call(target.byte()), call(target))

@@ -17,9 +17,10 @@ import fastamp
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import accelerate
 import hf_models
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainerCallback
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from fastamp.hf import AMPTrainer, AMPTrainerMixin, SentLoss, sent_loss
 from fastamp.hf.trainer import MixedPass
@@ -458,6 +459,47 @@ def test_criteria_that_the_trainer_does_not_count_by_are_refused() -> None:
         sent_loss(fastamp.AMPLoss(ignore_index=0))
     with pytest.raises(TypeError, match=r"fastamp\.AMPLoss, got CrossEntropyLoss"):
         sent_loss(torch.nn.CrossEntropyLoss())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_options_that_are_set_later_are_refused_when_training_begins(mix_at: str, tmp_path: Path) -> None:
+    criterion = fastamp.AMPLoss()
+    trainer = trainer_for(mix_at, criterion, tmp_path)
+    criterion.reduction = "sum"
+    with pytest.raises(ValueError, match=r"reduction='mean'.*got reduction='sum'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_criterion_itself_as_the_trainers_loss_names_sent_loss(training: bool, tmp_path: Path) -> None:
+    criterion = fastamp.AMPLoss().train(training)
+    data = {"train_dataset": hf_models.Questions(16), "eval_dataset": hf_models.Questions(8)}
+    trainer = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path), compute_loss_func=criterion, **data)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(TypeError, match=r"'num_items_in_batch'; .* compute_loss_func=fastamp\.hf\.sent_loss"):
+            run()
+
+
+def test_a_pretrained_model_that_holds_a_criterion_is_saved_and_loaded(tmp_path: Path) -> None:
+    class Holding(BertForSequenceClassification):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.criterion = fastamp.AMPLoss(
+                torch.rand(3), reweight="moving", generator=torch.Generator().manual_seed(config.seed)
+            )
+
+    config = hf_models.build("bert").config
+    config.seed = 3
+    model = Holding(config)
+    model.criterion.sample(5)
+    model.save_pretrained(tmp_path)
+    loaded, info = Holding.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
+    assert torch.equal(loaded.criterion.sample(5).lam, model.criterion.sample(5).lam)
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "accelerate")
+    accelerate.load_checkpoint_in_model(loaded, str(tmp_path / "accelerate"), strict=True)
+    assert torch.equal(loaded.criterion.sample(5).lam, model.criterion.sample(5).lam)
 
 
 def test_calls_that_are_no_classification_are_refused() -> None:

@@ -3,11 +3,14 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from conftest import DTYPES, TOLERANCE, random_case
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import fastamp
 from fastamp import AMPLoss, Mix, reference
@@ -137,6 +140,36 @@ def test_modes_are_randop_then_maxop_then_minop(backend, mode):
         torch.testing.assert_close(loss, torch.where(taken, at_lam + stats.delta, at_lam))
 
 
+def test_class_weights_are_the_first_argument_as_in_cross_entropy():
+    logits, target, mix = batch()
+    weight = torch.rand(5)
+    assert torch.equal(AMPLoss(weight)(logits, target, mix=mix), AMPLoss(weight=weight)(logits, target, mix=mix))
+
+
+def test_uint8_labels_are_class_indices_as_in_cross_entropy(backend):
+    logits, target, mix = batch()
+    target[2] = 255
+    criterion = AMPLoss(ignore_index=255, reduction="none")
+    assert torch.equal(criterion(logits, target.byte(), mix=mix), criterion(logits, target, mix=mix))
+    steps = [criterion.step(lambda m: 2 * m, logits, labels, mix=mix, context={}) for labels in (target, target.byte())]
+    assert torch.equal(*steps)
+    for evaluated in (criterion.eval()(logits, target.byte()), criterion.step(lambda m: m, logits, target.byte())):
+        assert torch.equal(evaluated, nn.CrossEntropyLoss(ignore_index=255, reduction="none")(logits, target.byte()))
+
+
+def test_one_lambda_serves_all_rows(backend):
+    logits, target, mix = batch()
+    criterion = AMPLoss(step_size=0.3)
+    one = Mix(mix.lam[0], mix.partner)
+    loss, stats = criterion(logits, target, mix=one, return_stats=True)
+    expected = criterion(logits, target, mix=Mix(mix.lam[:1].repeat(8), mix.partner))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert torch.equal(stats.lam, mix.lam[:1].repeat(8))
+    assert stats.lam_adv.unique().numel() > 1  # λ' is each row's own
+    steps = [criterion.step(lambda m: 2 * m, logits, target, mix=m) for m in (one, Mix(stats.lam, mix.partner))]
+    assert torch.equal(*steps)
+
+
 def test_preset_paper_is_the_paper_to_the_letter():
     policy = AMPLoss.preset("paper").policy
     assert (policy.loss, policy.grad_scale, policy.grad_clip, policy.tie_tol) == ("cross_entropy", "row", 1.0, 0.0)
@@ -187,6 +220,78 @@ def test_the_representation_names_what_differs_from_the_defaults():
     ):
         assert part in text, part
     assert "clamp" not in text
+
+
+# --- options that are set later
+
+
+CHANGES = [
+    ("alpha", 0.3),
+    ("step_size", 0.7),
+    ("mode", "mixup"),
+    ("loss", "softmax_bce"),
+    ("grad_clip", None),
+    ("grad_scale", "mean"),
+    ("clamp", True),
+    ("tie_tol", 100.0),
+    ("pairing", "matching"),
+    ("ignore_index", 2),
+    ("label_smoothing", 0.2),
+    ("reduction", "none"),
+    ("dropout", "redrawn"),
+    ("reweight", "moving"),
+    ("weight", torch.arange(1.0, 6.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES, ids=[name for name, _ in CHANGES])
+def test_an_option_that_is_set_later_acts_as_one_that_was_given(name, value):
+    def run_of(criterion):
+        torch.manual_seed(3)
+        logits = (10 * torch.randn(8, 5)).requires_grad_()
+        target, keep = torch.randint(5, (8,)), nn.Dropout(0.5)
+        forward, stats = criterion(logits, target, return_stats=True)
+        return forward, criterion.step(lambda m: 3 * keep(m).sin(), logits, target), *stats[:5]
+
+    given, changed = AMPLoss(**{"step_size": 0.5, name: value}), AMPLoss(step_size=0.5)
+    unchanged = run_of(changed)
+    setattr(changed, name, value)
+    assert getattr(changed, name) is value or getattr(changed, name) == value
+    assert repr(changed) == repr(given)
+    results = run_of(changed)
+    torch.testing.assert_close(results, run_of(given), rtol=0, atol=0, equal_nan=True)
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(results, unchanged, strict=True))
+    assert list(changed.state_dict()) == list(given.state_dict())
+    for other in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
+        assert repr(other) == repr(changed)
+
+
+def test_the_options_of_cross_entropy_are_read_by_its_names():
+    options = {"weight": torch.rand(5), "ignore_index": 3, "label_smoothing": 0.1, "reduction": "sum"}
+    ours, theirs = AMPLoss(**options), nn.CrossEntropyLoss(**options)
+    assert all(getattr(ours, name) is getattr(theirs, name) for name in options)
+
+
+def test_class_weights_that_are_set_later_are_a_buffer():
+    criterion = AMPLoss()
+    criterion.weight = torch.rand(5)
+    assert list(criterion.state_dict()) == ["weight"]
+    assert criterion.double().weight.dtype == torch.float64
+    criterion.weight = None
+    assert not criterion.state_dict()
+
+
+def test_a_window_comes_and_goes_with_the_re_weighting():
+    logits, target, mix = batch()
+    criterion = AMPLoss(step_size=0.3)
+    plain = criterion(logits, target, mix=mix)
+    for _ in range(2):
+        criterion.reweight = "moving"
+        assert criterion.window_step == 0
+        assert not torch.equal(criterion(logits, target, mix=mix), plain)
+    criterion.reweight = None
+    assert not criterion.state_dict()
+    assert torch.equal(criterion(logits, target, mix=mix), plain)
 
 
 # --- eval mode
@@ -321,12 +426,105 @@ def test_a_resumed_criterion_goes_on_bit_for_bit(through_file):
     assert [other(logits, target) for _ in range(7)] == expected
 
 
-def test_a_generator_cannot_be_restored_into_a_criterion_without_one():
-    state = AMPLoss(generator=torch.Generator()).state_dict()
-    with pytest.raises(ValueError, match="the saved criterion had a generator of its own, this one has no generator"):
-        AMPLoss().load_state_dict(state)
-    with pytest.raises(ValueError, match="the saved criterion had no generator of its own, this one has one"):
-        AMPLoss(generator=torch.Generator()).load_state_dict(AMPLoss().state_dict())
+def test_a_generator_is_restored_into_a_criterion_that_has_one():
+    own = AMPLoss(generator=torch.Generator())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "generator_state"'):
+        AMPLoss().load_state_dict(own.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "generator_state"'):
+        own.load_state_dict(AMPLoss().state_dict())
+    assert AMPLoss().load_state_dict(own.state_dict(), strict=False).unexpected_keys == ["generator_state"]
+    own.sample(4)
+    before = own.generator.get_state()
+    assert own.load_state_dict({}, strict=False).missing_keys == ["generator_state"]
+    with pytest.raises(RuntimeError, match="size mismatch for generator_state"):  # of a generator on a GPU
+        own.load_state_dict({"generator_state": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(own.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_that_of_its_moment(assign):
+    criterion = AMPLoss(generator=torch.Generator())
+    state = criterion.state_dict()
+    first = criterion.sample(4)
+    assert not torch.equal(state["generator_state"], criterion.state_dict()["generator_state"])
+    criterion.load_state_dict(state, assign=assign)
+    assert torch.equal(criterion.sample(4).lam, first.lam)
+
+
+def model_with(criterion):
+    """A model that holds its criterion."""
+    model = nn.Module()
+    model.layer, model.criterion = nn.Linear(4, 5), criterion
+    return model
+
+
+def criteria():
+    """Criteria with every kind of state, by name."""
+    return {
+        "plain": AMPLoss(),
+        "weight": AMPLoss(torch.rand(5)),
+        "window": AMPLoss(reweight="moving"),
+        "generator": AMPLoss(torch.rand(5), reweight="moving", generator=torch.Generator().manual_seed(3)),
+    }
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_checkpoints_are_exchanged_with_cross_entropy(weighted):
+    for kinds in ((AMPLoss, nn.CrossEntropyLoss), (nn.CrossEntropyLoss, AMPLoss)):
+        source, goal = (model_with(kind(weight=torch.rand(5) if weighted else None)) for kind in kinds)
+        goal.load_state_dict(source.state_dict())
+        assert list(goal.state_dict()) == list(source.state_dict())
+        assert not weighted or torch.equal(goal.criterion.weight, source.criterion.weight)
+
+
+@pytest.mark.parametrize("kind", criteria())
+def test_a_model_that_holds_the_criterion_is_saved_by_safetensors(kind, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, other = (model_with(criteria()[kind]) for _ in range(2))
+    if kind == "generator":
+        model.criterion.sample(4)
+    safetensors.save_model(model, tmp_path / "model.safetensors")
+    safetensors.load_model(other, tmp_path / "model.safetensors")
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    if kind == "generator":
+        assert torch.equal(model.criterion.sample(4).lam, other.criterion.sample(4).lam)
+
+
+@pytest.mark.parametrize("kind", criteria())
+def test_a_model_that_holds_the_criterion_is_averaged_and_halved(kind):
+    model = model_with(criteria()[kind])
+    state = model.state_dict()
+    for use_buffers in (False, True):
+        average = AveragedModel(model, use_buffers=use_buffers)
+        for _ in range(2):
+            average.update_parameters(model)
+        assert all(map(torch.equal, average.module.state_dict().values(), state.values()))
+    averaged = copy.deepcopy(model)  # as timm's ModelEmaV3 goes about it
+    for mean, value in zip(averaged.state_dict().values(), state.values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 0.1)
+        else:
+            mean.copy_(value)
+    assert all(map(torch.equal, averaged.state_dict().values(), state.values()))
+    model.load_state_dict({name: value.half() for name, value in state.items()})
+    if kind == "generator":
+        assert torch.equal(model.criterion.generator.get_state(), state["criterion.generator_state"])
+    model.half().load_state_dict(state)
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_checkpoint_whose_extra_state_is_a_dict_loads(own_generator):
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    model = model_with(AMPLoss(reweight="moving", generator=generator))
+    state = model.state_dict()
+    state.pop("criterion.generator_state", None)
+    state["criterion._extra_state"] = {"generator": torch.Generator().manual_seed(7).get_state() if generator else None}
+    model.load_state_dict(state)
+    if own_generator:
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(7).get_state())
+    other = model_with(AMPLoss(reweight="moving", generator=None if own_generator else torch.Generator()))
+    with pytest.raises(RuntimeError, match=r'key\(s\) in state_dict: "criterion.generator_state"'):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
@@ -356,6 +554,113 @@ def test_dtype_and_device_moves_take_the_buffers_along():
     assert criterion(logits, target, mix=mix).isfinite()
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
+def test_a_cast_leaves_the_window_in_float32(cast):
+    model = model_with(AMPLoss(torch.ones(5), reweight="moving"))
+    logits, target, mix = batch()
+    model.criterion(logits, target, mix=mix)
+    before = model.criterion.window.clone()
+    dtype = {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
+    model.to(dtype) if cast == "to" else getattr(model, cast)()
+    criterion = model.criterion
+    assert criterion.window.dtype == torch.float32
+    assert torch.equal(criterion.window, before)
+    assert criterion.window_step.dtype == torch.int64
+    assert criterion.weight.dtype == model.layer.weight.dtype == dtype
+    assert criterion.to("meta", torch.float16).window.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_decide_that_of_the_window(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        criterion = AMPLoss(reweight="moving")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert criterion.window.dtype == torch.float32
+
+
+# --- activation checkpoints and grad mode
+
+
+def through_a_checkpoint(criterion, entry, mix=None, **options):
+    """The loss and the gradient of a checkpointed head and criterion; without options, of the same by itself."""
+    torch.manual_seed(1)
+    head = nn.Linear(4, 5)
+    x, target = torch.randn(8, 4, requires_grad=True), torch.randint(5, (8,))
+    torch.manual_seed(2)
+
+    def block(x):
+        if entry == "step":
+            return criterion.step(head, x, target, mix=mix)
+        return criterion(head(x), target, mix=mix)
+
+    loss = checkpoint(block, x, **options) if options else block(x)
+    loss.backward()
+    return loss.detach(), x.grad, head.weight.grad
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("entry", ["forward", "step"])
+def test_an_activation_checkpoint_draws_the_same_lambda_or_is_refused(entry, use_reentrant):
+    """41: random numbers drawn anew in a checkpoint's recomputation."""
+    options = {"use_reentrant": use_reentrant}
+    expected = through_a_checkpoint(AMPLoss(), entry)
+    assert all(map(torch.equal, through_a_checkpoint(AMPLoss(), entry, **options), expected))
+
+    def own():
+        return AMPLoss(generator=torch.Generator().manual_seed(3))
+
+    for preserved in (True, False):
+        with pytest.raises(RuntimeError, match=r"draw another λ: its generator .* pass mix=criterion\.sample"):
+            through_a_checkpoint(own(), entry, preserve_rng_state=preserved, **options)
+    with pytest.raises(RuntimeError, match=r"draw another λ: preserve_rng_state=False .* pass mix=criterion\.sample"):
+        through_a_checkpoint(AMPLoss(), entry, preserve_rng_state=False, **options)
+    mix = own().sample(8)
+    given = through_a_checkpoint(own(), entry, mix=mix, preserve_rng_state=False, **options)
+    assert all(map(torch.equal, given, through_a_checkpoint(own(), entry)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("entry", ["forward", "step"])
+def test_a_window_does_not_move_a_second_time_in_a_recomputation(entry, use_reentrant):
+    criterion, expected = AMPLoss(reweight="moving"), AMPLoss(reweight="moving")
+    through_a_checkpoint(expected, entry)
+    with pytest.raises(RuntimeError, match=r"move the window of reweight='moving' a second time: leave the criterion"):
+        through_a_checkpoint(criterion, entry, use_reentrant=use_reentrant)
+    # The first pass of a step is recomputed while the step is not over yet.
+    assert criterion.window_step == (0 if entry == "step" and not use_reentrant else 1)
+    assert torch.equal(criterion.window, expected.window) or criterion.window_step == 0
+
+
+@pytest.mark.parametrize("entry", ["forward", "step"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_validation_in_train_mode_is_warned_of_once(mode, entry):
+    logits, target, _ = batch()
+    criterion = AMPLoss(mode="mixup")
+    call = criterion if entry == "forward" else lambda *args: criterion.step(nn.Identity(), *args)
+    with mode():
+        with pytest.warns(
+            UserWarning, match=r"train mode and no gradients are recorded.* call criterion\.eval\(\)"
+        ) as seen:
+            call(1 * logits, target)
+        assert seen[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # whatever Python would show once
+            call(1 * logits, target)
+            AMPLoss().eval()(1 * logits, target)
+
+
+@pytest.mark.parametrize("entry", ["forward", "step"])
+def test_training_is_not_taken_for_validation(entry):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "AMPLoss")
+        through_a_checkpoint(AMPLoss(), entry)
+        through_a_checkpoint(AMPLoss(), entry, use_reentrant=True)
+        with torch.no_grad():
+            torch.compile(AMPLoss(), backend="eager", fullgraph=True)(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+
+
 @pytest.mark.parametrize(
     ("logits", "target", "kwargs"),
     [
@@ -380,7 +685,7 @@ def test_bad_input_leaves_the_state_as_it_was(backend, logits, target, kwargs):
     after = criterion.state_dict()
     assert torch.equal(after["window"], before["window"])
     assert torch.equal(after["window_step"], before["window_step"])
-    assert torch.equal(after["_extra_state"]["generator"], before["_extra_state"]["generator"])
+    assert torch.equal(after["generator_state"], before["generator_state"])
     assert torch.equal(torch.get_rng_state(), global_state)
 
 

@@ -209,6 +209,40 @@ def test_the_union_of_masks_keeps_what_either_row_keeps(dtype):
     assert mix.union(mask).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_the_union_of_lengths_is_the_longer_one(dtype):
+    mix = Mix(torch.full((4,), 0.5), torch.tensor([2, 0, 1, 3]))
+    union = mix.union(torch.tensor([5, 2, 4, 3]).to(dtype))
+    assert union.tolist() == [5, 5, 4, 3]
+    assert union.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [2, -1])
+def test_the_union_of_other_integers_is_refused(value):
+    mix = Mix(torch.full((2,), 0.5), torch.tensor([1, 0]))
+    low, high = min(value, 0), max(value, 1)
+    with pytest.raises(ValueError, match=rf"mask must be 0 or 1, or \(B,\) lengths, got values from {low} to {high}"):
+        mix.union(torch.tensor([[1, 1, value], [1, 0, 0]]))
+
+
+def test_a_draw_lies_with_the_generator_unless_a_device_is_named():
+    criterion = fastamp.AMPLoss()
+    assert criterion.sample(3).lam.device.type == "cpu"
+    with torch.device("meta"):
+        assert criterion.sample(3).lam.is_meta
+        criterion.generator = seeded(2)
+        assert criterion.sample(3).lam.device.type == "cpu"
+
+
+def test_a_draw_moves_to_another_device():
+    mix = fastamp.AMPLoss().sample(3)
+    moved = mix.to("meta")
+    assert isinstance(moved, Mix)
+    assert moved.lam.is_meta
+    assert moved.partner.is_meta
+    assert torch.equal(mix.to("cpu").lam, mix.lam)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("alpha", [1.0, 0.02])
 def test_a_generator_on_the_cpu_serves_the_gpu(alpha):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastamp.data import Vocabulary, load
 from fastamp.models import AttentionBiLSTM, NonlinearMixup, TextCNN, TransformerClassifier
@@ -196,6 +197,15 @@ def test_it_learns_questions_and_keeps_label_embeddings_apart():
     assert wrong.float().mean() < 0.4  # the most frequent class alone leaves about 0.76
     directions = F.normalize(model.labels.weight.detach())
     assert (directions @ directions.T).triu(1).max() < 0.7
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_another_draw_in_a_checkpoints_recomputation_is_refused(use_reentrant):
+    """41: random numbers drawn anew in a checkpoint's recomputation."""
+    model, scale = small(), torch.ones((), requires_grad=True)
+    loss = checkpoint(lambda scale: scale * model.loss(ids(), LABELS), scale, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="draw another λ: its generator"):
+        loss.backward()
 
 
 # Bad input

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastamp import reference
+from fastamp.reweighting import moving_weights, new_window
 
 STEP = 0.1
 
@@ -261,12 +262,25 @@ def test_any_network_on_a_hidden_state_of_any_shape():
 def test_moving_weights_are_one_up_to_the_mean_and_grow_by_standard_deviations_above_it():
     history = []
     delta = torch.tensor([1.0, 2.0, 3.0, -5.0], dtype=torch.float64)
-    weights = reference.moving_weights(delta, history)
-    deviation = math.sqrt(2 / 3)  # of 1, 2, 3 about 2
-    torch.testing.assert_close(weights, torch.tensor([1, 1, 1 + 1 / deviation, 1], dtype=torch.float64))
+    weights = reference.moving_weights(delta, history)  # of 1, 2, 3 about 2: variance (1 + 0 + 1) / 2
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1, 2, 1], dtype=torch.float64))
     later = torch.tensor([6.0, 0.0], dtype=torch.float64)
-    weights = reference.moving_weights(later, history)  # of 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4
-    torch.testing.assert_close(weights, torch.tensor([1 + 3 / math.sqrt(3.5), 1], dtype=torch.float64))
+    weights = reference.moving_weights(later, history)  # of 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3
+    torch.testing.assert_close(weights, torch.tensor([1 + 3 / math.sqrt(14 / 3), 1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("by", ["definition", "library"])
+def test_the_standard_deviation_of_moving_weights_is_unbiased(by):
+    def weights(*delta):
+        delta = torch.tensor(delta, dtype=torch.float64)
+        if by == "definition":
+            return reference.moving_weights(delta, []).tolist()
+        return moving_weights(delta, new_window(), torch.zeros((), dtype=torch.int64)).tolist()
+
+    assert weights(1.0, 2.0, 6.0) == pytest.approx([1, 1, 1 + (6 - 3) / math.sqrt(7)])
+    assert weights(-1.0, 3.0, -2.0) == [1, 1, 1]  # one positive δ: no deviation
+    assert weights(-1.0, 0.0) == [1, 1]
+    assert weights(2.0, 2.0) == [1, 1]
 
 
 def test_moving_weights_forget_after_five_steps():
@@ -274,4 +288,4 @@ def test_moving_weights_forget_after_five_steps():
     reference.moving_weights(torch.tensor([1000.0, 1.0]), history)
     for _ in range(5):
         weights = reference.moving_weights(torch.tensor([1.0, 3.0]), history)
-    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1 + 1 / math.sqrt(10 / 9)]))

@@ -282,6 +282,7 @@ def test_eval_mode_is_plain_cross_entropy():
     assert torch.equal(loss, expected)
 
 
+@pytest.mark.filterwarnings("ignore:AMPLoss is in train mode")
 def test_without_grad_mode_the_loss_is_the_same():
     p = problem()
     expected = p.truth(**WAVY_STEP)[0].loss

@@ -34,6 +34,12 @@ BAD = {
         ValueError,
         rf"one batch size, got {BATCH} rows in hidden\['a'\] and {BATCH - 1} in hidden\['b'\]",
     ),
+    "pixels": (
+        {"hidden": HIDDEN.byte()},
+        TypeError,
+        r"got torch.uint8; make pixels floating point .*\.float\(\) / 255",
+    ),
+    "labels of 32 bits": ({"target": TARGET.int()}, TypeError, r"got torch\.int32; pass target\.long\(\)"),
     "an integer part": ({"hidden": (HIDDEN, TARGET)}, TypeError, r"hidden\[1\] must be float16"),
     "a part elsewhere": ({"hidden": (HIDDEN, HIDDEN.to("meta"))}, ValueError, r"hidden\[1\] is on meta"),
     "a target of another size": ({"target": TARGET[1:]}, ValueError, rf"target .* shape \({BATCH},\)"),
@@ -84,6 +90,11 @@ BAD = {
         "f's output must be logits, .* got torch.int64",
     ),
     "f returns a vector": ({"f": lambda m: NETWORK(m)[:, 0]}, ValueError, "f's output must have 2 dimensions"),
+    "f returns logits of every position": (
+        {"f": lambda m: NETWORK(m)[:, None]},
+        ValueError,
+        r"f's output must have 2 dimensions, .*; a row of hidden has one target: pool over positions in f, or",
+    ),
     "f returns a model's output": ({"f": lambda m: Output()}, TypeError, "got Output; take its .logits"),
     "f returns NaN": (
         {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([2, 5]), torch.nan)},
@@ -151,8 +162,9 @@ def test_class_weights_of_another_number_are_named(weight, training):
         criterion.step(NETWORK, HIDDEN, TARGET)
 
 
+@pytest.mark.filterwarnings("ignore:AMPLoss is in train mode")
 def test_inference_mode_is_refused_with_a_way_out():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"criterion\.eval\(\), .* torch.no_grad\(\)"):
         AMPLoss().step(NETWORK, HIDDEN, TARGET)
 
 

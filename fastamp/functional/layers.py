@@ -12,9 +12,10 @@ from fastamp.checks import (
     check_device,
     check_float_rows,
     check_logits,
-    check_mix,
     check_partner,
-    check_target,
+    checked_lam,
+    checked_mix,
+    checked_target,
 )
 from fastamp.policy import checked_policy
 from fastamp.steps import labels_facts
@@ -25,7 +26,7 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
     Args:
         hidden: (B, ...) float16/bfloat16/float32/float64.
-        lam: (B,) floating point in [0, 1], or outside it for a λ' that left the interval.
+        lam: (B,) floating point in [0, 1], or outside it for a λ' that left the interval; () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
 
     Returns:
@@ -36,7 +37,7 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.
     """
     check_float_rows("hidden", hidden)
-    _check_rows("lam", lam, hidden)
+    lam = checked_lam(lam, len(hidden), hidden.device)
     check_partner(partner, len(hidden), hidden.device)
     return hidden_ops.mixed(hidden, lam, partner)
 
@@ -51,7 +52,7 @@ def embedding_mix(
     Args:
         ids: (B, T) int64 in 0..V-1.
         table: (V, D) float16/bfloat16/float32/float64, the weight of an nn.Embedding.
-        lam: (B,) floating point in [0, 1], or outside it for a λ' that left the interval.
+        lam: (B,) floating point in [0, 1], or outside it for a λ' that left the interval; () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         padding_idx: as in nn.Embedding: the gradient of this row of the table is zero. A negative one counts from
             the end.
@@ -67,7 +68,7 @@ def embedding_mix(
     check_float_rows("table", table, dims=2)
     size = len(table)
     _check_ids(ids, size, table.device)
-    _check_rows("lam", lam, ids)
+    lam = checked_lam(lam, len(ids), table.device)
     check_partner(partner, len(ids), table.device)
     if padding_idx is not None:
         if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
@@ -112,7 +113,7 @@ def remix(
 
     Args:
         hidden: (B, ...) the unmixed rows.
-        lam: (B,) λ.
+        lam: (B,) λ, or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         grad_mixed: (B, ...) gradient of the summed row losses to the rows mixed at λ.
         step_size: ε >= 0.
@@ -127,7 +128,7 @@ def remix(
     """
     policy = checked_policy(step_size=step_size, grad_clip=grad_clip, clamp=clamp)
     check_float_rows("hidden", hidden)
-    _check_rows("lam", lam, hidden)
+    lam = checked_lam(lam, len(hidden), hidden.device)
     _check_like_hidden(grad_mixed, hidden)
     check_partner(partner, len(hidden), hidden.device)
     lam = lam.detach().to(closed_form.compute_dtype(hidden.dtype))
@@ -183,8 +184,8 @@ def select_cross_entropy(
     Args:
         logits: (B, C) float16/bfloat16/float32/float64, any strides, of the rows mixed at λ.
         logits_adv: (B, C) of the rows mixed at λ', of the same dtype.
-        target: (B,) int64 class indices or (B, C) floating-point probabilities, of the unmixed rows.
-        lam: (B,) λ, floating point in [0, 1].
+        target: (B,) int64 or uint8 class indices or (B, C) floating-point probabilities, of the unmixed rows.
+        lam: (B,) λ, floating point in [0, 1], or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         weight: (C,) class weights, as nn.CrossEntropyLoss has them.
         loss: "cross_entropy" or "softmax_bce".
@@ -213,8 +214,8 @@ def select_cross_entropy(
             f"got {tuple(logits_adv.shape)} of {logits_adv.dtype}"
         )
     check_device("logits_adv", logits_adv, logits.device)
-    check_target(target, logits)
-    check_mix(lam, partner, len(logits), logits.device)
+    target = checked_target(target, logits)
+    lam = checked_mix(lam, partner, len(logits), logits.device)
     check_class_weight(weight, logits.shape[1], logits.device)
     return hidden_ops.selected_loss(
         logits,
@@ -229,14 +230,6 @@ def select_cross_entropy(
     )
 
 
-def _check_rows(name: str, value: object, hidden: Tensor) -> None:
-    check_float_rows(name, value, dims=1)
-    assert isinstance(value, Tensor)
-    if len(value) != len(hidden):
-        raise ValueError(f"{name} must have shape ({len(hidden)},), one a row, got {tuple(value.shape)}")
-    check_device(name, value, hidden.device)
-
-
 def _check_like_hidden(grad_mixed: object, hidden: Tensor) -> None:
     check_float_rows("grad_mixed", grad_mixed)
     assert isinstance(grad_mixed, Tensor)
@@ -249,7 +242,7 @@ def _check_ids(ids: object, size: int, device: torch.device) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
     if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
+        raise TypeError(f"ids must be int64, got {ids.dtype}; pass ids.long()")
     if ids.dim() != 2:
         raise ValueError(f"ids must be (B, T), got shape {tuple(ids.shape)}")
     if ids.device != device:

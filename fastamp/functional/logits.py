@@ -14,9 +14,9 @@ from fastamp.checks import (
     check_float_rows,
     check_head_dtypes,
     check_logits,
-    check_mix,
-    check_target,
+    checked_mix,
     checked_num_items,
+    checked_target,
 )
 from fastamp.mixing import MixStats
 from fastamp.policy import check_choice, checked_policy
@@ -44,8 +44,8 @@ def amp_cross_entropy(
 
     Args:
         logits: (B, C) float16/bfloat16/float32/float64, any strides.
-        target: (B,) int64 class indices, or (B, C) floating-point probabilities.
-        lam: (B,) floating point in [0, 1].
+        target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.
+        lam: (B,) floating point in [0, 1], or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         weight: (C,) class weights, as nn.CrossEntropyLoss has them.
         reduction: "mean" (divides by Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r)) over kept sides; by B for probabilities),
@@ -69,8 +69,8 @@ def amp_cross_entropy(
     policy = checked_policy(**options)
     check_choice("reduction", reduction)
     check_logits("logits", logits)
-    check_target(target, logits)
-    check_mix(lam, partner, len(logits), logits.device, pairing=policy.pairing)
+    target = checked_target(target, logits)
+    lam = checked_mix(lam, partner, len(logits), logits.device, pairing=policy.pairing)
     check_class_weight(weight, logits.shape[1], logits.device)
     num_items = checked_num_items(num_items, logits.device)
     facts = host_facts(logits, target, policy)
@@ -106,8 +106,8 @@ def linear_amp_cross_entropy(
         hidden: (B, D) float16/bfloat16/float32/float64.
         linear_weight: (C, D) W.
         linear_bias: (C,) b, or None.
-        target: (B,) int64 class indices, or (B, C) floating-point probabilities.
-        lam: (B,) floating point in [0, 1].
+        target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.
+        lam: (B,) floating point in [0, 1], or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         activation: None or "relu".
         dropout_mask: (B, D) k: 0 where dropped, 1/(1-p) where kept, as F.dropout(torch.ones(B, D), p) makes it.
@@ -151,8 +151,8 @@ def linear_amp_cross_entropy(
     check_device("linear_weight", linear_weight, hidden.device)
     check_class_vector("linear_bias", linear_bias, classes, hidden.device)
     check_head_dtypes(hidden, linear_weight, linear_bias)
-    check_target(target, hidden.new_empty(()).expand(len(hidden), classes))
-    check_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
+    target = checked_target(target, hidden.new_empty(()).expand(len(hidden), classes))
+    lam = checked_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
     check_class_weight(weight, classes, hidden.device)
     num_items = checked_num_items(num_items, hidden.device)
     if activation not in (None, "relu"):

@@ -31,16 +31,7 @@ class SentLoss(TrainerCallback):
     def __init__(self, criterion: AMPLoss) -> None:
         if not isinstance(criterion, AMPLoss):
             raise TypeError(f"criterion must be a fastamp.AMPLoss, got {type(criterion).__name__}")
-        if criterion.reduction != "mean":
-            raise ValueError(
-                "the Trainer needs a criterion with reduction='mean': it accumulates gradients by dividing by its own "
-                f"count of rows; got reduction={criterion.reduction!r}"
-            )
-        if criterion.policy.ignore_index != -100:
-            raise ValueError(
-                "the Trainer counts the labels that are not -100, so the criterion must ignore -100, too; got "
-                f"ignore_index={criterion.policy.ignore_index}"
-            )
+        check_counts(criterion)
         self.criterion = criterion
         self.resume_from: str | None = None
         self.reached = False  # by a step of the training that runs
@@ -129,6 +120,7 @@ class SentLoss(TrainerCallback):
     ) -> None:
         """Check the arguments and the model; when training resumes, restore the criterion."""
         self._is_callback, self.reached = True, False
+        check_counts(self.criterion)
         check_arguments(args, self.criterion)
         check_head(model)
         self.criterion.to(args.device)
@@ -246,6 +238,20 @@ def checked_items(num_items: Any) -> Any:
             "launch one process per device with torchrun"
         )
     return num_items
+
+
+def check_counts(criterion: AMPLoss) -> None:
+    """ValueError for options by which the criterion would not count rows as the Trainer does."""
+    if criterion.reduction != "mean":
+        raise ValueError(
+            "the Trainer needs a criterion with reduction='mean': it accumulates gradients by dividing by its own "
+            f"count of rows; got reduction={criterion.reduction!r}"
+        )
+    if criterion.ignore_index != -100:
+        raise ValueError(
+            "the Trainer counts the labels that are not -100, so the criterion must ignore -100 as well; got "
+            f"ignore_index={criterion.ignore_index}"
+        )
 
 
 def check_arguments(args: TrainingArguments, criterion: AMPLoss, *, at_a_layer: bool = False) -> None:

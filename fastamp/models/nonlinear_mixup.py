@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastamp.mixing import Mix, draw_beta, draw_device, draw_permutation
 from fastamp.models.cut import Model
 from fastamp.models.words import check_sizes
+from fastamp.randomness import check_drawn_once
 
 _OUTPUTS = 64
 
@@ -94,6 +95,7 @@ class NonlinearMixup(nn.Module):
         g, f = self.parts
         words = g(ids)
         self._check(words, labels)
+        check_drawn_once(self.generator)
         source = draw_device(words.device, self.generator)
         share = draw_beta(words.numel(), self.alpha, source, self.generator).to(words).view_as(words)
         partner = draw_permutation(len(words), source, self.generator).to(words.device)
@@ -115,7 +117,7 @@ class NonlinearMixup(nn.Module):
     def _check(self, words: Tensor, labels: Tensor) -> None:
         batch, length, width = words.shape
         if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
+            raise TypeError(f"labels must be int64, got {labels.dtype}; pass labels.long()")
         if batch == 0 or labels.shape != (batch,):
             raise ValueError(f"labels must have shape ({batch},), one or more, got {tuple(labels.shape)}")
         if length > self.length:

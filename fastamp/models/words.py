@@ -52,6 +52,6 @@ def check_dropout(dropout: float) -> None:
 def check_ids(ids: Tensor) -> None:
     """Raises a TypeError for ids that are not int64, a ValueError for a shape that is not (B, T) with T at least 1."""
     if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
+        raise TypeError(f"ids must be int64, got {ids.dtype}; pass ids.long()")
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids must have shape (B, T) with T at least 1, got {tuple(ids.shape)}")
