@@ -277,6 +277,7 @@ class _Step:
         for part in self.parts:
             wide = closed_form.compute_dtype(part.dtype)
             coefficient = lam.to(wide).view(-1, *[1] * (part.dim() - 1))
+            # By indexing, as index_select would lose the memory format.
             mixed.append(torch.lerp(part[other].to(wide), part[rows].to(wide), coefficient).to(part.dtype))
         context = {name: value if value is None else value[rows] for name, value in (self.context or {}).items()}
         logits = self.f(with_parts(self.hidden, mixed), **context)
