@@ -118,7 +118,7 @@ def _remix(
     step_size: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Fields that a remix has no use for are always the same: a kernel is compiled for every combination.
-    policy = RowPolicy(mode, False, grad_clip, clamp, -100, 0.0, 0.0, 0.0)
+    policy = RowPolicy(mode, False, grad_clip, clamp, -100, 0.0, 0.0, 0.0, False)
     return kernels.remix_forward(hidden, grad_mixed, lam, partner, grad_divisor, policy=policy, step_size=step_size)
 
 
@@ -173,13 +173,14 @@ def selected(
         clamp=False,
         tie_abs=ties[0] if policy.mode == "amp" else 0.0,
         tie_rel=ties[1] if policy.mode == "amp" else 0.0,
+        never_rejects=False,
         matched=False,
     )
     logits, logits_adv = logits.detach(), None if logits_adv is None else logits_adv.detach()
     tensors = (logits, logits_adv, target.detach(), lam, partner, weight if weight is None else weight.detach())
     if not torch.compiler.is_compiling():
         return tuple(kernels.select_cross_entropy_forward(*tensors, policy=compiled_for))
-    *fields, grad_adv = _select_operator(*tensors, *compiled_for[:-1])
+    *fields, grad_adv = _select_operator(*tensors, *compiled_for[:-2])
     return (*fields, None if logits_adv is None else grad_adv)
 
 
@@ -200,7 +201,7 @@ def _select_operator(
     tie_abs: float,
     tie_rel: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    policy = RowPolicy(mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel)
+    policy = RowPolicy(mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel, False)
     *fields, grad_adv = kernels.select_cross_entropy_forward(
         logits, logits_adv, target, lam, partner, weight, policy=policy
     )

@@ -31,6 +31,7 @@ def row_policy(policy: Policy, dtype: torch.dtype) -> RowPolicy:
         label_smoothing=policy.label_smoothing,
         tie_abs=tie_abs,
         tie_rel=tie_rel,
+        never_rejects=policy.never_rejects,
         matched=policy.pairing == "matching",
     )
 
@@ -163,11 +164,14 @@ def _operator(
     label_smoothing: float,
     tie_abs: float,
     tie_rel: float,
+    never_rejects: bool,
     matched: bool,
     step_size: float,
     divisor: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    policy = RowPolicy(mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel, matched)
+    policy = RowPolicy(
+        mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel, never_rejects, matched
+    )
     out = kernels.amp_cross_entropy_forward(
         logits,
         target,
@@ -209,9 +213,12 @@ def _operator_backward(
     label_smoothing: float,
     tie_abs: float,
     tie_rel: float,
+    never_rejects: bool,
     matched: bool,
 ) -> Tensor:
-    policy = RowPolicy(mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel, matched)
+    policy = RowPolicy(
+        mode, bce, grad_clip, clamp, ignore_index, label_smoothing, tie_abs, tie_rel, never_rejects, matched
+    )
     return kernels.amp_cross_entropy_backward(
         logits, target, lam, partner, weight, rows, divisor, upstream, policy=policy
     )
@@ -225,14 +232,14 @@ def _(logits: Tensor, *rest: Any) -> Tensor:
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     rows, _, divisor = output
     ctx.save_for_backward(*inputs[:5], rows, divisor)
-    ctx.policy, ctx.reduces = inputs[6:15], inputs[16] is not None
+    ctx.policy, ctx.reduces = inputs[6:16], inputs[17] is not None
 
 
 def _operator_gradient(ctx: Any, grad_rows: Tensor, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *saved, divisor = ctx.saved_tensors
     upstream = grad_loss if ctx.reduces else grad_rows[kernels.LOSS]
     dlogits = _operator_backward(*saved, divisor if ctx.reduces else None, upstream, *ctx.policy)
-    return (dlogits, *[None] * 16)
+    return (dlogits, *[None] * 17)
 
 
 _operator.register_autograd(_operator_gradient, setup_context=_keep_for_backward)

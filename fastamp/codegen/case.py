@@ -9,8 +9,8 @@ import triton
 
 from fastamp.kernels import RowPolicy
 
-PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7)
-MASKED = PLAIN._replace(tie_rel=0.0, clamp=True, label_smoothing=0.1)
+PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7, True)
+MASKED = PLAIN._replace(tie_rel=0.0, never_rejects=False, clamp=True, label_smoothing=0.1)
 DTYPES = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
 
 
@@ -37,7 +37,7 @@ def variants(itemsize: int, *, matched: bool = False) -> Iterator[tuple[str, Row
     yield f"cross_entropy{suffix}", plain, False, False
     yield f"cross_entropy+all{suffix}", masked, True, True
     if itemsize == 4:
-        yield f"softmax_bce{suffix}", plain._replace(bce=True), False, False
+        yield f"softmax_bce{suffix}", plain._replace(bce=True, never_rejects=False), False, False
     yield f"softmax_bce+all{suffix}", masked._replace(bce=True), True, True
 
 

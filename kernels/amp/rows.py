@@ -44,7 +44,10 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 class RowPolicy(NamedTuple):
-    """What a kernel is compiled for. Values, not tensors: they enter the code as constants."""
+    """What a kernel is compiled for. Values, not tensors: they enter the code as constants.
+
+    A kernel may read fields only: Triton hands it a tuple that has those, and from 3.8 on neither properties nor methods.
+    """
 
     mode: str  # "mixup", "maxop" or "amp"
     bce: bool  # softmax_bce instead of cross-entropy
@@ -54,12 +57,8 @@ class RowPolicy(NamedTuple):
     label_smoothing: float
     tie_abs: float
     tie_rel: float
+    never_rejects: bool  # every row takes ℓ(λ'): by choice, or because the loss is convex in λ and noise is a tie
     matched: bool = False  # promises that partner is its own inverse
-
-    @property
-    def never_rejects(self) -> bool:
-        """Whether every row takes ℓ(λ'): by choice, or because cross-entropy is convex in λ and noise is a tie."""
-        return self.mode == "maxop" or (self.mode == "amp" and not self.bce and self.tie_rel > 0)
 
     def mangle(self) -> str:
         """The part of a device function's name that stands for this policy."""
