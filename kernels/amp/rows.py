@@ -46,7 +46,7 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 class RowPolicy(NamedTuple):
     """What a kernel is compiled for. Values, not tensors: they enter the code as constants.
 
-    A kernel may read fields only: Triton hands it a tuple that has those, and from 3.8 on neither properties nor methods.
+    A kernel may read fields only: from Triton 3.8 on it is handed a tuple without properties and methods.
     """
 
     mode: str  # "mixup", "maxop" or "amp"
