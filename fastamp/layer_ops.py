@@ -58,7 +58,7 @@ def _mix_grad_operator(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor
 @_mix_operator.register_fake
 @_mix_grad_operator.register_fake
 def _(rows: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    return kernels.empty_rows(rows, kernels.memory_order(rows))
 
 
 def _keep_mix(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -141,7 +141,7 @@ _remix_operator = torch.library.custom_op("fastamp::remix", _remix, mutates_args
 
 @_remix_operator.register_fake
 def _(hidden: Tensor, grad_mixed: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    rows = kernels.empty_rows(hidden, kernels.memory_order(hidden))
     return lam.new_empty(lam.shape), lam.new_empty(lam.shape), rows
 
 

@@ -13,6 +13,19 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (SCALE * torch.randn(shape)).to(dtype)
 
 
+FORMATS = ("channels_last", "channels_last_3d", "channels last of text", "cropped channels_last")
+
+
+def formatted(form: str, batch: int = 3) -> Tensor:
+    """Rows whose elements lie in memory in another order than that of their dimensions."""
+    if form == "channels_last_3d":
+        return rows(batch, 4, 2, 3, 5).to(memory_format=torch.channels_last_3d)
+    if form == "channels last of text":
+        return rows(batch, 6, 4).transpose(1, 2)
+    values = rows(batch, 4, 5, 6).to(memory_format=torch.channels_last)
+    return values[..., 1:] if form.startswith("cropped") else values
+
+
 def draw(batch: int, *, dtype: torch.dtype = torch.float32, outside: bool = False) -> tuple[Tensor, Tensor]:
     """λ, within [0, 1] or around it, and partners."""
     lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, assert_no_worse
+from conftest import DTYPES, INTERPRETED, assert_no_worse
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import laid_out
 from torch import nn
 
@@ -119,6 +121,57 @@ def test_a_head_takes_probabilities(backend):
     head = Head()
     head.target = 0.9 * torch.rand(7, 4).softmax(1)
     head.assert_contract(step_size=0.1)
+
+
+def assert_rejects_what_the_definition_rejects(head, **options):
+    """Wherever δ is clear of rounding; returns how many rows keep λ."""
+    _, stats, _ = head.by_library(**options)
+    _, truth, _ = head.by_definition(torch.float64, **options)
+    noise = 64 * torch.finfo(torch.float32).eps * (1 + truth.row_loss.abs())
+    clear = truth.delta.abs() > noise
+    assert torch.equal(stats.mask[clear], truth.mask[clear])
+    torch.testing.assert_close(stats.delta.double(), truth.delta, rtol=1e-3, atol=2e-6)
+    return int((~truth.mask & clear).sum())
+
+
+def test_behind_a_relu_rows_keep_lambda(backend):
+    """The loss is not convex in λ there."""
+    torch.manual_seed(2)
+    head = Head(100, 7, 3, dropout=False, bias=False)
+    head.linear_weight = head.linear_weight / 7**0.5
+    assert assert_rejects_what_the_definition_rejects(head, step_size=0.1) > 0
+
+
+@INTERPRETED
+@given(
+    seed=st.integers(0, 2**16),
+    relu=st.booleans(),
+    dropout=st.booleans(),
+    target=st.sampled_from(["labels", "ignored labels", "probabilities", "less mass", "negative mass"]),
+    weight=st.sampled_from(["none", "positive", "of both signs"]),
+    options=st.fixed_dictionaries(
+        {
+            "loss": st.sampled_from(["cross_entropy", "cross_entropy", "softmax_bce"]),
+            "step_size": st.sampled_from([2e-3, 0.1, 1.0]),
+            "grad_clip": st.sampled_from([1.0, None]),
+            "grad_scale": st.sampled_from(["row", "row", "mean"]),
+            "clamp": st.booleans(),
+            "num_items": st.sampled_from([None, torch.tensor(2.0), torch.tensor(-2.0)]),
+        }
+    ),
+)
+def test_a_head_rejects_what_the_definition_rejects(backend, seed, relu, dropout, target, weight, options):
+    """MinOp keeps every λ' for an affine head, cross-entropy, a target mass that is not negative, and nothing else."""
+    torch.manual_seed(seed)
+    head = Head(12, 6, 3, relu=relu, dropout=dropout)
+    if target == "ignored labels":
+        options["ignore_index"] = 1
+    elif target != "labels":
+        mass = torch.rand(12, 3).softmax(1)
+        head.target = {"probabilities": mass, "less mass": 0.3 * mass, "negative mass": mass - 0.6}[target]
+    if weight != "none":
+        options["weight"] = torch.rand(3) - (0.5 if weight == "of both signs" else 0)
+    assert_rejects_what_the_definition_rejects(head, **options)
 
 
 @pytest.mark.parametrize(("batch", "depth", "classes"), [(1, 5, 3), (3, 1, 2), (4, 3, 1), (5, 33, 17), (6, 1030, 3)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import HAS_GPU
+from layers import FORMATS, formatted
 
 from fastamp import functional
 from fastamp.policy import Policy
@@ -47,6 +48,23 @@ def test_compiled_layers_give_the_numbers_of_eager_mode(backend, shape):
         return functional.mix(values * 2, lam, partner) + mixed, grad, lam_adv
 
     assert_same_compiled(step, values)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_compiled_layers_keep_the_memory_format(backend, form):
+    values, (lam, partner) = formatted(form).requires_grad_(), (torch.rand(3), torch.randperm(3))
+
+    def step(values):
+        mixed = functional.mix(values, lam, partner)
+        return mixed, functional.remix(values, lam, partner, mixed.detach(), step_size=0.3)[1]
+
+    found, expected = compiled(step)(values), step(values)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    strides = (0.5 * values).stride()
+    upstream = torch.randn(values.shape).as_strided(values.shape, strides)
+    for mixed in found:
+        assert mixed.stride() == strides
+        assert torch.autograd.grad(mixed, values, upstream, retain_graph=True)[0].stride() == strides
 
 
 def test_compiled_embeddings_give_the_numbers_of_eager_mode(backend):
@@ -103,9 +121,11 @@ OPERATORS = (
 def operator_arguments(name, layout, dtype):
     def rows(*shape):
         values = torch.randn(shape).to(dtype)
+        if layout == "channels_last" and shape == (4, 6):
+            return torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
         if layout == "stride 0":
             return values[:, :1].expand(shape)
-        return values if layout == "contiguous" else torch.stack([values, values], -1)[..., 0]
+        return values if layout in ("contiguous", "channels_last") else torch.stack([values, values], -1)[..., 0]
 
     lam, partner = torch.rand(4), torch.tensor([1, 2, 3, 0])
     if name in ("mix", "mix_backward"):
@@ -125,7 +145,7 @@ def operator_arguments(name, layout, dtype):
     return rows(4, 3), adv, torch.randint(3, (4,)), lam, partner, torch.rand(3), *policy
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "strided", "stride 0"])
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "stride 0", "channels_last"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_passes_opcheck(triton_backend, name, layout):
     import fastamp.layer_ops  # noqa: F401 - registers the operators

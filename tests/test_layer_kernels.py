@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import draw, gradient, rows
+from layers import FORMATS, draw, formatted, gradient, rows
 from strategies import LAYOUTS, laid_out
 
 import fastamp
@@ -121,6 +121,31 @@ def test_upstream_gradients_of_any_strides(backend, form):
         assert torch.equal(gradient(mixed, values, upstream), expected)
         doubled = gradient(mixed, values, 2 * upstream)
         torch.testing.assert_close(doubled, 2 * expected)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_memory_format_of_rows_is_kept(backend, form):
+    """44: as by any elementwise operation of torch."""
+    values = formatted(form).requires_grad_()
+    upstream, grad_mixed = torch.randn(values.shape), torch.randn(values.shape)
+    alike = upstream.clone().as_strided(values.shape, (0.5 * values).stride()).copy_(upstream)
+    lam, partner = draw(3)
+    plain = values.detach().contiguous().requires_grad_()
+    for op in (
+        lambda h: (functional.mix(h, lam, partner),),
+        lambda h: functional.remix(h, lam, partner, grad_mixed, step_size=0.5)[::-1],
+    ):
+        (mixed, *step), (expected, *plain_step) = op(values), op(plain)
+        assert mixed.stride() == (0.5 * values).stride()
+        torch.testing.assert_close([mixed, *step], [expected, *plain_step])
+        for given_upstream in (alike, upstream):  # of the format of the gradient from above
+            grad = gradient(mixed, values, given_upstream)
+            assert grad.stride() == given_upstream.stride()
+            torch.testing.assert_close(grad, gradient(expected, plain, upstream))
+        written = mixed.relu_()  # an autograd function must not return a view
+        torch.testing.assert_close(gradient(written, values, alike), gradient(expected.relu(), plain, upstream))
+    slopes = [functional.lambda_grad(grad_mixed, h, partner) for h in (values, plain)]
+    torch.testing.assert_close(*slopes)
 
 
 @pytest.mark.parametrize("divisor", [3, torch.tensor(3.0), torch.tensor(0.0)], ids=["number", "tensor", "zero"])

@@ -236,6 +236,44 @@ def test_f_may_write_to_its_input(plan):
     assert_same(ours, p.truth(nn.Sequential(nn.ReLU(), p.network), **WAVY_STEP))
 
 
+@pytest.mark.parametrize(
+    ("options", "ran"),
+    [
+        ({"mode": "mixup"}, "mixup"),
+        ({"mode": "maxop"}, "adversarial"),
+        ({"context": {}}, "sub-batch"),
+        ({"plan": "merged"}, "merged"),
+        ({"plan": "both"}, "both"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_pass_gets_the_memory_format_of_hidden(backend, options, ran):
+    """44: channels_last is lost."""
+    torch.manual_seed(1)
+    values, layout = torch.randn(BATCH, 3, 2, 2), torch.channels_last
+    head, target = nn.Conv2d(3, CLASSES, 2).to(memory_format=layout), torch.randint(CLASSES, (BATCH,))
+    mix = Mix(torch.rand(BATCH), torch.randperm(BATCH))
+    options = {"mode": "amp", "context": None, "plan": "auto", **options}
+    criterion = AMPLoss(**{**WAVY_STEP, "mode": options.pop("mode")})
+    runs = []
+    for hidden in (values.clone(), values.to(memory_format=layout)):
+        formats = []
+
+        def f(m, formats=formats):
+            formats.append(m.is_contiguous(memory_format=layout))
+            return head(torch.sin(m.mul_(3))).flatten(1)
+
+        loss, stats = criterion.step(f, hidden.requires_grad_(), target, mix=mix, return_stats=True, **options)
+        assert stats.plan == ran
+        (grad,) = torch.autograd.grad(loss, hidden)
+        runs.append((loss, grad, formats))
+    torch.testing.assert_close(runs[1][:2], runs[0][:2])
+    if ran != "sub-batch":  # torch's own indexing gives a contiguous gradient
+        assert runs[1][1].is_contiguous(memory_format=layout)
+    assert not any(runs[0][2])
+    assert all(runs[1][2])
+
+
 def test_hidden_without_a_gradient_of_its_own():
     """Pixels, or frozen embeddings."""
     p = problem()

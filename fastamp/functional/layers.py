@@ -30,8 +30,9 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         partner: (B,) int64, a permutation of 0..B-1.
 
     Returns:
-        (B, ...) of hidden's dtype, differentiable to hidden, with λ a constant; float16 and bfloat16 are mixed in
-        float32 and rounded once. An infinity in either row gives what arithmetic gives, mostly NaN.
+        (B, ...) of hidden's dtype and memory format (channels_last stays what it is), differentiable to hidden, with λ
+        a constant; float16 and bfloat16 are mixed in float32 and rounded once. An infinity in either row gives what
+        arithmetic gives, mostly NaN.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.

@@ -9,6 +9,7 @@ from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescaled
 from .config import linear_head_config
 from .embedding_mix import embedding_mix_backward, embedding_mix_forward
+from .launch import empty_rows, memory_order
 from .linear_head import launch_linear_head
 from .mix import mix_backward, mix_forward
 from .remix import lambda_grad, remix_forward
@@ -33,9 +34,11 @@ __all__ = [
     "amp_cross_entropy_forward",
     "embedding_mix_backward",
     "embedding_mix_forward",
+    "empty_rows",
     "lambda_grad",
     "launch_linear_head",
     "linear_head_config",
+    "memory_order",
     "mix_backward",
     "mix_forward",
     "remix_forward",

@@ -59,6 +59,27 @@ def inverse_permutation(partner: Tensor) -> Tensor:
     return torch.empty_like(partner).scatter_(0, partner, index)
 
 
-def as_matrix(rows: Tensor) -> Tensor:
-    """`rows` (B, ...) as (B, N): a view where one exists, a copy where the inner dimensions allow none."""
-    return rows.reshape(rows.shape[0], -1)
+def memory_order(rows: Tensor) -> list[int] | None:
+    """The dimensions of `rows` (B, ...) from the outermost of a row's in memory to the innermost; None: as they are."""
+    if rows.dim() < 3 or rows.is_contiguous() or 0 in rows.stride()[1:]:
+        return None
+    inner = range(1, rows.dim())
+    order = sorted(inner, key=rows.stride, reverse=True)
+    return None if order == list(inner) else [0, *order]
+
+
+def as_matrix(rows: Tensor, order: list[int] | None = None) -> Tensor:
+    """`rows` (B, ...) as (B, N), elements in `memory_order`: a view where one exists, else a copy."""
+    return (rows if order is None else rows.permute(order)).reshape(rows.shape[0], -1)
+
+
+def empty_rows(rows: Tensor, order: list[int] | None) -> Tensor:
+    """Memory for rows like these, one after the other, each in `memory_order`: channels_last stays what it is."""
+    if order is None:
+        return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    # Not a permuted view of other memory: autograd forbids writing to a view that an autograd function returns.
+    strides, stride = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim] = stride
+        stride *= rows.shape[dim]
+    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype, device=rows.device)

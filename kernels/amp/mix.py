@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .config import Config, cdiv, mix_config
-from .launch import as_matrix, inverse_permutation, on_device_of
+from .launch import as_matrix, empty_rows, inverse_permutation, memory_order, on_device_of
 from .rows import OPTIONS, tile_index, tile_mask
 from .tuning import batch_class, tuned
 
@@ -91,7 +90,7 @@ def _mix_grad_kernel(
 
 
 def mix_forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """The mixed rows, contiguous, of hidden's shape and dtype.
+    """The mixed rows, of hidden's shape and dtype, each row dense and in hidden's memory order.
 
     Args:
         hidden: (B, ...), not empty, any strides.
@@ -102,7 +101,7 @@ def mix_forward(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def mix_backward(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """The gradient of the unmixed rows, contiguous, of upstream's shape and dtype.
+    """The gradient of the unmixed rows, of upstream's shape and dtype, each row dense and in upstream's memory order.
 
     Args:
         upstream: (B, ...) gradient of the mixed rows, not empty, any strides.
@@ -113,9 +112,9 @@ def mix_backward(upstream: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def _launch(kernel: triton.JITFunction, rows: Tensor, lam: Tensor, index: Tensor) -> Tensor:
-    flat, lam = as_matrix(rows), lam.contiguous()
+    order = memory_order(rows)
+    flat, out, lam = as_matrix(rows, order), empty_rows(rows, order), lam.contiguous()
     batch, width = flat.shape
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
     def launch(config: Config) -> Tensor:
         kernel[(cdiv(batch, config.block_b) * cdiv(width, config.block_c),)](

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config, PartsConfig, cdiv, inner_product_config, mix_config, next_power_of_2, remix_config
-from .launch import as_matrix, on_device_of
+from .launch import as_matrix, empty_rows, memory_order, on_device_of
 from .mix import load_rows, mixed_tile, tile_of
 from .rows import OPTIONS, RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
 from .tuning import batch_class, tuned
@@ -108,7 +108,8 @@ def inner_products(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: t
         partner: (B,) int64 permutation.
         dtype: the compute dtype.
     """
-    g, h, partner = as_matrix(grad_mixed), as_matrix(hidden), partner.contiguous()
+    order = memory_order(hidden)
+    g, h, partner = as_matrix(grad_mixed, order), as_matrix(hidden, order), partner.contiguous()
     batch, width = h.shape
 
     def launch(config: PartsConfig) -> Tensor:
@@ -160,7 +161,7 @@ def remix_forward(
     policy: RowPolicy,
     step_size: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∇λ (B,), λ' (B,) and the rows mixed at λ', contiguous, of hidden's shape and dtype.
+    """∇λ (B,), λ' (B,) and the rows mixed at λ', as `mix_forward` gives them.
 
     Args:
         hidden: (B, ...), not empty, any strides.
@@ -171,10 +172,11 @@ def remix_forward(
         policy: for mode, grad_clip and clamp.
         step_size: ε.
     """
-    g, h, lam, partner = as_matrix(grad_mixed), as_matrix(hidden), lam.contiguous(), partner.contiguous()
+    order = memory_order(hidden)
+    g, h, mixed = as_matrix(grad_mixed, order), as_matrix(hidden, order), empty_rows(hidden, order)
+    lam, partner = lam.contiguous(), partner.contiguous()
     batch, width = h.shape
     grad, lam_adv = torch.empty_like(lam), torch.empty_like(lam)
-    mixed = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
     whole = remix_config(width, lam.element_size())
     products = inner_products(g, h, partner, lam.dtype) if whole is None else None
     parts = 0 if products is None else products.shape[1]
