@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ def draw_permutation(size: int, device: torch.device, generator: torch.Generator
     return torch.randperm(size, device=device, generator=generator)
 
 
-def _given(generator: torch.Generator | None) -> dict[str, torch.Generator]:
+def _given(generator: torch.Generator | None) -> dict[str, Any]:
     """torch.rand's argument `generator`: left out rather than None, with which it takes no symbolic size."""
     return {} if generator is None else {"generator": generator}
 
