@@ -15,17 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastamp.benchmarking import (
-    NETWORKS,
-    SHAPES,
-    SUITES,
-    BenchConfig,
-    machine,
-    print_results,
-    rehearse,
-    run,
-    write,
-)
+from fastamp.benchmarking import NETWORKS, SHAPES, SUITES, BenchConfig, machine, print_results, rehearse, run, write
 from fastamp.conformance import TOLERANCES, Report, Row, cases, check, print_report
 from fastamp.training import TrainConfig, train
 
@@ -149,8 +139,8 @@ def _measure(config: BenchConfig, out: Path) -> bool:
     results = run(
         config,
         command="bench/gpu.sh DIR",
-        listener=lambda line: print(line, flush=True),
-        save=lambda results: write(results, out),
+        on_progress=lambda line: print(line, flush=True),
+        on_results=lambda results: write(results, out),
     )
     print_results(results, Console(width=120))
     write(results, out)
