@@ -20,9 +20,8 @@ def test_every_suite_has_a_table_whose_numbers_are_those_of_its_results(tmp_path
     page.write_text("before\n" + "".join(tables.MARKS) + "after\n")
     for path in (tmp_path / "results").glob("cpu-amd-epyc-26-2*.json"):
         results = json.loads(path.read_text())
-        numbers = [number for fit in results.get("fits", ()) for number in [fit]]
-        for i, one in enumerate(numbers):
-            one["exponent"] = 7 + i / 100
+        for i, fit in enumerate(results.get("fits", ())):
+            fit["exponent"] = 7 + i / 100
         for i, row in enumerate(results["rows"]):
             if row["contender"] != row["ratio_to"]:
                 row["ratio"]["both"]["q50"] = 8 + i / 100

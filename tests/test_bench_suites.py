@@ -334,7 +334,7 @@ def test_all_suites_run_in_one_go(small_suites, tmp_path):
 def test_options_of_other_suites_are_refused(suite, option, said):
     result = invoke("--suite", suite, *option)
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1] == f"Error: {said}"
+    assert result.output.splitlines()[-1].startswith(f"Error: {said}")
 
 
 # graphs, as far as they can be told without a GPU
@@ -404,7 +404,8 @@ def test_copies_count_what_a_step_makes_of_an_input(monkeypatch):
 
 def test_what_is_wanted_most_comes_first(monkeypatch):
     monkeypatch.setattr(suites, "Workload", lambda *given: given)
-    given = [work[:3] for work in suites.heads(BenchConfig(), torch.device("cuda"), print)]
+    monkeypatch.setattr(suites, "of_head", lambda work, **options: [])
+    given = [work[:3] for work, _ in suites.heads(BenchConfig(), torch.device("cuda"), print)]
     first = [(shape, dtype, "hidden") for dtype in ("fp32", "bf16") for shape in suites.PAPER]
     first += [(suites.SHAPES[-1], "bf16", "logits"), (suites.WIDE, "bf16", "logits")]
     assert given[: len(first)] == first

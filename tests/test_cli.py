@@ -146,12 +146,17 @@ def test_bench_writes_its_results(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def timed_are(monkeypatch, work: Workload, *given: Contender) -> None:
+    """The suite "head" is this workload and these contenders."""
+    suite = suites.SUITES["head"]._replace(works=lambda *_: [(work, list(given))])
+    monkeypatch.setitem(suites.SUITES, "head", suite)
+
+
 def test_bench_refuses_a_contender_that_computes_something_else(monkeypatch, tmp_path):
     wrong = Contender("Mixup as AMP", "amp", mixup_soft_targets)
     right = Contender("AMP autograd", "amp", amp_autograd)
-    suite = suites.SUITES["head"]._replace(contenders=lambda *given: [wrong, right])
-    monkeypatch.setitem(suites.SUITES, "head", suite)
-    result = invoke("bench", "--shapes", "50x5x3", "--rounds", 1, "--device", "cpu", "--out", tmp_path)
+    timed_are(monkeypatch, Workload((50, 5, 3), "fp32", "hidden", CPU), wrong, right)
+    result = invoke("bench", "--rounds", 1, "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1
     assert "refused, not timed: Mixup as AMP at (50, 5) -> 3, fp32: its loss is off by" in result.output
     results = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -165,9 +170,8 @@ def test_bench_refuses_a_contender_that_raises(monkeypatch):
         raise RuntimeError("no compiler\nhere")
 
     given = [Contender("broken", "amp", broken), Contender("cross-entropy", "none", cross_entropy)]
-    suite = suites.SUITES["head"]._replace(contenders=lambda *_: given)
-    monkeypatch.setitem(suites.SUITES, "head", suite)
-    results = benchmarking.run(BenchConfig(shapes=(TINY,), rounds=1, inputs=("hidden",)), command="")
+    timed_are(monkeypatch, Workload(TINY, "fp32", "hidden", CPU), *given)
+    results = benchmarking.run(BenchConfig(rounds=1), command="")
     assert [entry["reason"] for entry in results["refused"]] == ["RuntimeError: no compiler"]
     assert [row["contender"] for row in results["rows"]] == ["cross-entropy"]
 

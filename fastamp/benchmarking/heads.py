@@ -33,7 +33,7 @@ from fastamp.mixing import draw
 
 PLAIN, NAIVE = "cross-entropy", "AMP autograd"
 DEFINITION_ELEMENTS = 1 << 24  # of the definition of the official code's AMP, which holds (B, C, C) in float64
-GROWING = (*MIXUP, "AMPLoss")
+GROWING = (*MIXUP, "AMPLoss")  # of the suite "scaling"
 WITH_VOCABULARY = (PLAIN, MIXUP[0], NAIVE, "AMPLoss", "linear_amp_cross_entropy")
 AUTOTUNED_ELEMENTS = 1 << 20  # of logits: the compiler's search among products of more takes minutes
 PAIRED_CLASSES = 1000  # from here on a kernel for pairs has rows long enough to be worth reading once
@@ -207,11 +207,6 @@ def of_head(work: Workload, *, compiled: bool, autotuned: bool, note: Note) -> l
     if not autotuned and compiled:
         note("torch.compile's search for the fastest products is left out")
     return _present(work, [one for one in every if autotuned or one.compile_mode is None], note)
-
-
-def of_scaling() -> list[Contender]:
-    """Who is timed on a workload of the suite "scaling"."""
-    return [one for one in contenders() if one.name in GROWING]
 
 
 def of_vocabulary(work: Workload, *, note: Note) -> list[Contender]:

@@ -31,16 +31,6 @@ def device_name(device: torch.device) -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
-def processor() -> dict[str, int | None]:
-    """Family, model and stepping, which tell one CPU from another of the same name; None for what is not said.
-
-    Cloud hosts give "AMD EPYC" to several generations.
-    """
-    info = _cpuinfo()
-    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
-    return {name: int(info[key]) if key in info else None for name, key in numbers.items()}
-
-
 def _cpuinfo() -> dict[str, str]:
     """Of the first processor; empty where the system has no such file."""
     try:
@@ -51,18 +41,19 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, for results: "type", "name" and "tag"; of a CPU also what `processor` gives."""
-    facts = {"type": device.type, "name": device_name(device), "tag": device_tag(device)}
-    return facts if device.type == "cuda" else facts | processor()
+    """The device, for results: "type", "name" and "tag", a file name; of a CPU also "family", "model" and "stepping".
 
-
-def device_tag(device: torch.device) -> str:
-    """A file name for results of this device; a CPU's ends in its family and model, where they are known."""
-    name = device_name(device)
+    These, None where the system does not say, tell one CPU from another of the same name, as cloud hosts give "AMD EPYC"
+    to several generations; a CPU's tag ends in the first two.
+    """
+    name, info = device_name(device), _cpuinfo()
+    numbers: dict[str, Any] = {}
     if device.type != "cuda":
-        of = processor()
-        name = " ".join(str(part) for part in ("cpu", name, of["family"], of["model"]) if part is not None)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        keys = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+        numbers = {field: int(info[key]) if key in info else None for field, key in keys.items()}
+    parts = [name] if device.type == "cuda" else ["cpu", name, numbers["family"], numbers["model"]]
+    tag = re.sub(r"[^a-z0-9]+", "-", " ".join(str(part) for part in parts if part is not None).lower()).strip("-")
+    return {"type": device.type, "name": name, "tag": tag, **numbers}
 
 
 def versions() -> dict[str, str | None]:

@@ -71,8 +71,7 @@ def run(
     with _threads(config.threads):
         on_progress("copy bandwidth")
         results["copy_gb_s"] = machine.copy_bandwidth(device)
-        for work in SUITES[config.suite].works(config, device, note):
-            given = SUITES[config.suite].contenders(work, config, note)
+        for work, given in SUITES[config.suite].works(config, device, note):
             runners = _agreeing(work, given, results["refused"], on_progress)
             if runners:
                 on_progress(f"{work.label}: timing")
@@ -87,10 +86,9 @@ def run(
 
 def rehearse(config: BenchConfig) -> None:
     """Compiles and checks what `run` would time, and times nothing: what it leaves are the compilers' caches."""
-    suite = SUITES[config.suite]
     with _threads(config.threads):
-        for work in suite.works(config, config.torch_device(), _ignore):
-            _agreeing(work, suite.contenders(work, config, _ignore), [], _ignore)
+        for work, given in SUITES[config.suite].works(config, config.torch_device(), _ignore):
+            _agreeing(work, given, [], _ignore)
 
 
 def _agreeing(

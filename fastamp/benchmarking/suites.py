@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastamp.benchmarking.heads import Workload, of_head, of_scaling, of_vocabulary
+from fastamp.benchmarking.heads import GROWING, Workload, contenders, of_head, of_vocabulary
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
 from fastamp.benchmarking.networks import NETWORKS
 from fastamp.benchmarking.operations import OPERATIONS, HiddenWork, operation_contenders
@@ -16,6 +16,7 @@ from fastamp.benchmarking.workload import DTYPES, Contender, Note, Work
 from fastamp.training.config import usable_device
 
 Shape = tuple[int, int, int]
+Works = Iterator[tuple[Work, list[Contender]]]  # one at a time, with who is timed there
 # (B, D, C): the paper's CNN on TREC, its LSTM on two classes, BERT-base on five and on two; images of a thousand
 # classes and of ImageNet-21k's; and a vocabulary.
 SHAPES: tuple[Shape, ...] = (
@@ -95,6 +96,11 @@ class BenchConfig:
         """The device, found to be there."""
         return torch.empty(0, device=usable_device(self.device)).device
 
+    @property
+    def with_compiled(self) -> bool:
+        """Whether what goes through torch.compile is timed as well."""
+        return self.compiled is not False
+
     def dtypes_on(self, device: torch.device) -> tuple[str, ...]:
         """Those given, or those for the device."""
         return self.dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16"))
@@ -107,8 +113,8 @@ def check_options(suite: str, taken: tuple[str, ...], given: Mapping[str, Any]) 
             raise ValueError(f"{name} is no option of the suite {suite}, which takes {', '.join(taken) or 'none'}")
 
 
-def heads(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Work]:
-    """The workloads of the suite "head", one at a time, first those that the results are wanted for most."""
+def heads(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "head", first what results are wanted for most."""
     dtypes, shapes = config.dtypes_on(device), config.shapes or SHAPES
     every = [(takes, dtype, shape) for takes in config.inputs for dtype in dtypes for shape in shapes]
     if config.shapes is None and device.type == "cuda" and ("logits", "bf16", SHAPES[0]) in every:
@@ -117,15 +123,16 @@ def heads(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Wor
         if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
             note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
         else:
-            yield Workload(shape, dtype, takes, device)
+            work = Workload(shape, dtype, takes, device)
+            yield work, of_head(work, compiled=config.with_compiled, autotuned=config.autotuned, note=note)
 
 
 def _is_wanted(takes: str, dtype: str, shape: Shape) -> bool:
     return shape in PAPER if takes == "hidden" else dtype == "bf16" and shape[2] >= MANY_CLASSES
 
 
-def networks(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Work]:
-    """The workloads of the suite "layers", one at a time: a large one's memory is free again before the next."""
+def networks(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "layers"."""
     for name in config.networks or NETWORKS:
         spec = NETWORKS[name]
         if (missing := spec.missing()) is not None:
@@ -133,47 +140,45 @@ def networks(config: BenchConfig, device: torch.device, note: Note) -> Iterator[
         elif config.networks is None and spec.needs_gpu and device.type == "cpu":
             note(f"{name}: not run, it takes a GPU")
         else:
-            yield LayerWorkload(spec, device)
+            work = LayerWorkload(spec, device)
+            yield work, layer_contenders(work, compiled=config.with_compiled)
 
 
-def rows(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Work]:
-    """The workloads of the suite "rows", one at a time."""
+def rows(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "rows"."""
     for dtype in config.dtypes_on(device):
         for op, operation in OPERATIONS.items():
             for shape in operation.shapes[device.type == "cuda"]:
-                yield HiddenWork(op, shape, dtype, device)
+                yield HiddenWork(op, shape, dtype, device), operation_contenders(op, compiled=config.with_compiled)
 
 
-def scaling(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Work]:
-    """The workloads of the suite "scaling", one at a time, in fp32."""
+def scaling(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "scaling", in fp32."""
     if device.type == "cpu":
         note("scaling: up to 2^24 elements a batch, for a CPU; on a GPU up to 2^27")
     for size, takes, shape, values in GROWTH[device.type]:
         for value in values:
             batch, width, classes = (value if name == size else fixed for name, fixed in zip("BDC", shape, strict=True))
-            yield Workload((batch, max(1, width), classes), "fp32", takes, device, varies=size)
+            work = Workload((batch, max(1, width), classes), "fp32", takes, device, varies=size)
+            yield work, [one for one in contenders() if one.name in GROWING]
 
 
-def vocabulary(config: BenchConfig, device: torch.device, note: Note) -> Iterator[Work]:
-    """The workloads of the suite "vocabulary", one at a time; not captured, for graphs keep their memory."""
+def vocabulary(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "vocabulary"; not captured, for graphs keep their memory."""
     if config.shapes is None and device.type == "cpu":
         note(f"vocabulary: {VOCABULARY['cpu'][0]}, for a CPU; on a GPU {', '.join(map(str, VOCABULARY['cuda']))}")
     for dtype in config.dtypes or ("fp32" if device.type == "cpu" else "bf16",):
         for shape in config.shapes or VOCABULARY[device.type]:
-            yield Workload(shape, dtype, "hidden", device, captured=False)
+            work = Workload(shape, dtype, "hidden", device, captured=False)
+            yield work, of_vocabulary(work, note=note)
 
 
 class Suite(NamedTuple):
     """What `fastamp bench --suite NAME` measures."""
 
     options: tuple[str, ...]  # of OPTIONS
-    works: Callable[[BenchConfig, torch.device, Note], Iterator[Work]]
-    contenders: Callable[[Any, BenchConfig, Note], list[Contender]]  # of a workload
+    works: Callable[[BenchConfig, torch.device, Note], Works]
     reduced: dict[str, Any]  # how it takes less than a minute on a CPU
-
-
-def _compiled(config: BenchConfig) -> bool:
-    return config.compiled is not False
 
 
 UNCOMPILED = "reduced: nothing compiled"
@@ -181,25 +186,16 @@ SUITES = {
     "head": Suite(
         ("shapes", "dtypes", "compiled"),
         heads,
-        lambda work, config, note: of_head(work, compiled=_compiled(config), autotuned=config.autotuned, note=note),
         {"shapes": SHAPES[:5:2], "compiled": False, "notes": (f"{UNCOMPILED}, three shapes",)},
     ),
     "layers": Suite(
         ("networks", "compiled"),
         networks,
-        lambda work, config, note: layer_contenders(work, compiled=_compiled(config)),
         {"networks": ("textcnn",), "compiled": False, "notes": (f"{UNCOMPILED}, the TextCNN alone",)},
     ),
-    "rows": Suite(
-        ("dtypes", "compiled"),
-        rows,
-        lambda work, config, note: operation_contenders(work.op, compiled=_compiled(config)),
-        {"compiled": False, "notes": (UNCOMPILED,)},
-    ),
-    "scaling": Suite((), scaling, lambda work, config, note: of_scaling(), {}),
-    "vocabulary": Suite(
-        ("shapes", "dtypes"), vocabulary, lambda work, config, note: of_vocabulary(work, note=note), {}
-    ),
+    "rows": Suite(("dtypes", "compiled"), rows, {"compiled": False, "notes": (UNCOMPILED,)}),
+    "scaling": Suite((), scaling, {}),
+    "vocabulary": Suite(("shapes", "dtypes"), vocabulary, {}),
 }
 
 
