@@ -43,8 +43,8 @@ def _cpuinfo() -> dict[str, str]:
 def describe(device: torch.device) -> dict[str, Any]:
     """The device, for results: "type", "name" and "tag", a file name; of a CPU also "family", "model" and "stepping".
 
-    These, None where the system does not say, tell one CPU from another of the same name, as cloud hosts give "AMD EPYC"
-    to several generations; a CPU's tag ends in the first two.
+    These, None where the system does not say, tell one CPU from another of the same name, as cloud hosts give
+    "AMD EPYC" to several generations; a CPU's tag ends in the first two.
     """
     name, info = device_name(device), _cpuinfo()
     numbers: dict[str, Any] = {}

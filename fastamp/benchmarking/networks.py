@@ -63,9 +63,10 @@ class Spec:
             network = self.build(width=self.width, **read, **self.options)
         # As after training: logits far enough apart for λ to matter, which random weights alone do not give.
         with torch.no_grad():
+            x, cut = self.batch_of(torch.device("cpu"), seed)[0][:4], network.plain
             head = network.model.get_submodule("classifier").weight
             assert isinstance(head, Tensor)
-            head.mul_(4 / (head.std() * head.shape[1] ** 0.5))
+            head.mul_(2 / cut.f(cut.g(x), **cut.context(x, None)).std())
         network.model.to(device, dtype).train()
         return network
 
@@ -94,7 +95,10 @@ def textcnn(*, vocabulary: int, width: int) -> Network:
 
 def bilstm(*, vocabulary: int, width: int, states: int) -> Network:
     """An LSTM of both directions with attention."""
-    model = AttentionBiLSTM(vocabulary, CLASSES, embedding_dim=width, hidden_size=2 * states, dropout=0.0)
+    # Vectors of variance 1: by those it starts from otherwise, sentences are hardly told apart before training.
+    model = AttentionBiLSTM(
+        vocabulary, CLASSES, vectors=torch.randn(vocabulary, width), hidden_size=2 * states, dropout=0.0
+    )
     split = model.split("word")
     cut = Cut(*split, split.f.context)
     return Network(model, cut, cut)
