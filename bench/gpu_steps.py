@@ -17,17 +17,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from fastamp.benchmarking import (
-    NETWORKS,
-    SHAPES,
-    SUITES,
-    BenchConfig,
-    machine,
-    print_results,
-    rehearse,
-    run,
-    write,
-)
+from fastamp.benchmarking import NETWORKS, SHAPES, SUITES, BenchConfig, machine, print_results, rehearse, run, write
 from fastamp.conformance import Case, Report, Row, StepCase, cases, places, print_report
 from fastamp.conformance.contract import check_op
 from fastamp.training import TrainConfig, train
@@ -200,8 +190,8 @@ def _measure(config: BenchConfig, out: Path) -> bool:
     results = run(
         config,
         command="bench/gpu.sh DIR",
-        listener=lambda line: print(line, flush=True),
-        save=lambda results: write(results, out),
+        on_progress=lambda line: print(line, flush=True),
+        on_results=lambda results: write(results, out),
     )
     print_results(results, Console(width=120))
     write(results, out)

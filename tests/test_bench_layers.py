@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from fastamp import benchmarking
-from fastamp.benchmarking import NETWORKS, BenchConfig, Contender, LayerWorkload, disagreement, layer_contenders, timing
+from fastamp.benchmarking import NETWORKS, BenchConfig, Contender, LayerWorkload, layer_contenders, timing
 from fastamp.benchmarking.layers import mixup
 from fastamp.cli import main
 
@@ -57,7 +57,7 @@ def test_every_contender_agrees_with_the_definition(name):
         ["Mixup, split", "AMP autograd, split"] if name in CUT_LATER else []
     )
     for contender in given:
-        assert disagreement(work.bind(contender), contender.mode) is None, contender.name
+        assert work.bind(contender).disagreement() is None, contender.name
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -65,19 +65,18 @@ def test_mixup_cannot_pass_for_amp(name):
     if NETWORKS[name].missing():
         pytest.skip("transformers is not installed")
     work = LayerWorkload(NETWORKS[name], CPU)
-    assert "its loss is off by" in disagreement(work.bind(Contender("Mixup", "amp", mixup)), "amp")
+    assert "its loss is off by" in work.bind(Contender("Mixup", "amp", mixup)).disagreement()
 
 
 def test_a_forgotten_gradient_is_seen():
     def words_left_out(network, x, y, mix):
         cut = network.plain
-        return mixup(
-            replace(network, plain=replace(cut, g=lambda ids: 0.5 * cut.g(ids) + cut.g(ids).detach() / 2)), x, y, mix
-        )
+        halved = cut._replace(g=lambda ids: 0.5 * cut.g(ids) + cut.g(ids).detach() / 2)
+        return mixup(network._replace(plain=halved), x, y, mix)
 
     work = LayerWorkload(NETWORKS["textcnn"], CPU)
-    said = disagreement(work.bind(Contender("half", "mixup", words_left_out)), "mixup")
-    assert said == "its gradient to embedding.weight is off by 5.0e-01 in norm (allowed 3e-03)"
+    said = work.bind(Contender("half", "mixup", words_left_out)).disagreement()
+    assert said == "its gradient to embedding.weight is off by 5.0e-01 (allowed 3e-03)"
 
 
 def test_the_suite_writes_its_results(tmp_path):
@@ -98,7 +97,6 @@ def test_the_suite_writes_its_results(tmp_path):
         assert row["ratio"]["both"]["q50"] > 0
         assert row["ms"]["step"]["q50"] > 0
         assert row["ratio"].keys() == {"forward", "backward", "both", "step"}
-        assert row["operators"] > 0
     assert rows["AMPLoss.step"]["peak_memory_ratio"] < rows["AMP autograd, split"]["peak_memory_ratio"]
     assert "TextCNN, (40, 7), fp32, eager" in result.output
 
@@ -127,18 +125,19 @@ def test_a_training_step_takes_the_optimizers_step_and_leaves_the_weights(monkey
     work = LayerWorkload(NETWORKS["textcnn"], CPU)
     (contender,) = (one for one in layer_contenders(work, compiled=False) if one.name == "AMPLoss.step")
     seen = []
-    right = work.optimize.adam.step
+    right = torch.optim.Adam.step
     monkeypatch.setattr(
-        work.optimize.adam,
+        torch.optim.Adam,
         "step",
-        lambda: seen.append(float(work.network.model.embedding.weight.grad.norm())) or right(),
+        lambda adam: seen.append(float(work.network.model.embedding.weight.grad.norm())) or right(adam),
     )
-    before = {name: value.detach().clone() for name, value in work.leaves(0).items()}
+    (leaves,) = work.leaves
+    before = {name: value.detach().clone() for name, value in leaves.items()}
     sample = timing.eager_slot(work.bind(contender))()
-    assert sample.step > 0
+    assert sample["step"] > 0
     assert min(seen) > 0
-    assert all(torch.equal(value, before[name]) for name, value in work.leaves(0).items())
-    assert all(value.grad is None for value in work.leaves(0).values())
+    assert all(torch.equal(value, before[name]) for name, value in leaves.items())
+    assert all(value.grad is None for value in leaves.values())
 
 
 def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
@@ -150,7 +149,7 @@ def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
         again = torch.zeros(3 << 20)
         return sum(p.sum() for p in network.model.parameters()) + again.sum()
 
-    peak = timing.peak_memory(work.bind(Contender("zeros", "none", loss)))
+    peak = timing.facts(work.bind(Contender("zeros", "none", loss)))["peak_memory_bytes"]
     assert 12 << 20 <= peak < 13 << 20
 
 
@@ -158,8 +157,8 @@ def test_peak_memory_of_a_cpu_is_what_the_allocator_held_at_once():
     ("arguments", "code", "message"),
     [
         (("--networks", "gpt"), 2, "'gpt' is not one of textcnn, bert"),
-        (("--shapes", "5x5x5"), 1, "--shapes is for the suites head and vocabulary, not for layers"),
-        (("--dtype", "bf16"), 1, "--dtype is for the suites head, rows and vocabulary, not for layers"),
+        (("--shapes", "5x5x5"), 1, "shapes is no option of the suite layers, which takes networks, compiled"),
+        (("--dtype", "bf16"), 1, "dtypes is no option of the suite layers, which takes networks, compiled"),
     ],
 )
 def test_options_of_the_other_suite_are_refused(arguments, code, message):

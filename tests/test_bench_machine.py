@@ -21,15 +21,7 @@ cpu family\t: 99
 
 def pretend(monkeypatch, folder, *, family: int, model: int) -> None:
     (folder / "cpuinfo").write_text(CPUINFO.format(family=family, model=model))
-    for index, (level, kind, size) in enumerate(
-        [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "1024K")]
-    ):
-        cache = folder / f"index{index}"
-        cache.mkdir(exist_ok=True)
-        for name, value in (("level", level), ("type", kind), ("size", size)):
-            (cache / name).write_text(f"{value}\n")
     monkeypatch.setattr(machine, "CPUINFO", folder / "cpuinfo")
-    monkeypatch.setattr(machine, "CACHES", folder)
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):
@@ -41,8 +33,6 @@ def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):
         "family": 26,
         "model": 2,
         "stepping": 1,
-        "mhz": 2596.12,
-        "caches": {"L1d": "48K", "L1i": "32K", "L2": "1024K"},
     }
     pretend(monkeypatch, tmp_path, family=25, model=1)
     assert machine.describe(CPU)["tag"] == "cpu-amd-epyc-25-1"
@@ -50,12 +40,10 @@ def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):
 
 def test_a_system_that_says_nothing_of_its_processor_has_a_name_all_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "nothing")
-    monkeypatch.setattr(machine, "CACHES", tmp_path / "nothing")
     facts = machine.describe(CPU)
     assert facts["name"]
     assert facts["tag"].startswith("cpu-")
-    assert {facts[name] for name in ("family", "model", "stepping", "mhz")} == {None}
-    assert facts["caches"] == {}
+    assert {facts[name] for name in ("family", "model", "stepping")} == {None}
 
 
 def test_versions_are_those_of_all_that_decides_the_numbers():

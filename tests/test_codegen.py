@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from codegen import TARGETS
 
-from fastamp.codegen import TARGETS
-
-RECORD = Path(__file__).parents[1] / "bench" / "results" / "codegen.json"
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "bench" / "results" / "codegen.json"
 GROUPS = (
     "rows",
     "pairs pairs-fp64",
@@ -31,12 +31,12 @@ def recorded():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_no_kernel_spills_or_loses_its_vectors_or_moves_more_than_recorded(tmp_path, target, groups):
-    from fastamp.codegen.report import problems
+    from codegen.report import problems
 
     # A process of its own: in this one kernels may have been defined for the interpreter.
-    command = [sys.executable, "-m", "fastamp.codegen", "--out", str(tmp_path), "--jobs", "1", "--target", target]
+    command = [sys.executable, "-m", "bench.codegen", "--out", str(tmp_path), "--jobs", "1", "--target", target]
     command += [word for group in groups.split() for word in ("--group", group)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads((tmp_path / "codegen.json").read_text())["rows"]
     assert rows
@@ -48,12 +48,12 @@ def test_no_kernel_spills_or_loses_its_vectors_or_moves_more_than_recorded(tmp_p
 def test_the_record_has_every_case_once_and_nothing_else():
     code = """
 import json
-from fastamp.codegen.cases import GROUPS_OF_CASES
+from bench.codegen.cases import GROUPS_OF_CASES
 cases = [(case.kernel.__name__, case.name) for make in GROUPS_OF_CASES.values() for case in make()]
 print(json.dumps([list(GROUPS_OF_CASES), cases]))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     groups, pairs = json.loads(run.stdout)
     assert sorted(groups) == sorted(name for part in GROUPS for name in part.split()), "compiled in no part, or in two"
@@ -64,8 +64,9 @@ print(json.dumps([list(GROUPS_OF_CASES), cases]))
 
 
 def test_what_has_become_worse_is_told_by_name():
+    from codegen.report import problems
+
     from fastamp.benchmarking import machine
-    from fastamp.codegen.report import problems
 
     record = recorded()
     record["versions"]["triton"] = machine.versions()["triton"]
@@ -89,11 +90,11 @@ def test_what_has_become_worse_is_told_by_name():
     assert told(written=2 * was["written"]) == ["writes 4 bytes an element, 2 before"]
     assert told(read=was["read"] // 2, written=was["written"] // 2) == []
     (line,) = problems([{**was, "case": "bf16 N=1"}], record)
-    assert line.endswith("is not recorded; run python -m fastamp.codegen --out bench/results")
+    assert line.endswith("is not recorded; run python -m bench.codegen --out bench/results")
 
 
 def test_another_compiler_may_choose_other_accesses_but_not_other_bytes():
-    from fastamp.codegen.report import problems
+    from codegen.report import problems
 
     record = copy.deepcopy(recorded())
     was = dict(record["rows"][0])
@@ -138,13 +139,13 @@ SUM = """%s = "tt.reduce"(%x) <{axis = 0 : i32}> ({
     ids=["tile", "sum", "scalar", "AMD load", "AMD store", "shared", "loop", "one turn", "unknown", "branch", "while"],
 )
 def test_bytes_are_counted_in_loops_and_branches(body, read, written):
-    from fastamp.codegen.traffic import program_traffic
+    from codegen.traffic import program_traffic
 
     assert program_traffic(COPY.format(body=body), ["in_ptr", "N"], {"N": 100}) == (read, written)
 
 
 def test_of_two_branches_the_first_counts_where_that_is_asked_for():
-    from fastamp.codegen.traffic import program_traffic
+    from codegen.traffic import program_traffic
 
     branch = f"scf.if %c {{\n{STORE}\n}} else {{\n{LOAD}\n{LOAD}\n}} loc(#loc3)"
     body = f"{branch}\nscf.for %i = %c0_i32 to %N step %c64_i32  : i32 {{\n{branch}\n}}"
@@ -155,7 +156,7 @@ def test_of_two_branches_the_first_counts_where_that_is_asked_for():
 
 
 def test_an_access_that_cannot_be_counted_is_an_error():
-    from fastamp.codegen.traffic import program_traffic
+    from codegen.traffic import program_traffic
 
     body = "%x = tt.atomic_rmw fadd, acq_rel, gpu, %p, %v, %mask : (tensor<64x!tt.ptr<f32>>) -> tensor<64xf32>"
     with pytest.raises(ValueError, match=r"cannot count the bytes of: %x = tt\.atomic_rmw"):
@@ -180,29 +181,6 @@ def test_an_access_that_cannot_be_counted_is_an_error():
     ],
 )
 def test_occupancy_follows_from_the_scarcest_resource(target, registers, num_warps, shared, expected):
-    from fastamp.codegen.occupancy import occupancy
+    from codegen.occupancy import occupancy
 
     assert occupancy(target, registers, num_warps, shared) == expected
-
-
-def test_launches_stand_beside_their_neighbours(tmp_path):
-    command = [sys.executable, "-m", "fastamp.codegen", "--neighbours", "--out", str(tmp_path), "--jobs", "1"]
-    run = subprocess.run([*command, "--group", "loop-fp64"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = json.loads((tmp_path / "launches.json").read_text())["rows"]
-    cases = {row["case"] for row in rows}
-    assert [row["case"] for row in rows if row["chosen"]] == list(dict.fromkeys(row["case"] for row in rows))
-    for case in cases:
-        of_case = [row for row in rows if row["case"] == case]
-        launches = {row["launch"] for row in of_case}
-        assert len(launches) == len(of_case) == 9  # half, one and two times the tile and the warps
-        (frozen,) = [row for row in recorded()["rows"] if (row["case"], row["target"]) == (case, "sm_90")
-                     and row["kernel"] == of_case[0]["kernel"]]  # fmt: skip
-        (chosen,) = [row for row in of_case if row["chosen"]]
-        assert (chosen["launch"], chosen["registers"]) == (frozen["launch"], frozen["registers"])
-    text = (tmp_path / "launches.md").read_text()
-    assert all(f"| {case} | (1, " in text for case in cases)
-    two = [*command, "--target", "sm_80", "--target", "sm_90"]
-    run = subprocess.run(two, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--neighbours takes one --target, got sm_80, sm_90" in run.stderr

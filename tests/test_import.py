@@ -12,7 +12,9 @@ import fastamp
 from fastamp.backend import uses_triton
 
 OPTIONAL = ("triton", "transformers", "datasets")
-HEAVY = (*OPTIONAL, "fastamp.kernels", "fastamp.ops", "rich", "click", "plotext", "matplotlib", "scipy")
+COMMAND_LINE = ("click", "rich", "plotext", "matplotlib")
+PAPER = ("scipy", "filelock")
+HEAVY = (*OPTIONAL, *COMMAND_LINE, *PAPER, "numpy", "fastamp.kernels", "fastamp.ops")
 
 STEP = """
 logits = torch.randn(4, 3, requires_grad=True)
@@ -20,12 +22,14 @@ fastamp.AMPLoss()(logits, torch.tensor([0, 1, 2, 0])).backward()
 assert logits.grad.abs().sum() > 0
 """
 
-# A path finder that finds none of the optional packages, as where they are not installed.
-UNINSTALL = f"""
+
+def uninstall(*packages: str) -> str:
+    """A path finder that finds none of these packages, as where they are not installed."""
+    return f"""
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 def find_spec(name, path=None, target=None):
-    return None if name.split(".")[0] in {OPTIONAL} else find(name, path, target)
+    return None if name.split(".")[0] in {packages} else find(name, path, target)
 PathFinder.find_spec = find_spec
 """
 
@@ -39,7 +43,9 @@ def python(code: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "hide", [UNINSTALL, f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))"], ids=["absent", "blocked"]
+    "hide",
+    [uninstall(*OPTIONAL), f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))"],
+    ids=["absent", "blocked"],
 )
 def test_without_triton_and_transformers_it_imports_and_trains(hide):
     refusal = python(
@@ -54,6 +60,51 @@ except RuntimeError as error:
 """
     )
     assert refusal == "backend 'triton' was asked for, but the package triton is not installed"
+
+
+def test_the_library_needs_no_package_of_the_command_line():
+    python(
+        f"""
+{uninstall(*COMMAND_LINE, *PAPER, "numpy")}
+import torch, fastamp
+{STEP}
+fastamp.functional.amp_cross_entropy, fastamp.reference.amp
+"""
+    )
+
+
+def test_neither_does_hugging_face():
+    pytest.importorskip("transformers")
+    python(f"{uninstall(*COMMAND_LINE, 'scipy')}\nimport fastamp\nfastamp.hf.AMPTrainer, fastamp.hf.sent_loss")
+
+
+@pytest.mark.parametrize("package", COMMAND_LINE)
+def test_a_command_without_its_packages_names_what_brings_them(package):
+    said = python(
+        f"""
+{uninstall(package)}
+import sys
+from fastamp.__main__ import main
+sys.argv = ["fastamp", "check", "--help"]
+try:
+    main()
+except SystemExit as ended:
+    print(ended)
+"""
+    )
+    assert said == f'fastamp: not installed: {package}; pip install "fastamp[cli]"'
+
+
+def test_the_papers_experiments_without_their_package_name_what_brings_it():
+    said = python(
+        f"""
+{uninstall("filelock")}
+from click.testing import CliRunner
+from fastamp.cli import main
+print(CliRunner().invoke(main, ["paper", "--help"]).output)
+"""
+    )
+    assert said == "Error: No module named 'filelock'; pip install \"fastamp[paper]\""
 
 
 def test_neither_the_import_nor_a_step_on_the_cpu_loads_what_only_others_need():

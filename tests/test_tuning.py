@@ -230,7 +230,7 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
     """Of any size and dtype: warps and tiles are powers of two, and there are some."""
     if tiles != "frozen":
         request.getfixturevalue(tiles)
-    from fastamp.codegen.case import PLAIN
+    from codegen.case import PLAIN
 
     config = import_module("fastamp.kernels.config")
     size, batch = (data.draw(st.integers(0, 20).flatmap(lambda power: st.integers(1, 2**power))) for _ in range(2))

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from fastamp.benchmarking.report import Results, Row
 from fastamp.tables import print_table
 
 Key = tuple[str, str, str, str, str]  # workload, dtype, clock, contender, and what varies
 TAKEN = ("format", "suite", "device", "versions", "threads", "copy_gb_s", "rows")
-OF_ROWS = ("workload", "dtype", "clock", "contender", "ms", "ratio")
 QUARTILES = ("q25", "q50", "q75")
 SAME_COPY = 0.1  # copies that differ by more are of another machine, or of a busy one
 VERDICTS = ("slower", "faster", "within the spread", "base")
@@ -23,24 +23,16 @@ SHORT = {"within the spread": "in spread"}
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both results.
+    """One row in both results."""
 
-    Attributes:
-        key: what it is of: workload, dtype, clock, contender, and the size that varies or "".
-        before: what it is judged by in the first, as quantiles: the ratio to its base, for the base runs in the same
-            rounds on the same machine; milliseconds where there is none.
-        after: in the second.
-        ms: the median milliseconds in the first, and in the second.
-        by_ratio: whether it is judged by ratios.
-        is_base: whether ratios are to it in both: then it is not judged.
-    """
-
-    key: Key
+    key: Key  # what it is of: workload, dtype, clock, contender, and the size that varies or ""
+    # What it is judged by, as quantiles: the ratio to its base, which ran in the same rounds on the same machine;
+    # milliseconds where there is none.
     before: dict[str, float]
     after: dict[str, float]
-    ms: tuple[float, float]
+    ms: tuple[float, float]  # the medians in the first, and in the second
     by_ratio: bool
-    is_base: bool = False
+    is_base: bool = False  # whether ratios are to it in both: then it is not judged
 
     @property
     def ratio(self) -> float:
@@ -59,24 +51,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results have to say of each other.
+    """What two results have to say of each other."""
 
-    Attributes:
-        changes: rows in both, in the first's order.
-        only: rows in the first only, and in the second only.
-        caveats: what else is different: devices, versions, threads, how fast a copy is.
-    """
-
-    changes: tuple[Change, ...]
-    only: tuple[tuple[Key, ...], tuple[Key, ...]]
-    caveats: tuple[str, ...]
+    changes: tuple[Change, ...]  # rows in both, in the first's order
+    only: tuple[tuple[Key, ...], tuple[Key, ...]]  # rows in the first only, and in the second only
+    caveats: tuple[str, ...]  # what else is different: devices, versions, threads, how fast a copy is
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Results:
     """Results that `fastamp bench --out` wrote.
-
-    Args:
-        path: the JSON file.
 
     Raises:
         OSError: it cannot be read.
@@ -89,38 +72,22 @@ def read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     missing = [name for name in TAKEN if not isinstance(results, dict) or name not in results]
-    if missing == ["suite"]:
-        raise ValueError(f"{path} is of format {results['format']}, without a suite; takes format 2 or later")
-    if missing:
-        raise ValueError(f"{path} holds no results of fastamp bench: {', '.join(missing)} not there")
-    if not isinstance(results["rows"], list):
-        raise ValueError(f"{path}: rows must be a list, got {type(results['rows']).__name__}")
+    if missing or not isinstance(results["rows"], list):
+        raise ValueError(f"{path} holds no results of fastamp bench: no {', '.join(missing) or 'list of rows'}")
     for number, row in enumerate(results["rows"], 1):
-        if (lacking := _lacking(row)) is not None:
-            raise ValueError(f"{path}: row {number} has no {lacking}")
+        try:
+            measured = [row["ms"]["both"], *([row["ratio"]["both"]] if row["ratio"] is not None else [])]
+            names = [row[name] for name in ("workload", "dtype", "clock", "contender")]
+            whole = all(isinstance(one[q], int | float) for one in measured for q in QUARTILES) and all(names)
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: row {number} lacks a name, or quartiles of both directions")
     return results
 
 
-def _lacking(row: Any) -> str | None:
-    for name in OF_ROWS:
-        if not isinstance(row, dict) or name not in row:
-            return name
-    for name in ("ms", "ratio"):
-        if name == "ratio" and row[name] is None:
-            continue
-        both = row[name].get("both") if isinstance(row[name], dict) else None
-        for quartile in QUARTILES:
-            if not isinstance(both, dict) or not isinstance(both.get(quartile), int | float):
-                return f"{name}.both.{quartile}"
-    return None
-
-
-def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
-    """Matches the rows of two results by workload, dtype, clock and contender.
-
-    Args:
-        before: the first, as `read` gives it.
-        after: the second.
+def compare(before: Results, after: Results) -> Comparison:
+    """Matches the rows of two results, as `read` gives them, by workload, dtype, clock and contender.
 
     Raises:
         ValueError: they are of different suites or formats, or have no row in common.
@@ -129,64 +96,56 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
         if before[name] != after[name]:
             raise ValueError(f"the two are of different {name}s: {before[name]!r} and {after[name]!r}")
     first, second = _by_key(before), _by_key(after)
-    if not first.keys() & second.keys():
-        raise ValueError("the two have no row in common: no workload, dtype, clock and contender is in both")
     changes = tuple(_change(key, row, second[key]) for key, row in first.items() if key in second)
-    only = tuple(tuple(key for key in one if key not in other) for one, other in ((first, second), (second, first)))
-    facts = {"device": _device, "threads": lambda results: results["threads"]}
-    names = dict.fromkeys((*before["versions"], *after["versions"]))
-    facts |= {name: lambda results, name=name: results["versions"].get(name) for name in names}
-    caveats = [f"{name}: {of(before)} and {of(after)}" for name, of in facts.items() if of(before) != of(after)]
+    if not changes:
+        raise ValueError("the two have no row in common: no workload, dtype, clock and contender is in both")
+    only = (tuple(key for key in first if key not in second), tuple(key for key in second if key not in first))
+    facts = [{"device": _device(one), "threads": one["threads"], **one["versions"]} for one in (before, after)]
+    names = dict.fromkeys((*facts[0], *facts[1]))
+    caveats = [f"{n}: {facts[0].get(n)} and {facts[1].get(n)}" for n in names if facts[0].get(n) != facts[1].get(n)]
     slow, fast = sorted((before["copy_gb_s"], after["copy_gb_s"]))
     if fast > (1 + SAME_COPY) * slow:
         caveats.append(f"copy: {before['copy_gb_s']:.3g} and {after['copy_gb_s']:.3g} GB/s")
-    return Comparison(changes, (only[0], only[1]), tuple(caveats))
+    return Comparison(changes, only, tuple(caveats))
 
 
-def _device(results: dict[str, Any]) -> str:
+def _device(results: Results) -> str:
     device = results["device"]
     numbers = [f"{name} {device[name]}" for name in ("family", "model", "stepping") if device.get(name) is not None]
     return " ".join([device["name"], *numbers])
 
 
-def _change(key: Key, before: dict[str, Any], after: dict[str, Any]) -> Change:
+def _change(key: Key, before: Row, after: Row) -> Change:
     by_ratio = before["ratio"] is not None and after["ratio"] is not None
     measure = "ratio" if by_ratio else "ms"
-    return Change(
-        key,
-        before[measure]["both"],
-        after[measure]["both"],
-        (before["ms"]["both"]["q50"], after["ms"]["both"]["q50"]),
-        by_ratio,
-        by_ratio and all(row.get("ratio_to") == row["contender"] for row in (before, after)),
-    )
+    ms = (before["ms"]["both"]["q50"], after["ms"]["both"]["q50"])
+    is_base = by_ratio and all(row.get("ratio_to") == row["contender"] for row in (before, after))
+    return Change(key, before[measure]["both"], after[measure]["both"], ms, by_ratio, is_base)
 
 
-def _by_key(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    return {
-        (row["workload"], row["dtype"], row["clock"], row["contender"], row.get("varies", "")): row
-        for row in results["rows"]
-    }
+def _by_key(results: Results) -> dict[Key, Row]:
+    names = ("workload", "dtype", "clock", "contender")
+    return {(*(row[name] for name in names), row.get("varies", "")): row for row in results["rows"]}
 
 
 def print_comparison(found: Comparison, console: Console) -> None:
     """Prints a table for every workload and clock, then what is in one only, and how many changed."""
     for caveat in found.caveats:
         console.print(f"not the same {caveat}", highlight=False, soft_wrap=True)
+    caption = "ms of both; ratios to the base, or ms where there is none, with q25-q75; second/first of these"
     for label, group in groupby(found.changes, lambda change: (*change.key[:3], change.key[4])):
-        rows = []
-        for change in group:
-            shown = [_median(quantiles, change.by_ratio) for quantiles in (change.before, change.after)]
-            ms = ", ".join(f"{value:.3g}" for value in change.ms)
-            verdict = SHORT.get(change.verdict, change.verdict)
-            rows.append((change.key[3], ms, *shown, f"{change.ratio:.2f}", verdict))
-        print_table(
-            console,
-            ("", "ms", "first", "second", "2nd/1st", ""),
-            rows,
-            title=", ".join(filter(None, label)),
-            caption="ms of both; ratios to the base, or ms where there is none, with q25-q75; second/first of these",
-        )
+        body = [
+            [
+                change.key[3],
+                ", ".join(f"{value:.3g}" for value in change.ms),
+                *(_median(quantiles, change.by_ratio) for quantiles in (change.before, change.after)),
+                f"{change.ratio:.2f}",
+                SHORT.get(change.verdict, change.verdict),
+            ]
+            for change in group
+        ]
+        headings = ["", "ms", "first", "second", "2nd/1st", ""]
+        print_table(console, headings, body, title=", ".join(filter(None, label)), caption=caption)
     for which, keys in zip(("first", "second"), found.only, strict=True):
         for key in keys:
             console.print(f"in the {which} only: {', '.join(filter(None, key))}", highlight=False, soft_wrap=True)

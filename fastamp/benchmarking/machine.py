@@ -1,4 +1,4 @@
-"""Where numbers come from: device, versions, commit, and how fast this machine copies memory."""
+"""Where numbers come from: device, versions, commit; its clock, and how fast it copies memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import fastamp
 COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 # What decides the numbers besides Python and torch: the compiler, and whose networks and losses are timed.
 PACKAGES = ("triton", "transformers", "liger_kernel")
-CPUINFO, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: torch.device) -> str:
@@ -27,23 +29,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def processor() -> dict[str, Any]:
-    """What tells one CPU from another of the same name, as cloud hosts give "AMD EPYC" to several generations.
-
-    Returns:
-        "family", "model" and "stepping"; "mhz", at the moment; "caches" by level, as {"L1d": "48K"}; None for what the
-        system does not say.
-    """
-    info = _cpuinfo()
-    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
-    found: dict[str, Any] = {name: int(info[key]) if key in info else None for name, key in numbers.items()}
-    caches = {}
-    for index in sorted(CACHES.glob("index*")):
-        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        caches[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
-    return {**found, "mhz": float(info["cpu MHz"]) if "cpu MHz" in info else None, "caches": caches}
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -56,18 +41,19 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, for results: "type", "name" and "tag"; of a CPU also what `processor` gives."""
-    facts = {"type": device.type, "name": device_name(device), "tag": device_tag(device)}
-    return facts if device.type == "cuda" else facts | processor()
+    """The device, for results: "type", "name" and "tag", a file name; of a CPU also "family", "model" and "stepping".
 
-
-def device_tag(device: torch.device) -> str:
-    """A file name for results of this device; a CPU's ends in its family and model, where they are known."""
-    name = device_name(device)
+    These, None where the system does not say, tell one CPU from another of the same name, as cloud hosts give
+    "AMD EPYC" to several generations; a CPU's tag ends in the first two.
+    """
+    name, info = device_name(device), _cpuinfo()
+    numbers: dict[str, Any] = {}
     if device.type != "cuda":
-        of = processor()
-        name = " ".join(str(part) for part in ("cpu", name, of["family"], of["model"]) if part is not None)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        keys = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+        numbers = {field: int(info[key]) if key in info else None for field, key in keys.items()}
+    parts = [name] if device.type == "cuda" else ["cpu", name, numbers["family"], numbers["model"]]
+    tag = re.sub(r"[^a-z0-9]+", "-", " ".join(str(part) for part in parts if part is not None).lower()).strip("-")
+    return {"type": device.type, "name": name, "tag": tag, **numbers}
 
 
 def versions() -> dict[str, str | None]:
@@ -114,22 +100,27 @@ def commit() -> dict[str, Any] | None:
     return None if head is None else {"commit": head, "changed": changes != ""}
 
 
+def timed(device: torch.device, calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each of the calls in turn, the host's time included: between CUDA events, or by perf_counter."""
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        for call in calls:
+            call()
+            times.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in pairwise(times)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for call, mark in zip(calls, marks[1:], strict=True):
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(marks)]
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a large copy, bytes read and bytes written counted, the median of ten."""
-    size = COPY_BYTES[device.type]
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    source = torch.randint(0, 255, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(12):
-        if device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            target.copy_(source)
-            ended.record()
-            torch.cuda.synchronize()
-            seconds.append(began.elapsed_time(ended) / 1e3)
-        else:
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds[2:]) / 1e9
+    ms = timed(device, [lambda: target.copy_(source)] * 12)
+    return 2 * len(source) / statistics.median(ms[2:]) / 1e6

@@ -1,85 +1,55 @@
-"""Networks with random weights, cut at their word vectors: what `layers` times whole steps of."""
+"""Networks with random weights, cut at their word vectors or pixels: what the suite "layers" times whole steps of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastamp import Mix
-from fastamp.models import TextCNN
+from fastamp.models import AttentionBiLSTM, TextCNN
 
 CLASSES = 6
 PAD = 0
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A network in two parts.
+class Cut(NamedTuple):
+    """A network in two parts."""
 
-    Attributes:
-        g: ids (B, T), or pixels, to the hidden state (B, ...).
-        f: a module; f(hidden, **context) are logits (B, C).
-        context: ids and the mix of the batch, or None where nothing is mixed, to what f takes by keyword.
-    """
-
-    g: Callable[[Tensor], Tensor]
-    f: nn.Module
-    context: Callable[[Tensor, Mix | None], dict[str, Tensor]]
+    g: Callable[[Tensor], Tensor]  # ids (B, T), or pixels, to the hidden state (B, ...)
+    f: Callable[..., Tensor]  # f(hidden, **context) are logits (B, C)
+    context: Callable[[Tensor, Mix | None], dict[str, Tensor]]  # of ids and the mix of the batch; None: unmixed
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network, and where it is cut.
-
-    Attributes:
-        model: its parameters are what a step differentiates by.
-        plain: the cut at the word vectors or pixels, written by hand: what Mixup as one writes it mixes.
-        split: the cut that fastamp offers.
-        later: whether that mixes behind them, where mixing gives the same.
-    """
+class Network(NamedTuple):
+    """A network, and where it is cut."""
 
     model: nn.Module
-    plain: Cut
-    split: Cut
-    later: bool = False
+    plain: Cut  # at the word vectors or pixels: what Mixup as one writes it mixes
+    split: Cut  # where fastamp offers to cut
+    later: bool = False  # whether that is behind them, where mixing gives the same
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A network's sizes.
+    """A network's sizes."""
 
-    Attributes:
-        title: names it in results.
-        build: makes it, given `options`, the number of words and of classes.
-        options: of `build`.
-        batch: B.
-        lengths: of the shortest sentence, and of the longest, T; of images, how many tokens they become.
-        vocabulary: number of ids, the padding's 0 included; 0 of images.
-        width: of a word vector, or of a patch's.
-        dtype: of parameters, a key of DTYPES.
-        needs_gpu: a CPU would take minutes, or has no use for the result.
-        large: its step is bound by arithmetic, so that it is neither captured in a CUDA graph nor compiled.
-        package: what it needs besides torch.
-        side: pixels of an image's side, where images (B, 3, side, side) take the place of sentences.
-    """
-
-    title: str
-    build: Callable[..., Network]
+    title: str  # names it in results
+    build: Callable[..., Network]  # given the width, the vocabulary or the side of an image, and `options`
     options: dict[str, Any]
     batch: int
-    lengths: tuple[int, int]
-    vocabulary: int
-    width: int
-    dtype: str = "fp32"
-    needs_gpu: bool = False
-    large: bool = False
-    package: str | None = None
-    side: int | None = None
+    lengths: tuple[int, int]  # of the shortest sentence, and of the longest, T; of images, how many tokens they become
+    vocabulary: int  # number of ids, the padding's 0 included; 0 of images
+    width: int  # of a word vector, or of a patch's
+    dtype: str = "fp32"  # of parameters, a key of DTYPES
+    needs_gpu: bool = False  # a CPU would take minutes, or has no use for the result
+    large: bool = False  # its step is bound by arithmetic: neither captured in a CUDA graph nor compiled
+    package: str | None = None  # what it needs besides torch
+    side: int | None = None  # pixels, where images (B, 3, side, side) take the place of sentences
 
     def missing(self) -> str | None:
         """The package that is needed and not installed."""
@@ -93,9 +63,10 @@ class Spec:
             network = self.build(width=self.width, **read, **self.options)
         # As after training: logits far enough apart for λ to matter, which random weights alone do not give.
         with torch.no_grad():
+            x, cut = self.batch_of(torch.device("cpu"), seed)[0][:4], network.plain
             head = network.model.get_submodule("classifier").weight
             assert isinstance(head, Tensor)
-            head.mul_(4 / (head.std() * head.shape[1] ** 0.5))
+            head.mul_(2 / cut.f(cut.g(x), **cut.context(x, None)).std())
         network.model.to(device, dtype).train()
         return network
 
@@ -103,31 +74,34 @@ class Spec:
         """Token ids (B, T), padded on the right, words by Zipf's law, or float32 images; labels (B,)."""
         generator = torch.Generator().manual_seed(seed)
         if self.side is not None:
-            images = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
-            labels = torch.randint(CLASSES, (self.batch,), generator=generator)
-            return images.to(device), labels.to(device)
-        low, high = self.lengths
-        frequencies = 1 / torch.arange(1, self.vocabulary)
-        words = 1 + torch.multinomial(frequencies, self.batch * high, replacement=True, generator=generator)
-        lengths = torch.randint(low, high + 1, (self.batch,), generator=generator)
-        lengths[0] = high
-        ids = words.view(self.batch, high).masked_fill(torch.arange(high) >= lengths[:, None], PAD)
+            x = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
+        else:
+            low, high = self.lengths
+            frequencies = 1 / torch.arange(1, self.vocabulary)
+            words = 1 + torch.multinomial(frequencies, self.batch * high, replacement=True, generator=generator)
+            lengths = torch.randint(low, high + 1, (self.batch,), generator=generator)
+            lengths[0] = high
+            x = words.view(self.batch, high).masked_fill(torch.arange(high) >= lengths[:, None], PAD)
         labels = torch.randint(CLASSES, (self.batch,), generator=generator)
-        return ids.to(device), labels.to(device)
+        return x.to(device), labels.to(device)
 
 
-def _masked(ids: Tensor, mix: Mix | None) -> Tensor:
-    mask = ids != PAD
-    return mask if mix is None else mix.union(mask)
+def textcnn(*, vocabulary: int, width: int) -> Network:
+    """Kim's CNN; its split mixes behind the convolution."""
+    model = TextCNN(vocabulary, CLASSES, embedding_dim=width, dropout=0.0)
+    plain, split = model.split("embedding"), model.split("word")
+    return Network(model, Cut(*plain, plain.f.context), Cut(*split, split.f.context), later=True)
 
 
-class _BertRest(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(inputs_embeds=words, attention_mask=attention_mask).logits
+def bilstm(*, vocabulary: int, width: int, states: int) -> Network:
+    """An LSTM of both directions with attention."""
+    # Vectors of variance 1: by those it starts from otherwise, sentences are hardly told apart before training.
+    model = AttentionBiLSTM(
+        vocabulary, CLASSES, vectors=torch.randn(vocabulary, width), hidden_size=2 * states, dropout=0.0
+    )
+    split = model.split("word")
+    cut = Cut(*split, split.f.context)
+    return Network(model, cut, cut)
 
 
 def bert(*, vocabulary: int, width: int, layers: int, heads: int) -> Network:
@@ -136,36 +110,25 @@ def bert(*, vocabulary: int, width: int, layers: int, heads: int) -> Network:
 
     from fastamp import hf
 
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=CLASSES,
-        )
-    )
-    words = model.get_input_embeddings()
-    plain = Cut(words, _BertRest(model), lambda ids, mix: {"attention_mask": _masked(ids, mix)})
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=vocabulary, intermediate_size=4 * width, num_labels=CLASSES, **sizes, **dropout)
+    model = BertForSequenceClassification(config)
+
+    def rest(words: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = model(inputs_embeds=words, attention_mask=attention_mask).logits
+        return logits
+
+    def mask(ids: Tensor, mix: Mix | None) -> dict[str, Tensor]:
+        return {"attention_mask": ids != PAD if mix is None else mix.union(ids != PAD)}
+
     g, f = hf.split(model, at="embeddings")
     split = Cut(
         lambda ids: g(input_ids=ids),
         f,
         lambda ids, mix: f.context({"input_ids": ids, "attention_mask": ids != PAD}, mix),
     )
-    return Network(model, plain, split)
-
-
-class _Pixels(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixel_values=pixels).logits
+    return Network(model, Cut(model.get_input_embeddings(), rest, mask), split)
 
 
 def vit(*, side: int, width: int, patch: int, layers: int, heads: int) -> Network:
@@ -174,92 +137,25 @@ def vit(*, side: int, width: int, patch: int, layers: int, heads: int) -> Networ
 
     from fastamp import hf
 
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=side,
-            patch_size=patch,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            num_labels=CLASSES,
-        )
-    )
-    plain = Cut(lambda pixels: pixels, _Pixels(model), lambda pixels, mix: {})
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = ViTConfig(image_size=side, patch_size=patch, intermediate_size=4 * width, num_labels=CLASSES, **sizes)
+    model = ViTForImageClassification(config)
+    plain = Cut(lambda pixels: pixels, lambda pixels: model(pixel_values=pixels).logits, lambda pixels, mix: {})
     g, f = hf.split(model, at="embeddings")
     split = Cut(lambda pixels: g(pixel_values=pixels), f, lambda pixels, mix: f.context({"pixel_values": pixels}, mix))
     return Network(model, plain, split, later=True)
 
 
-class _CNNRest(nn.Module):
-    def __init__(self, model: TextCNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        return self.model.classifier(self.model.pool(self.model.convolve(words), mask))
-
-
-def textcnn(*, vocabulary: int, width: int) -> Network:
-    """Kim's CNN; its split mixes behind the convolution."""
-    model = TextCNN(vocabulary, CLASSES, embedding_dim=width, dropout=0.0)
-    plain = Cut(model.embed, _CNNRest(model), lambda ids, mix: {"mask": _masked(ids, mix)})
-    g, f = model.split("word")
-    return Network(model, plain, Cut(g, f, f.context), later=True)
-
-
-class _BiLSTM(nn.Module):
-    def __init__(self, vocabulary: int, width: int, states: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
-        self.lstm = nn.LSTM(width, states, batch_first=True, bidirectional=True)
-        self.classifier = nn.Linear(2 * states, CLASSES)
-
-
-class _LSTMRest(nn.Module):
-    def __init__(self, model: _BiLSTM) -> None:
-        super().__init__()
-        self.lstm, self.classifier = model.lstm, model.classifier
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        return self.classifier(TextCNN.pool(self.lstm(words)[0], mask))
-
-
-def bilstm(*, vocabulary: int, width: int, states: int) -> Network:
-    """A bidirectional LSTM, the maximum of its states over time, a linear classifier."""
-    model = _BiLSTM(vocabulary, width, states)
-    cut = Cut(model.embedding, _LSTMRest(model), lambda ids, mix: {"mask": _masked(ids, mix)})
-    return Network(model, cut, cut)
-
-
-_BASE: dict[str, Any] = {
-    "build": bert,
-    "options": {"layers": 12, "heads": 12},
-    "vocabulary": 30522,
-    "width": 768,
-    "dtype": "bf16",
-    "needs_gpu": True,
-    "package": "transformers",
-}
-_VIT: dict[str, Any] = {"options": {"patch": 16, "layers": 12, "heads": 12}, "side": 224, "width": 768}
+_TRANSFORMERS: dict[str, Any] = {"package": "transformers"}
+_BASE: dict[str, Any] = {"dtype": "bf16", "needs_gpu": True, "width": 768, **_TRANSFORMERS}
+_LAYERS = {"layers": 12, "heads": 12}
 # A vocabulary of a thousand in the small BERT: the dense gradient of a large table, which is the same for everyone,
 # would hide what passes through the network cost.
 NETWORKS = {
     "textcnn": Spec("TextCNN", textcnn, {}, 50, (10, 37), 8000, 300),
-    "bert": Spec("BERT 6x384", bert, {"layers": 6, "heads": 12}, 24, (12, 24), 1000, 384, package="transformers"),
+    "bert": Spec("BERT 6x384", bert, {"layers": 6, "heads": 12}, 24, (12, 24), 1000, 384, **_TRANSFORMERS),
     "bilstm": Spec("BiLSTM 2x512", bilstm, {"states": 512}, 50, (10, 37), 8000, 300, needs_gpu=True),
-    "bert-base-24x64": Spec("BERT-base", batch=24, lengths=(32, 64), **_BASE),
-    "bert-base-256x128": Spec("BERT-base", batch=256, lengths=(64, 128), large=True, **_BASE),
-    "vit-base-64": Spec(
-        "ViT-B/16",
-        vit,
-        batch=64,
-        lengths=(197, 197),
-        vocabulary=0,
-        dtype="bf16",
-        needs_gpu=True,
-        large=True,
-        package="transformers",
-        **_VIT,
-    ),
+    "bert-base-24x64": Spec("BERT-base", bert, _LAYERS, 24, (32, 64), 30522, **_BASE),
+    "bert-base-256x128": Spec("BERT-base", bert, _LAYERS, 256, (64, 128), 30522, large=True, **_BASE),
+    "vit-base-64": Spec("ViT-B/16", vit, {"patch": 16, **_LAYERS}, 64, (197, 197), 0, large=True, side=224, **_BASE),
 }

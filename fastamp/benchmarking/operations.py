@@ -1,159 +1,27 @@
-"""The operations of a step at any layer, alone, beside the same in plain PyTorch: `fastamp bench --suite rows`."""
+"""The operations of a step at any layer, alone, beside the same in plain PyTorch: the suite "rows"."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastamp import Mix, functional, reference
-from fastamp.benchmarking.contenders import Contender
-from fastamp.benchmarking.peers import STEP_SIZE
-from fastamp.benchmarking.workload import (
-    DTYPES,
-    GRAD_TOLERANCE,
-    LOSS_TOLERANCE,
-    Runner,
-    Work,
-    copies_to_exceed_cache,
-    distance,
-)
+from fastamp import Mix, functional
+from fastamp.benchmarking.peers import STEP_SIZE, row_losses
+from fastamp.benchmarking.workload import DTYPES, Contender, Runner, Work, copies_to_exceed_cache
 
 # (B, T, D): BERT-base's words at the paper's batch, and a large batch of long sentences.
 HIDDEN_SHAPES = ((24, 64, 768), (256, 128, 768))
 GPU_HIDDEN_SHAPES = (*HIDDEN_SHAPES, (2048, 128, 768))  # the last is far beyond any cache
-Made = dict[str, Tensor]
-Body = Callable[[Tensor, Tensor, Mix], Made]  # of h (B, ...), the gradient of the mixed rows, λ and partners
-
-
-class Operation(NamedTuple):
-    """What one of them does with memory.
-
-    Attributes:
-        times: how often as many bytes as h has must at least be read or written.
-        moves: how that comes about.
-        differentiates: whether its body runs backward to h.
-    """
-
-    times: int
-    moves: str
-    differentiates: bool = False
-
-
-OPERATIONS = {
-    "mix": Operation(2, "read h, write m"),
-    "mix with backward": Operation(4, "read h, write m, read its gradient, write h's", differentiates=True),
-    "lambda_grad": Operation(2, "read h and the gradient of m"),
-    "remix": Operation(4, "read h twice, read the gradient of m, write m at λ'"),
-}
-
-
-@dataclass
-class HiddenWork(Work):
-    """Hidden rows, the gradient of the mixed rows, λ and partners, for one operation.
-
-    Attributes:
-        op: a key of OPERATIONS.
-        shape: (B, ...).
-        dtype: a key of DTYPES.
-        device: where.
-        seed: of all of them.
-    """
-
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    device: torch.device
-    seed: int = 0
-    inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
-    mix: Mix = field(init=False, repr=False)
-    narrow: Mix = field(init=False, repr=False)
-    truths: dict[tuple[str, bool], tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.takes, self.directions = "rows", ("both",)
-        dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])
-        self.copies = copies_to_exceed_cache(2 * self.shape[0] * row * dtype.itemsize, self.device)
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-
-        def normal(scale: float) -> Tensor:
-            return (scale * torch.randn(self.shape, device=self.device, generator=generator)).to(dtype)
-
-        # The gradient of such a size that ∇λ is about 1, where the clip takes hold of some rows only.
-        self.inputs = [
-            (normal(1.0).requires_grad_(OPERATIONS[self.op].differentiates), normal(row**-0.5))
-            for _ in range(self.copies)
-        ]
-        lam = torch.rand(self.shape[0], device=self.device, generator=generator)
-        partner = torch.randperm(self.shape[0], device=self.device, generator=generator)
-        self.mix, self.narrow = Mix(lam, partner), Mix(lam.to(dtype), partner)
-
-    @property
-    def name(self) -> str:
-        """Without the dtype, one line."""
-        return f"{self.op} ({', '.join(map(str, self.shape))})"
-
-    @property
-    def sizes(self) -> dict[str, int | None]:
-        """B, T for what is between, and D."""
-        batch, *between, width = self.shape
-        return {"B": batch, "T": math.prod(between), "D": width, "C": None}
-
-    @property
-    def least_bytes(self) -> int:
-        """What the operation moves at least."""
-        return OPERATIONS[self.op].times * math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    @property
-    def moves(self) -> str:
-        """How those bytes come about, in words."""
-        return OPERATIONS[self.op].moves
-
-    def leaves(self, i: int) -> dict[str, Tensor]:
-        """None: what is differentiated is inside the operation's body."""
-        return {}
-
-    def gradients(self, i: int, loss: Made) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """None."""
-        return ()
-
-    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
-        hidden, grad = (value.detach().double() for value in self.inputs[0])
-        hidden.requires_grad_()
-        lam, partner = mix.lam.double().requires_grad_(), mix.partner
-        mixed = reference.mix(hidden, lam, partner)
-        if self.op == "mix":
-            return (mixed.detach(),)
-        grad_hidden, slope = torch.autograd.grad(mixed, [hidden, lam], grad)
-        if self.op == "mix with backward":
-            return mixed.detach(), grad_hidden
-        if self.op == "lambda_grad":
-            return (slope,)
-        lam_adv = (lam + STEP_SIZE * slope.clamp(-1, 1)).detach()
-        return lam_adv, reference.mix(hidden, lam_adv, partner).detach()
-
-    def disagreement(self, runner: Runner, mode: str) -> str | None:
-        """What an operation gives otherwise than the definition; λ' is held to as much as a loss is."""
-        dtype = DTYPES[self.dtype]
-        made: Made = runner.forward(0)
-        for (name, value), truth in zip(made.items(), self.truth(mode), strict=True):
-            if name == "λ'":
-                off, allowed = float((value.double() - truth).abs().max()), LOSS_TOLERANCE[dtype]
-            else:
-                off, allowed = distance(value.detach(), truth), GRAD_TOLERANCE[dtype]
-            if not off <= allowed:
-                return f"{name} is off by {off:.1e} (allowed {allowed:.0e})"
-        return None
-
-    def bind(self, contender: Contender) -> Runner:
-        """A contender on these rows; fastamp's get λ in float32, the others in the dtype of the rows."""
-        mix = self.mix if contender.name == "fastamp" else self.narrow
-        return Runner(contender.name, self, lambda x, grad, _: contender.loss(x, grad, mix), contender.compiled)
+CLASS_SHAPES = ((256, 1000), (512, 32000))  # (B, C)
+VOCABULARY = 30_522  # BERT's
+Tensors = dict[str, Tensor]
 
 
 def plain_mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
@@ -172,40 +40,155 @@ def plain_remix(hidden: Tensor, lam: Tensor, partner: Tensor, grad: Tensor) -> t
     return lam_adv, plain_mix(hidden, lam_adv, partner)
 
 
-def _body(op: str, *, ours: bool, compiled: bool = False) -> Body:
-    def made(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-        chosen = fast if ours else plain
-        return torch.compile(chosen, fullgraph=True, dynamic=False) if compiled else chosen
-
-    if op in ("mix", "mix with backward"):
-        mix = made(plain_mix, functional.mix)
-        if op == "mix":
-            return lambda hidden, grad, at: {"m": mix(hidden, *at)}
-
-        def both(hidden: Tensor, grad: Tensor, at: Mix) -> Made:
-            mixed = mix(hidden, *at)
-            return {"m": mixed, "its gradient": torch.autograd.grad(mixed, hidden, grad)[0]}
-
-        return both
-    if op == "lambda_grad":
-        lambda_grad = made(plain_lambda_grad, functional.lambda_grad)
-        return lambda hidden, grad, at: {"∇λ": lambda_grad(grad, hidden, at.partner)}
-    remix = made(plain_remix, partial(functional.remix, step_size=STEP_SIZE))
-    return lambda hidden, grad, at: dict(zip(("λ'", "m"), remix(hidden, *at, grad), strict=True))
+def plain_embedding_mix(ids: Tensor, table: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """Mixed embeddings as one writes it."""
+    return plain_mix(F.embedding(ids, table), lam, partner)
 
 
-def operation_contenders(op: str, *, compiled: bool) -> list[Contender]:
-    """Fastamp's operation, and the composition of PyTorch's.
+def plain_select(logits: Tensor, logits_adv: Tensor, target: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """The larger of the two mixed losses, row by row, as one writes it."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss, loss_adv = (row_losses(given.to(wide), target, lam.to(wide), partner) for given in (logits, logits_adv))
+    return torch.where(loss_adv > loss, loss_adv, loss)
+
+
+_remix = partial(functional.remix, step_size=STEP_SIZE)
+
+
+def _select(*given: Tensor) -> Tensor:
+    return functional.select_cross_entropy(*given, tie_tol=0.0)[0]
+
+
+class Operation(NamedTuple):
+    """One of them, as one writes it and as fastamp has it."""
+
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
+    takes: tuple[str, ...]  # what of the inputs both take, in order
+    gives: tuple[str, ...]  # the names of what both give
+    bytes: Callable[[tuple[int, ...], int], int]  # that have to move at least, of its shape and the bytes of an element
+    moves: str  # how these come about
+    leaves: tuple[str, ...] = ()  # the inputs whose gradients are made as well
+    shapes: tuple[tuple[tuple[int, ...], ...], ...] = (HIDDEN_SHAPES, GPU_HIDDEN_SHAPES)  # on a CPU, on a GPU
+
+    def run(self, f: Callable[..., Any], x: Tensors, takes: tuple[str, ...]) -> Tensors:
+        """What `plain` or `ours` gives, and its gradients."""
+        made = f(*(x[name] for name in takes))
+        found = dict(zip(self.gives, made if isinstance(made, tuple) else (made,), strict=True))
+        if self.leaves:
+            grads = torch.autograd.grad(found[self.gives[0]], [x[name] for name in self.leaves], x["grad"])
+            found |= {f"its gradient to {name}": grad for name, grad in zip(self.leaves, grads, strict=True)}
+        return found
+
+
+def _times(count: int) -> Callable[[tuple[int, ...], int], int]:
+    return lambda shape, size: count * math.prod(shape) * size
+
+
+def _embedding_bytes(shape: tuple[int, ...], size: int) -> int:
+    return (3 * math.prod(shape) + VOCABULARY * shape[-1]) * size + 2 * 8 * shape[0] * shape[1]
+
+
+_MIXING = ("hidden", "lam", "partner")
+_READ = "read h and the gradient of m"
+_REMIX = "read h twice, read the gradient of m, write m at λ'"
+_TO_HIDDEN = "read h, write m, read its gradient, write h's"
+_TO_TABLE = "read a row of the table for every id, write m, read its gradient, write the table's"
+_TO_LOGITS = "read both logits, write their gradients in float32, read that of the loss taken, write both"
+OPERATIONS = {
+    "mix": Operation(plain_mix, functional.mix, _MIXING, ("m",), _times(2), "read h, write m"),
+    "mix with backward": Operation(plain_mix, functional.mix, _MIXING, ("m",), _times(4), _TO_HIDDEN, ("hidden",)),
+    "lambda_grad": Operation(
+        plain_lambda_grad, functional.lambda_grad, ("grad", "hidden", "partner"), ("∇λ",), _times(2), _READ
+    ),
+    "remix": Operation(plain_remix, _remix, (*_MIXING, "grad"), ("λ'", "m"), _times(4), _REMIX),
+    "embedding_mix with backward": Operation(
+        plain_embedding_mix, functional.embedding_mix, ("ids", "table", "lam", "partner"), ("m",), _embedding_bytes,
+        _TO_TABLE, ("table",), (HIDDEN_SHAPES, HIDDEN_SHAPES),
+    ),
+    "select_cross_entropy with backward": Operation(
+        plain_select, _select, ("logits", "logits_adv", "target", "lam", "partner"), ("loss",),
+        lambda shape, size: (4 * size + 12) * math.prod(shape), _TO_LOGITS, ("logits", "logits_adv"),
+        (CLASS_SHAPES, CLASS_SHAPES),
+    ),
+}  # fmt: skip
+
+
+class HiddenWork(Work):
+    """The inputs of one operation.
 
     Args:
         op: a key of OPERATIONS.
-        compiled: also that composition under torch.compile.
+        shape: (B, ..., D) of hidden rows, (B, C) of logits.
+        dtype: a key of DTYPES.
+        device: where.
     """
-    base = ("PyTorch",)
-    every = [
-        Contender("PyTorch", op, _body(op, ours=False), base=base),
-        Contender("fastamp", op, _body(op, ours=True), base=base),
-    ]
+
+    directions = ("both",)
+
+    def __init__(self, op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> None:
+        super().__init__(dtype, "rows", device)
+        self.op, self.operation, self.shape = op, OPERATIONS[op], shape
+        one = 2 * math.prod(shape) * DTYPES[dtype].itemsize
+        generator = torch.Generator(device).manual_seed(0)
+        self.inputs = [self._drawn(generator) for _ in range(copies_to_exceed_cache(one, device))]
+        self.mix = self.matched = Mix(self.inputs[0]["lam"], self.inputs[0]["partner"])
+        self.leaves = [{} for _ in self.inputs]  # what is differentiated is inside the operation
+        self.name = f"{op} ({', '.join(map(str, shape))})"
+        batch, *between, width = shape
+        self.sizes = {"B": batch, "T": math.prod(between), "D": width, "C": None}
+        if "logits" in self.operation.takes:
+            self.sizes = {"B": batch, "T": None, "D": None, "C": width}
+        self.least_bytes = self.operation.bytes(shape, DTYPES[dtype].itemsize)
+        self.moves = self.operation.moves
+
+    def _drawn(self, generator: torch.Generator) -> Tensors:
+        made: dict[str, Any] = {"device": self.device, "generator": generator}
+        dtype, (batch, *rest) = DTYPES[self.dtype], self.shape
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, **made)).to(dtype)
+
+        lam = torch.rand(batch, **made)
+        x = {"lam": lam, "narrow": lam.to(dtype), "partner": torch.randperm(batch, **made)}
+        if "logits" in self.operation.takes:
+            logits = normal(*self.shape, scale=3.0)
+            x |= {"logits": logits, "logits_adv": logits + normal(*self.shape, scale=0.02)}
+            x |= {"target": torch.randint(rest[-1], (batch,), **made), "grad": torch.rand(batch, **made)}
+        else:
+            # The gradient of such a size that ∇λ is about 1, where the clip takes hold of some rows only.
+            x["grad"] = normal(*self.shape, scale=math.prod(rest) ** -0.5)
+            if "table" in self.operation.takes:
+                x["ids"] = (torch.rand(self.shape[:-1], **made) ** 3 * VOCABULARY).long()  # small ids are frequent
+                x["table"] = normal(VOCABULARY, rest[-1])
+            else:
+                x["hidden"] = normal(*self.shape)
+        return {name: value.requires_grad_(name in self.operation.leaves) for name, value in x.items()}
+
+    def results(self, runner: Runner) -> Tensors:
+        """What an operation gives, and its gradients."""
+        return {name: value.detach() for name, value in runner.forward(0).items()}
+
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
+        wide = {name: x.detach().double() if x.is_floating_point() else x for name, x in self.inputs[0].items()}
+        for name in self.operation.leaves:
+            wide[name].requires_grad_()
+        found = self.operation.run(self.operation.plain, wide, self.operation.takes)
+        return tuple(value.detach() for value in found.values())
+
+    def bind(self, contender: Contender) -> Runner:
+        """A contender on these inputs; fastamp's get λ in float32, the others in the dtype of the rows."""
+        takes = self.operation.takes
+        if contender.name != "fastamp":
+            takes = tuple("narrow" if name == "lam" else name for name in takes)
+        return Runner(contender, self, lambda x, _: self.operation.run(contender.loss, x, takes))
+
+
+def operation_contenders(op: str, *, compiled: bool) -> list[Contender]:
+    """Fastamp's operation and the composition of PyTorch's, the latter under torch.compile as well where asked for."""
+    plain, ours = OPERATIONS[op].plain, OPERATIONS[op].ours
+    every = [Contender("PyTorch", op, plain), Contender("fastamp", op, ours)]
     if compiled:
-        every.append(Contender("PyTorch, compiled", op, _body(op, ours=False, compiled=True), compiled=True, base=base))
-    return every
+        plain = torch.compile(plain, fullgraph=True, dynamic=False)
+        every.append(Contender("PyTorch, compiled", op, plain, compiled=True))
+    return [replace(one, base=("PyTorch",)) for one in every]

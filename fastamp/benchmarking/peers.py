@@ -2,8 +2,6 @@
 
 A peer maps a head, its input, labels and a `Mix` to a loss. The head is the last linear layer and its input the hidden
 rows (B, D), or the head is None and its input logits (B, C). Without a `Mix` it draws its own λ and partners.
-
-In the package, and not beside the benchmarks, because `fastamp bench` runs from an installed package as well.
 """
 
 from __future__ import annotations

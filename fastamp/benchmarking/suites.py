@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from fastamp.benchmarking.contenders import (
-    MIXUP,
-    Contender,
-    conditional_contenders,
-    contenders,
-    vocabulary_contenders,
-)
+from fastamp.benchmarking.heads import GROWING, Workload, contenders, of_head, of_vocabulary
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
 from fastamp.benchmarking.networks import NETWORKS
-from fastamp.benchmarking.operations import (
-    GPU_HIDDEN_SHAPES,
-    HIDDEN_SHAPES,
-    OPERATIONS,
-    HiddenWork,
-    operation_contenders,
-)
-from fastamp.benchmarking.workload import DTYPES, Work, Workload, copies_to_exceed_cache
-from fastamp.chunked_head import automatic_rows
+from fastamp.benchmarking.operations import OPERATIONS, HiddenWork, operation_contenders
+from fastamp.benchmarking.workload import DTYPES, Contender, Note, Work
+from fastamp.training.config import usable_device
 
 Shape = tuple[int, int, int]
+Works = Iterator[tuple[Work, list[Contender]]]  # one at a time, with who is timed there
 # (B, D, C): the paper's CNN on TREC, its LSTM on two classes, BERT-base on five and on two; images of a thousand
 # classes and of ImageNet-21k's; and a vocabulary.
 SHAPES: tuple[Shape, ...] = (
@@ -47,151 +38,168 @@ WIDE: Shape = (8192, 2048, 128256)
 MANY_CLASSES = 32000
 GPU_ONLY = 1 << 24  # logits of a batch beyond which a CPU would take minutes
 INPUTS = ("hidden", "logits")
-# What grows, in what: the input, the shape (B, D, C) without it, and its sizes: eleven powers of two, the smaller ones
-# to show where the time is that of the calls themselves. At most 2^24 elements a batch on a CPU, 2^27 on a GPU.
-GROWTH: dict[str, tuple[tuple[str, str, Shape, tuple[int, ...]], ...]] = {
+# What grows: the size, the input, the shape (B, D, C) without it, and its values: eleven powers of two, the smaller
+# ones to show where the time is that of the calls themselves. At most 2^24 elements a batch on a CPU, 2^27 on a GPU.
+Growing = tuple[str, str, Shape, tuple[int, ...]]
+_POWERS = tuple(2**i for i in range(4, 18))
+GROWTH: dict[str, tuple[Growing, ...]] = {
     "cuda": (
-        ("B", "logits", (0, 0, 1024), tuple(2**i for i in range(7, 18))),
-        ("C", "logits", (1024, 0, 0), tuple(2**i for i in range(7, 18))),
-        ("D", "hidden", (8192, 0, 16), tuple(2**i for i in range(4, 15))),
+        ("B", "logits", (0, 0, 1024), _POWERS[3:]),
+        ("C", "logits", (1024, 0, 0), _POWERS[3:]),
+        ("D", "hidden", (8192, 0, 16), _POWERS[:11]),
     ),
     "cpu": (
-        ("B", "logits", (0, 0, 128), tuple(2**i for i in range(5, 16))),
-        ("C", "logits", (128, 0, 0), tuple(2**i for i in range(5, 16))),
-        ("D", "hidden", (1024, 0, 16), tuple(2**i for i in range(4, 15))),
+        ("B", "logits", (0, 0, 128), _POWERS[1:12]),
+        ("C", "logits", (128, 0, 0), _POWERS[1:12]),
+        ("D", "hidden", (1024, 0, 16), _POWERS[:11]),
     ),
 }
-GROWING = (*MIXUP, "AMPLoss")
+OPTIONS = ("shapes", "dtypes", "networks", "compiled")  # each of some suites only
 
 
-def dtypes_of(given: Sequence[str] | None, device: torch.device) -> Sequence[str]:
-    """Those given, or fp32 on a CPU, fp32 and bf16 on a GPU."""
-    return given or (("fp32",) if device.type == "cpu" else ("fp32", "bf16"))
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure.
 
-
-def heads(
-    shapes: Sequence[Shape] | None,
-    dtypes: Sequence[str] | None,
-    inputs: Sequence[str],
-    device: torch.device,
-    note: Callable[[str], None],
-) -> Iterator[Work]:
-    """The workloads of the suite "head", one at a time, first those that bench/README.md has a target for.
-
-    Args:
-        shapes: (B, D, C) each; None for SHAPES.
-        dtypes: keys of DTYPES; None as in `dtypes_of`.
-        inputs: of INPUTS.
-        device: where.
-        note: hears what is not run, and why.
+    Raises:
+        ValueError: a value out of range, an option that the suite does not take, or a device that is not there.
     """
-    every = [
-        (takes, dtype, shape) for takes in inputs for dtype in dtypes_of(dtypes, device) for shape in shapes or SHAPES
-    ]
-    if shapes is None and device.type == "cuda" and ("logits", "bf16", SHAPES[0]) in every:
+
+    suite: str = "head"  # a key of SUITES
+    shapes: tuple[Shape, ...] | None = None  # (B, D, C) each; None for the suite's own
+    dtypes: tuple[str, ...] | None = None  # keys of DTYPES; None for fp32 on a CPU, also bf16 on a GPU
+    networks: tuple[str, ...] | None = None  # keys of NETWORKS; None for those that suit the device
+    rounds: int = 40  # in each of which every contender runs once
+    threads: int = 1  # intra-op, on a CPU
+    device: str = "cpu"  # as in torch.device
+    compiled: bool | None = None  # also time what goes through torch.compile; None for yes
+    autotuned: bool = True  # and what it searches the fastest products for, which takes minutes
+    inputs: tuple[str, ...] = INPUTS  # of the suite "head"
+    notes: tuple[str, ...] = ()  # what the results are to say of themselves
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        given = (("suite", (self.suite,), SUITES), ("dtype", self.dtypes or (), DTYPES))
+        for kind, names, taken in (*given, ("inputs", self.inputs, INPUTS), ("network", self.networks or (), NETWORKS)):
+            for one in names:
+                if one not in taken:
+                    raise ValueError(f"unknown {kind} {one!r}; takes {', '.join(taken)}")
+        check_options(self.suite, SUITES[self.suite].options, vars(self))
+        for shape in self.shapes or ():
+            if len(shape) != 3 or min(shape) < 1:
+                raise ValueError(f"a shape is (B, D, C), each at least 1, got {shape}")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """The device, found to be there."""
+        return torch.empty(0, device=usable_device(self.device)).device
+
+    @property
+    def with_compiled(self) -> bool:
+        """Whether what goes through torch.compile is timed as well."""
+        return self.compiled is not False
+
+    def dtypes_on(self, device: torch.device) -> tuple[str, ...]:
+        """Those given, or those for the device."""
+        return self.dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16"))
+
+
+def check_options(suite: str, taken: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """Refuses, by a ValueError, one of OPTIONS that is given and not taken."""
+    for name in OPTIONS:
+        if given[name] is not None and name not in taken:
+            raise ValueError(f"{name} is no option of the suite {suite}, which takes {', '.join(taken) or 'none'}")
+
+
+def heads(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "head", first what results are wanted for most."""
+    dtypes, shapes = config.dtypes_on(device), config.shapes or SHAPES
+    every = [(takes, dtype, shape) for takes in config.inputs for dtype in dtypes for shape in shapes]
+    if config.shapes is None and device.type == "cuda" and ("logits", "bf16", SHAPES[0]) in every:
         every.append(("logits", "bf16", WIDE))
-    for takes, dtype, shape in sorted(every, key=lambda one: not _has_target(*one)):
+    for takes, dtype, shape in sorted(every, key=lambda one: not _is_wanted(*one)):
         if device.type == "cpu" and shape[0] * shape[2] > GPU_ONLY:
             note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
         else:
-            yield Workload(shape, dtype, takes, device, _copies(shape, dtype, takes, device))
+            work = Workload(shape, dtype, takes, device)
+            yield work, of_head(work, compiled=config.with_compiled, autotuned=config.autotuned, note=note)
 
 
-def _has_target(takes: str, dtype: str, shape: Shape) -> bool:
+def _is_wanted(takes: str, dtype: str, shape: Shape) -> bool:
     return shape in PAPER if takes == "hidden" else dtype == "bf16" and shape[2] >= MANY_CLASSES
 
 
-def _copies(shape: Shape, dtype: str, takes: str, device: torch.device) -> int:
-    """How many inputs to rotate over: a step reads one, and makes logits, or a gradient, of (B, C)."""
-    batch, width, classes = shape
-    elements = batch * (width if takes == "hidden" else classes) + batch * classes
-    return copies_to_exceed_cache(elements * DTYPES[dtype].itemsize, device)
-
-
-def networks(names: Sequence[str] | None, device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
-    """The workloads of the suite "layers", one at a time: a large one's memory is free again before the next.
-
-    Args:
-        names: keys of NETWORKS; None for those that suit the device.
-        device: where.
-        note: hears what is not run, and why.
-    """
-    for name in names or NETWORKS:
+def networks(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "layers"."""
+    for name in config.networks or NETWORKS:
         spec = NETWORKS[name]
         if (missing := spec.missing()) is not None:
             note(f"{name}: not run, {missing} is not installed")
-        elif names is None and spec.needs_gpu and device.type == "cpu":
+        elif config.networks is None and spec.needs_gpu and device.type == "cpu":
             note(f"{name}: not run, it takes a GPU")
         else:
-            yield LayerWorkload(spec, device)
+            work = LayerWorkload(spec, device)
+            yield work, layer_contenders(work, compiled=config.with_compiled)
 
 
-def rows(dtypes: Sequence[str] | None, device: torch.device) -> Iterator[Work]:
-    """The workloads of the suite "rows", one at a time."""
-    for dtype in dtypes_of(dtypes, device):
-        for shape in HIDDEN_SHAPES if device.type == "cpu" else GPU_HIDDEN_SHAPES:
-            for op in OPERATIONS:
-                yield HiddenWork(op, shape, dtype, device)
+def rows(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "rows"."""
+    for dtype in config.dtypes_on(device):
+        for op, operation in OPERATIONS.items():
+            for shape in operation.shapes[device.type == "cuda"]:
+                yield HiddenWork(op, shape, dtype, device), operation_contenders(op, compiled=config.with_compiled)
 
 
-def scaling(device: torch.device, note: Callable[[str], None]) -> Iterator[Work]:
-    """The workloads of the suite "scaling", one at a time, in fp32."""
+def scaling(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "scaling", in fp32."""
     if device.type == "cpu":
         note("scaling: up to 2^24 elements a batch, for a CPU; on a GPU up to 2^27")
     for size, takes, shape, values in GROWTH[device.type]:
         for value in values:
             batch, width, classes = (value if name == size else fixed for name, fixed in zip("BDC", shape, strict=True))
-            sizes = (batch, max(1, width), classes)
-            yield Workload(sizes, "fp32", takes, device, _copies(sizes, "fp32", takes, device), varies=size)
+            work = Workload((batch, max(1, width), classes), "fp32", takes, device, varies=size)
+            yield work, [one for one in contenders() if one.name in GROWING]
 
 
-def vocabulary(
-    shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, device: torch.device, note: Callable[[str], None]
-) -> Iterator[Work]:
-    """The workloads of the suite "vocabulary", one at a time; not captured, for graphs keep their memory.
-
-    Args:
-        shapes: (B, D, C) each; None for those of the device in VOCABULARY.
-        dtypes: keys of DTYPES; None for fp32 on a CPU, bf16 on a GPU.
-        device: where.
-        note: hears what is reduced.
-    """
-    if shapes is None and device.type == "cpu":
+def vocabulary(config: BenchConfig, device: torch.device, note: Note) -> Works:
+    """The suite "vocabulary"; not captured, for graphs keep their memory."""
+    if config.shapes is None and device.type == "cpu":
         note(f"vocabulary: {VOCABULARY['cpu'][0]}, for a CPU; on a GPU {', '.join(map(str, VOCABULARY['cuda']))}")
-    for dtype in dtypes or ("fp32" if device.type == "cpu" else "bf16",):
-        for shape in shapes or VOCABULARY[device.type]:
-            yield Workload(shape, dtype, "hidden", device, captured=False)
+    for dtype in config.dtypes or ("fp32" if device.type == "cpu" else "bf16",):
+        for shape in config.shapes or VOCABULARY[device.type]:
+            work = Workload(shape, dtype, "hidden", device, captured=False)
+            yield work, of_vocabulary(work, note=note)
 
 
-def contenders_of(
-    suite: str, work: Work, *, compiled: bool, autotuned: bool, note: Callable[[str], None]
-) -> list[Contender]:
-    """Who is timed on a workload.
+class Suite(NamedTuple):
+    """What `fastamp bench --suite NAME` measures."""
 
-    Args:
-        suite: the workload's.
-        work: what.
-        compiled: also what goes through torch.compile.
-        autotuned: also, with `compiled`, what it searches the fastest products for.
-        note: hears who is not, and why.
-    """
-    if isinstance(work, LayerWorkload):
-        return layer_contenders(work, compiled=compiled)
-    if isinstance(work, HiddenWork):
-        return operation_contenders(work.op, compiled=compiled)
-    assert isinstance(work, Workload)
-    if suite == "scaling":
-        return [one for one in contenders(work.takes, compiled=False) if one.name in GROWING]
-    if suite == "vocabulary":
-        whole = automatic_rows(work.inputs[0][0], work.shape[2], (True, True, True)) is None
-        every = vocabulary_contenders(work.shape[0], whole=whole)
-    else:
-        every = contenders(work.takes, compiled=compiled) + conditional_contenders(work.takes, compiled=compiled)
-    taken = []
-    for one in every:
-        missing = "autotuning is left out" if one.compile_mode and not autotuned else one.missing(work)
-        if missing is None:
-            taken.append(one)
-        else:
-            note(f"{one.name}: not run, {missing}")
-    return taken
+    options: tuple[str, ...]  # of OPTIONS
+    works: Callable[[BenchConfig, torch.device, Note], Works]
+    reduced: dict[str, Any]  # how it takes less than a minute on a CPU
+
+
+UNCOMPILED = "reduced: nothing compiled"
+SUITES = {
+    "head": Suite(
+        ("shapes", "dtypes", "compiled"),
+        heads,
+        {"shapes": SHAPES[:5:2], "compiled": False, "notes": (f"{UNCOMPILED}, three shapes",)},
+    ),
+    "layers": Suite(
+        ("networks", "compiled"),
+        networks,
+        {"networks": ("textcnn",), "compiled": False, "notes": (f"{UNCOMPILED}, the TextCNN alone",)},
+    ),
+    "rows": Suite(("dtypes", "compiled"), rows, {"compiled": False, "notes": (UNCOMPILED,)}),
+    "scaling": Suite((), scaling, {}),
+    "vocabulary": Suite(("shapes", "dtypes"), vocabulary, {}),
+}
+
+
+def reduced(*, rounds: int, threads: int, device: str) -> tuple[BenchConfig, ...]:
+    """Every suite in so few shapes that all take some minutes on two CPU cores; `notes` say what is left out."""
+    common: dict[str, Any] = {"device": device, "rounds": rounds, "threads": threads}
+    return tuple(BenchConfig(suite=name, **common, **suite.reduced) for name, suite in SUITES.items())

@@ -1,52 +1,41 @@
-"""Clocks: every contender once a round, in turn, so that what disturbs the machine disturbs them alike."""
+"""The engine: every contender once a round, in turn, so that what disturbs the machine disturbs them alike."""
 
 from __future__ import annotations
 
 import gc
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastamp.benchmarking.workload import Runner
+from fastamp.benchmarking.machine import timed
+from fastamp.benchmarking.workload import Note, Runner
 
-SLOT_SECONDS = 4e-3  # what a contender runs for in one round, at least one step
-WARMUP_STEPS, WARMUP_SECONDS = 10, 0.5  # whichever is over first
+SLOT_MS = 4.0  # what a contender runs for in one round, at least one step
+WARMUP_STEPS, WARMUP_MS = 10, 500.0  # whichever is over first
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
-
-class Sample(NamedTuple):
-    """Milliseconds of one slot: forward, backward, both of them, and a training step, the optimizer's part included.
-
-    Not a number where a clock cannot tell, or where there is no optimizer.
-    """
-
-    forward: float
-    backward: float
-    both: float
-    step: float = math.nan
+# Milliseconds of a step by direction: "forward", "backward", "both", and "step", the optimizer's part included.
+Sample = dict[str, float]
 
 
 @dataclass
 class Series:
     """The samples of one contender, one a round."""
 
-    name: str
+    runner: Runner
     slot: Callable[[], Sample]
     samples: list[Sample] = field(default_factory=list)
 
     def values(self, direction: str) -> torch.Tensor:
         """(rounds,) float64 milliseconds."""
-        return torch.tensor([getattr(sample, direction) for sample in self.samples], dtype=torch.float64)
+        return torch.tensor([sample[direction] for sample in self.samples], dtype=torch.float64)
 
 
 def round_robin(series: Sequence[Series], rounds: int) -> None:
@@ -72,87 +61,45 @@ def quantiles(values: torch.Tensor) -> dict[str, float]:
 
 def eager_slot(runner: Runner) -> Callable[[], Sample]:
     """A slot of steps as Python issues them, host time included; warms up."""
-    cuda = runner.workload.device.type == "cuda"
-    one = _cuda_slot if cuda else _cpu_slot
-    took = [one(runner, 1).both]
-    while len(took) < WARMUP_STEPS and sum(took) < WARMUP_SECONDS * 1e3:
-        took.append(one(runner, 1).both)
+    took = [_steps(runner, 1)["both"]]
+    while len(took) < WARMUP_STEPS and sum(took) < WARMUP_MS:
+        took.append(_steps(runner, 1)["both"])
     # By the least of them: a disturbed one would make for slots of a single step.
-    steps = max(1, round(SLOT_SECONDS * 1e3 / min(took)))
-    train = None if runner.workload.optimize is None else _training_step(runner)
-    whole = _cuda_whole if cuda else _cpu_whole
+    steps = max(1, round(SLOT_MS / min(took)))
+    train = _training_step(runner)
     if train is not None:
-        whole(train, 1)
+        train(0)
 
     def slot() -> Sample:
         if steps > 1:  # the first step after another contender's finds cold caches
-            one(runner, 1)
-        sample = one(runner, steps)
-        return sample if train is None else sample._replace(step=whole(train, steps))
+            _steps(runner, 1)
+        sample = _steps(runner, steps)
+        if train is not None:
+            sample["step"] = median(timed(runner.work.device, [partial(train, i) for i in range(steps)]))
+        return sample
 
     return slot
 
 
-def _training_step(runner: Runner) -> Callable[[int], None]:
-    optimize = runner.workload.optimize
-    assert optimize is not None
+def _steps(runner: Runner, steps: int) -> Sample:
+    """Medians over so many steps; not means: a time slice given to another process is longer than all of them."""
+    losses: list[Any] = []
 
-    def train(i: int) -> None:
-        optimize(runner.backward(i, runner.forward(i)))
+    def forward_of(i: int) -> None:
+        losses.append(runner.forward(i))
 
-    return train
+    def backward_of(i: int) -> None:
+        runner.backward(i, losses.pop())
 
-
-def _cpu_whole(body: Callable[[int], None], steps: int) -> float:
-    spans = []
-    for i in range(steps):
-        began = time.perf_counter()
-        body(i)
-        spans.append((time.perf_counter() - began) * 1e3)
-    return median(spans)
-
-
-def _cpu_slot(runner: Runner, steps: int) -> Sample:
-    forward, backward = [], []
-    for i in range(steps):
-        began = time.perf_counter()
-        loss = runner.forward(i)
-        between = time.perf_counter()
-        runner.backward(i, loss)
-        backward.append((time.perf_counter() - between) * 1e3)
-        forward.append((between - began) * 1e3)
-    return _medians(forward, backward)
-
-
-def _medians(forward: list[float], backward: list[float]) -> Sample:
-    # Not means: one time slice given to another process is longer than all the steps of a slot.
+    spans = timed(runner.work.device, [partial(way, i) for i in range(steps) for way in (forward_of, backward_of)])
+    forward, backward = spans[::2], spans[1::2]
     both = [first + second for first, second in zip(forward, backward, strict=True)]
-    return Sample(median(forward), median(backward), median(both))
+    return {"forward": median(forward), "backward": median(backward), "both": median(both)}
 
 
-def _cuda_slot(runner: Runner, steps: int) -> Sample:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * steps + 1)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for i in range(steps):
-        loss = runner.forward(i)
-        marks[2 * i + 1].record()
-        runner.backward(i, loss)
-        marks[2 * i + 2].record()
-    torch.cuda.synchronize()
-    spans = [before.elapsed_time(after) for before, after in pairwise(marks)]
-    return _medians(spans[::2], spans[1::2])
-
-
-def _cuda_whole(body: Callable[[int], None], steps: int) -> float:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for i in range(steps):
-        body(i)
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    return median(before.elapsed_time(after) for before, after in pairwise(marks))
+def _training_step(runner: Runner) -> Callable[[int], None] | None:
+    optimize = runner.work.optimize
+    return None if optimize is None else lambda i: optimize(runner.backward(i, runner.forward(i)))
 
 
 def graph_slot(runner: Runner, pool: Any) -> Callable[[], Sample]:
@@ -168,28 +115,23 @@ def graph_slot(runner: Runner, pool: Any) -> Callable[[], Sample]:
     Raises:
         RuntimeError: the step cannot be captured.
     """
-    copies = len(runner.workload.inputs)
+    copies = range(len(runner.work.inputs))
 
     def forward() -> None:
-        kept = [runner.forward(i) for i in range(copies)]
+        kept = [runner.forward(i) for i in copies]
         del kept
 
     def both() -> None:
-        for i in range(copies):
+        for i in copies:
             runner.backward(i, runner.forward(i))
 
-    bodies: list[Callable[[], object]] = [forward, both]
-    if runner.workload.optimize is not None:
-        train = _training_step(runner)
-        bodies.append(lambda: [train(i) for i in range(copies)])
-    graphs = [_captured(body, pool) for body in bodies]
-    replays = max(1, round(SLOT_SECONDS * 1e3 / _replay(graphs[1], 3)))
-
-    def slot() -> Sample:
-        once, whole, *step = (_replay(graph, replays) / copies for graph in graphs)
-        return Sample(once, math.nan, whole, *step)
-
-    return slot
+    bodies: dict[str, Callable[[], object]] = {"forward": forward, "both": both}
+    train = _training_step(runner)
+    if train is not None:
+        bodies["step"] = lambda: [train(i) for i in copies]
+    graphs = {name: _captured(body, pool) for name, body in bodies.items()}
+    replays = max(1, round(SLOT_MS / _replay(graphs["both"], 3)))
+    return lambda: {name: _replay(graph, replays) / len(copies) for name, graph in graphs.items()}
 
 
 def _captured(body: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
@@ -213,48 +155,66 @@ def _captured(body: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
 
 def _replay(graph: torch.cuda.CUDAGraph, times: int) -> float:
     """Milliseconds a replay."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    began.record()
-    for _ in range(times):
-        graph.replay()
-    ended.record()
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / times
+
+    def replays() -> None:
+        for _ in range(times):
+            graph.replay()
+
+    return timed(torch.device("cuda"), [replays])[0] / times
 
 
-def peak_memory(runner: Runner) -> int:
-    """Bytes that one step allocates at its peak beyond what was there before, by torch's allocator."""
-    device = runner.workload.device
+_failed: list[str] = []  # in this process: after a capture that failed, the allocator may not be fit for another
+
+
+def captured(runners: Iterable[Runner], pool: Any, note: Note) -> Iterator[Series]:
+    """CUDA graphs of the runners' steps, until one of them cannot be captured; `note` is told which.
+
+    Args:
+        runners: in their order; those whose steps are known to read from the device are left out.
+        pool: as `graph_slot` takes it.
+        note: is called with a line each.
+    """
+    for runner in runners:
+        where = f"{runner.contender.name} at {runner.work.label}"
+        if not runner.contender.capturable:
+            note(f"{runner.contender.name}: not in a CUDA graph, its step reads from the device")
+            continue
+        if _failed:
+            note(f"no more CUDA graphs in this process after {_failed[0]}")
+            return
+        try:
+            slot = graph_slot(runner, pool)
+        except RuntimeError as error:
+            _failed.append(where)
+            note(f"{where} cannot be captured in a CUDA graph: {(str(error).strip().splitlines() or [''])[0]}")
+            continue
+        yield Series(runner, slot)
+
+
+def facts(runner: Runner) -> dict[str, Any]:
+    """What a step takes besides time: the bytes it holds at most, and on a GPU how many kernels it launches.
+
+    The bytes are those that torch's allocator gives beyond what was there before.
+    """
+    device = runner.work.device
     runner.backward(0, runner.forward(0))
-    if device.type != "cuda":
-        with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
-            runner.backward(0, runner.forward(0))
-        kineto = profile.profiler.kineto_results.events()
-        # Every allocation, and every release as a negative one.
-        changes = sorted((event for event in kineto if event.name() == "[memory]"), key=lambda event: event.start_ns())
-        return max(accumulate(event.nbytes() for event in changes), default=0)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    runner.backward(0, runner.forward(0))
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def issued(runner: Runner) -> dict[str, int | None]:
-    """What one step issues: kernels launched on a GPU; operators dispatched on a CPU, None under torch.compile."""
-    if runner.workload.device.type != "cuda":
-        if runner.compiled:  # a dispatch mode keeps compiled code from running
-            return {"operators": None}
-        with _Counting() as counting:
-            runner.backward(0, runner.forward(0))
-        return {"operators": counting.count}
-    activity = torch.profiler.ProfilerActivity
-    with _quiet(), torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         runner.backward(0, runner.forward(0))
         torch.cuda.synchronize()
-    return {"kernel_launches": kernel_launches(profile.events())}
+        peak = torch.cuda.max_memory_allocated(device) - before
+    with _quiet(), torch.profiler.profile(profile_memory=device.type == "cpu") as profile:
+        runner.backward(0, runner.forward(0))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    if device.type == "cuda":
+        return {"peak_memory_bytes": peak, "kernel_launches": kernel_launches(profile.events())}
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # Every allocation, and every release as a negative one.
+    changes = sorted(events, key=lambda event: event.start_ns())
+    return {"peak_memory_bytes": max(accumulate(event.nbytes() for event in changes), default=0)}
 
 
 def kernel_launches(events: Iterable[Any]) -> int:
@@ -275,15 +235,3 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-class _Counting(TorchDispatchMode):
-    """Counts the operators that reach a backend."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))

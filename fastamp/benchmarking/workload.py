@@ -1,291 +1,135 @@
-"""Inputs with what follows them, a contender bound to them, and the proof that it computes what it claims."""
+"""What a step is timed on, a contender bound to it, and the proof that it computes what it claims."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastamp import Mix, reference
-from fastamp.benchmarking.contenders import Contender
 from fastamp.benchmarking.peers import STEP_SIZE
-from fastamp.mixing import draw
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# How far a contender may be from the definition: in its loss, relative to max(1, loss), and in each gradient, in norm.
-# float32 tells Mixup from AMP (their losses differ by about 5e-4); a narrow dtype is held to its rounding.
+# How far a contender may be from the definition: in its loss or λ', relative to max(1, value), and in a gradient or
+# mixed rows, in norm. float32 tells Mixup from AMP (their losses differ by about 5e-4); a narrow dtype is held to its
+# rounding.
 LOSS_TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRAD_TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-MAX_COPIES = 32
+LOSSES = ("its loss", "λ'")  # what LOSS_TOLERANCE is for
 DIRECTIONS = ("forward", "backward", "both")
-# The definition holds some twenty tensors of logits in float64: so many elements of each at a time.
-TRUTH_ELEMENTS = 1 << 22
+MIXUP = ("Mixup, two terms", "Mixup, soft targets")  # ratios are to the faster of the two
+MAX_COPIES = 32
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a loss, or an operation."""
+
+    name: str  # as results show it
+    mode: str  # what it claims to compute: "none", "official", a mode of `fastamp.AMPLoss`, or an operation
+    loss: Callable[..., Any]  # of what its workload gives it
+    compiled: bool = False  # whether `loss` goes through torch.compile
+    takes: str = "both"  # of Workload: "hidden" (needs a head), "logits" (needs none) or "both"
+    base: tuple[str, ...] = MIXUP  # its ratio is to the fastest of these
+    compile_mode: str | None = None  # torch.compile's
+    matched: bool = False  # whether its partners are a matching, each the other's
+    capturable: bool = True  # whether its step can be captured in a CUDA graph, as far as is known
 
 
 class Work(ABC):
-    """What a step is timed on.
+    """What a step is timed on."""
 
-    Attributes:
-        dtype: a key of DTYPES.
-        takes: what results call its input: "hidden", "logits" or "words".
-        device: where.
-        copies: how many inputs the steps rotate over.
-        inputs: (x, y) each, the input and its labels (B,).
-        mix: what contenders are checked with.
-        matched: the same with partners that are each other's, where contenders may take such.
-        truths: `truth`, kept, by mode and whether it is that of `matched`.
-        captured: whether its steps are also to be timed as CUDA graphs.
-        directions: which of DIRECTIONS mean something, and "step" where there is `optimize`.
-        varies: the size ("B", "C" or "D") whose growth it is a point of, or None.
-        optimize: takes an optimizer's step by the gradients to `leaves`, where whole training steps are timed as well.
-        negligible: the share of the norm of all gradients below which that of a single one is not relied upon.
-    """
+    name: str  # without the dtype, one line
+    sizes: dict[str, int | None]  # by name, for results
+    inputs: list[Any]  # of the steps, taken in turn
+    leaves: list[dict[str, Tensor]]  # what a step on each of them differentiates by
+    mix: Mix  # what contenders are checked with
+    matched: Mix  # the same with partners that are each other's, where contenders may take such
+    captured: bool = True  # whether its steps are also to be timed as CUDA graphs
+    directions: tuple[str, ...] = DIRECTIONS  # those that mean something, and "step" where there is `optimize`
+    varies: str | None = None  # the size ("B", "C" or "D") whose growth it is a point of
+    optimize: Callable[[tuple[Tensor, ...]], None] | None = None  # takes an optimizer's step by these gradients
+    negligible: float = 0.0  # a gradient is held to at least this share of the norm of all of them
+    least_bytes: int | None = None  # the least that a step moves, where that is known
+    moves: str = ""  # how those bytes come about
 
-    dtype: str
-    takes: str
-    device: torch.device
-    copies: int
-    inputs: list[tuple[Tensor, Tensor]]
-    mix: Mix
-    matched: Mix
-    truths: dict[tuple[str, bool], tuple[Tensor, ...]]
-    captured: bool = True
-    directions: tuple[str, ...] = DIRECTIONS
-    varies: str | None = None
-    optimize: Callable[[tuple[Tensor, ...]], None] | None = None
-    negligible: float = 0.0
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Without the dtype, one line."""
+    def __init__(self, dtype: str, takes: str, device: torch.device) -> None:
+        self.dtype = dtype  # a key of DTYPES
+        self.takes = takes  # what results call its input: "hidden", "logits", "words", "pixels" or "rows"
+        self.device = device
+        self._truths: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
 
     @property
     def label(self) -> str:
         """One line."""
         return f"{self.name}, {self.dtype}"
 
-    @property
     @abstractmethod
-    def sizes(self) -> dict[str, int | None]:
-        """The sizes by name, for results."""
-
-    @property
-    def least_bytes(self) -> int | None:
-        """The least that a step moves, where that is known."""
-        return None
-
-    @property
-    def moves(self) -> str:
-        """How those bytes come about, in words."""
-        return ""
+    def bind(self, contender: Contender) -> Runner:
+        """A contender on these inputs."""
 
     @abstractmethod
-    def leaves(self, i: int) -> dict[str, Tensor]:
-        """What a step on the i-th input differentiates by."""
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
+        """What `results` has to be, by the definition in float64."""
 
-    def gradients(self, i: int, loss: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of a loss to `leaves`."""
-        return torch.autograd.grad(loss, list(self.leaves(i).values()))
+    def results(self, runner: Runner) -> dict[str, Tensor]:
+        """What is checked: the loss and the gradients to `leaves` on the first input, by name."""
+        mix = self.matched if runner.contender.matched else self.mix
+        loss = runner.forward(0, None if runner.contender.mode == "none" else mix)
+        gradients = zip(self.leaves[0], runner.backward(0, loss), strict=True)
+        return {"its loss": loss.detach(), **{f"its gradient to {name}": gradient for name, gradient in gradients}}
 
     def truth(self, mode: str, *, matched: bool = False) -> tuple[Tensor, ...]:
-        """The loss () and the gradients to `leaves` on the first input, by the definition in float64."""
-        if (mode, matched) not in self.truths:
-            self.truths[mode, matched] = self._truth(mode, self.matched if matched else self.mix)
-        return self.truths[mode, matched]
+        """`results` by the definition in float64, kept until `forget`."""
+        if (mode, matched) not in self._truths:
+            self._truths[mode, matched] = self._truth(mode, self.matched if matched else self.mix)
+        return self._truths[mode, matched]
 
-    @abstractmethod
-    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]: ...
-
-    @abstractmethod
-    def bind(self, contender: Contender) -> Runner:
-        """A contender on these inputs."""
-
-    def disagreement(self, runner: Runner, mode: str) -> str | None:
-        """What a contender computes otherwise than the definition, given the same λ and partners; None for nothing.
-
-        The truth is `fastamp.reference` in float64, for the loss and for every gradient.
-        """
-        dtype = DTYPES[self.dtype]
-        mix = self.matched if runner.matched else self.mix
-        loss = runner.forward(0, None if mode == "none" else mix)
-        values = runner.backward(0, loss)
-        expected, *truths = self.truth(mode, matched=runner.matched)
-        off = float(((loss.double() - expected).abs() / expected.abs().clamp(min=1)).detach())
-        if not off <= LOSS_TOLERANCE[dtype]:
-            return f"its loss is off by {off:.1e} (allowed {LOSS_TOLERANCE[dtype]:.0e})"
-        whole = torch.stack([truth.norm() for truth in truths]).norm()
-        for name, value, truth in zip(self.leaves(0), values, truths, strict=True):
-            off = distance(value, truth, at_least=self.negligible * whole)
-            if not off <= GRAD_TOLERANCE[dtype]:
-                return f"its gradient to {name} is off by {off:.1e} in norm (allowed {GRAD_TOLERANCE[dtype]:.0e})"
-        return None
-
-
-def distance(value: Tensor, truth: Tensor, *, at_least: Tensor | float = 0.0) -> float:
-    """In norm, relative to the truth's, or to `at_least`."""
-    off = (value.double() - truth).norm()
-    return float(off / truth.norm().clamp(min=at_least)) if off else 0.0
-
-
-@dataclass
-class Workload(Work):
-    """Inputs of one shape and dtype, with a linear layer behind them or with nothing.
-
-    Attributes:
-        shape: (B, D, C).
-        dtype: a key of DTYPES.
-        takes: "hidden": x is (B, D), and a linear layer follows; "logits": x is (B, C).
-        device: where.
-        copies: how many inputs the steps rotate over.
-        seed: of inputs, head, λ and partners.
-        captured: whether its steps are also to be timed as CUDA graphs.
-        varies: the size whose growth it is a point of, or None.
-    """
-
-    shape: tuple[int, int, int]
-    dtype: str
-    takes: str
-    device: torch.device
-    copies: int = 1
-    seed: int = 0
-    captured: bool = True
-    varies: str | None = None
-    inputs: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
-    head: nn.Linear | None = field(init=False, repr=False)
-    mix: Mix = field(init=False, repr=False)
-    matched: Mix = field(init=False, repr=False)
-    truths: dict[tuple[str, bool], tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        batch, width, classes = self.shape
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        torch_dtype = DTYPES[self.dtype]
-        made: dict[str, Any] = {"device": self.device, "generator": generator}
-        columns = width if self.takes == "hidden" else classes
-        self.inputs = []
-        for _ in range(self.copies):
-            x = torch.randn(batch, columns, **made).to(torch_dtype).requires_grad_()
-            self.inputs.append((x, torch.randint(classes, (batch,), **made)))
-        self.head = None
-        if self.takes == "hidden":
-            self.head = nn.Linear(width, classes, device=self.device, dtype=torch_dtype)
-            with torch.no_grad():
-                for parameter in self.head.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, **made) * 2 / width**0.5)
-        # Rows are mixed within the parts that the definition takes at a time.
-        lam = torch.rand(batch, **made)
-        self.mix = Mix(lam, torch.cat([part[torch.randperm(len(part), **made)] for part in self._parts()]))
-        matchings = [part[draw(len(part), pairing="matching", **made).partner] for part in self._parts()]
-        self.matched = Mix(lam, torch.cat(matchings))
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        rows = max(1, TRUTH_ELEMENTS // max(self.shape[1:]))
-        return torch.arange(self.shape[0], device=self.device).split(rows)
-
-    @property
-    def name(self) -> str:
-        """Without the dtype, one line."""
-        batch, width, classes = self.shape
-        return f"({batch}, {width}) -> {classes}" if self.takes == "hidden" else f"logits ({batch}, {classes})"
-
-    @property
-    def sizes(self) -> dict[str, int | None]:
-        """B, D and C; no D for logits."""
-        batch, width, classes = self.shape
-        return {"B": batch, "D": width if self.takes == "hidden" else None, "C": classes}
-
-    @property
-    def least_bytes(self) -> int | None:
-        """What a step on logits moves at least: read B·C, write B·C."""
-        return 2 * self.shape[0] * self.shape[2] * DTYPES[self.dtype].itemsize if self.takes == "logits" else None
-
-    @property
-    def moves(self) -> str:
-        """How those bytes come about, in words."""
-        return "read B·C and write B·C"
-
-    def leaves(self, i: int) -> dict[str, Tensor]:
-        """The i-th input, weight and bias."""
-        return {"its input": self.inputs[i][0], **({} if self.head is None else dict(self.head.named_parameters()))}
-
-    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
-        batch = self.shape[0]
-        x, *head = [leaf.detach().double() for leaf in self.leaves(0).values()]
-        y = self.inputs[0][1]
-        options: dict[str, Any] = {"mode": mode}
-        if mode == "official":  # the history that it re-weights rows by is no single step's
-            options = {**reference.OFFICIAL, "reweight": None}
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        grads = [torch.zeros_like(value) for value in (x, *head)]
-        for rows in self._parts():
-            part, *parameters = leaves = [value.detach().requires_grad_() for value in (x[rows], *head)]
-            f = partial(_affine, parameters)
-            if mode == "none":
-                share = nn.functional.cross_entropy(f(part), y[rows], reduction="sum") / batch
-            else:
-                among = (mix.lam[rows].double(), mix.partner[rows] - rows[0])
-                share = reference.amp(f, part, y[rows], *among, step_size=STEP_SIZE, num_items=batch, **options).loss
-            grad, *others = torch.autograd.grad(share, leaves)
-            loss += share.detach()
-            grads[0][rows] = grad
-            for total, other in zip(grads[1:], others, strict=True):
-                total += other
-        return (loss, *grads)
-
-    def bind(self, contender: Contender) -> Runner:
-        """A contender on these inputs."""
-        loss: Any = contender.loss
-        if contender.compiled:
-            # A function of its own: two contenders, or two shapes, do not share a cache or its limits.
-            def traced(x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
-                return contender.loss(self.head, x, y, mix)
-
-            compiled = torch.compile(traced, fullgraph=True, dynamic=False, mode=contender.compile_mode)
-
-            def drawn(x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
-                # Drawn before the graph, so that the graph that is timed is the one that was checked; besides,
-                # torch 2.13 cannot compile x[torch.randperm(len(x))].
-                if mix is None and contender.mode != "none":
-                    mix = Mix(torch.rand(len(x), device=x.device), torch.randperm(len(x), device=x.device))
-                return compiled(x, y, mix)
-
-            return Runner(contender.name, self, drawn, compiled=True)
-        return Runner(contender.name, self, lambda x, y, mix: loss(self.head, x, y, mix), matched=contender.matched)
+    def forget(self) -> None:
+        """Drops the truths, which are large."""
+        self._truths.clear()
 
 
 @dataclass(frozen=True)
 class Runner:
     """A contender on a workload: what is timed."""
 
-    name: str
-    workload: Work
-    loss: Callable[[Tensor, Tensor, Mix | None], Any]
-    compiled: bool = False
-    matched: bool = False
+    contender: Contender
+    work: Work
+    loss: Callable[[Any, Mix | None], Any]  # of one of the inputs; without a mix the contender draws its own
 
     def forward(self, i: int, mix: Mix | None = None) -> Any:
         """The loss on the i-th input, the inputs taken in turn."""
-        inputs = self.workload.inputs
-        return self.loss(*inputs[i % len(inputs)], mix)
+        return self.loss(self.work.inputs[i % len(self.work.inputs)], mix)
 
     def backward(self, i: int, loss: Any) -> tuple[Tensor, ...]:
         """The gradients to what a step on that input differentiates by."""
-        return self.workload.gradients(i % len(self.workload.inputs), loss)
+        leaves = list(self.work.leaves[i % len(self.work.inputs)].values())
+        return torch.autograd.grad(loss, leaves) if leaves else ()
 
-
-def _affine(parameters: list[Tensor], rows: Tensor) -> Tensor:
-    return nn.functional.linear(rows, *parameters) if parameters else rows
-
-
-def disagreement(runner: Runner, mode: str) -> str | None:
-    """`Work.disagreement` of the workload that a runner is bound to."""
-    return runner.workload.disagreement(runner, mode)
+    def disagreement(self) -> str | None:
+        """What the contender computes otherwise than the definition in float64, with the same λ; None for nothing."""
+        dtype = DTYPES[self.work.dtype]
+        found = self.work.results(self)
+        truths = self.work.truth(self.contender.mode, matched=self.contender.matched)
+        whole = torch.stack([truth.norm() for truth in truths[1:] or truths]).norm()
+        for (name, value), truth in zip(found.items(), truths, strict=True):
+            difference = value.double() - truth
+            if name in LOSSES:
+                off, allowed = float((difference.abs() / truth.abs().clamp(min=1)).max()), LOSS_TOLERANCE[dtype]
+            else:
+                norm = truth.norm().clamp(min=self.work.negligible * whole)
+                off = float(difference.norm() / norm) if difference.any() else 0.0
+                allowed = GRAD_TOLERANCE[dtype]
+            if not off <= allowed:
+                return f"{name} is off by {off:.1e} (allowed {allowed:.0e})"
+        return None
 
 
 def copies_to_exceed_cache(one: int, device: torch.device) -> int:
@@ -297,3 +141,26 @@ def copies_to_exceed_cache(one: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(MAX_COPIES, -(-3 * cache // one)))
+
+
+def definition(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mix: Mix, mode: str, batch: int) -> Tensor:
+    """What some rows, mixed among themselves, add to the loss of their batch, by `fastamp.reference`.
+
+    Args:
+        f: from what is mixed to logits.
+        x: (rows, ...), what is mixed, float64.
+        y: (rows,).
+        mix: of these rows.
+        mode: "none", "official" or a mode of `fastamp.AMPLoss`.
+        batch: B.
+    """
+    if mode == "none":
+        return F.cross_entropy(f(x), y, reduction="sum") / batch
+    # The history that the official code re-weights rows by is no single step's.
+    options: dict[str, Any] = {**reference.OFFICIAL, "reweight": None} if mode == "official" else {"mode": mode}
+    return reference.amp(f, x, y, *mix, step_size=STEP_SIZE, num_items=batch, **options).loss
+
+
+def among(mix: Mix, rows: Tensor) -> Mix:
+    """The mix of successive rows whose partners are among them, in float64."""
+    return Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])

@@ -26,7 +26,12 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"fastamp.cli.{cmd_name}").command
+        try:
+            command: click.Command = import_module(f"fastamp.cli.{cmd_name}").command
+        except ModuleNotFoundError as error:
+            if error.name != "filelock":
+                raise
+            raise click.ClickException(f'{error}; pip install "fastamp[paper]"') from error
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -14,14 +14,11 @@ from rich.console import Console
 from fastamp.benchmarking import (
     DTYPES,
     NETWORKS,
-    OF_SUITES,
     SHAPES,
     SUITES,
     BenchConfig,
+    check_options,
     compare,
-    draw_all,
-    draw_terminal,
-    not_of,
     print_comparison,
     print_results,
     read,
@@ -33,8 +30,6 @@ from fastamp.cli.names import Names
 
 ALL = "all"
 ROUNDS_OF_ALL = 10
-# As they are typed: the options that are of some suites only.
-OPTIONS = {"shapes": "--shapes", "dtypes": "--dtype", "networks": "--networks", "compiled": "--[no-]compiled"}
 
 
 class _Shapes(click.ParamType):
@@ -75,10 +70,7 @@ class _Shapes(click.ParamType):
     help="Of the suites head, rows and vocabulary: parameters and rows.",
 )
 @click.option(
-    "--networks",
-    type=Names(NETWORKS),
-    show_default="those that suit the device",
-    help="Of the suite layers.",
+    "--networks", type=Names(NETWORKS), show_default="those that suit the device", help="Of the suite layers."
 )
 @click.option(
     "--rounds",
@@ -109,51 +101,40 @@ def command(
     """
     if context.invoked_subcommand is not None:
         return
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
-    good = True
+    refused = False
     try:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for config in _configs(suite, device, rounds, fields):
-            good = _measure(config, out, console) and good
+        if suite == ALL:
+            check_options(ALL, (), fields)
+            configs = reduced(rounds=rounds or ROUNDS_OF_ALL, threads=fields["threads"], device=device)
+        else:
+            configs = (BenchConfig(suite=suite, device=device, rounds=rounds or BenchConfig.rounds, **fields),)
+        for config in configs:
+            refused = bool(_measure(config, out, console)["refused"]) or refused
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    if not good:
+    if refused:
         raise click.exceptions.Exit(1)
 
 
-def _configs(suite: str, device: str, rounds: int | None, fields: dict[str, Any]) -> tuple[BenchConfig, ...]:
-    for name, option in OPTIONS.items():
-        if fields[name] is not None and suite not in OF_SUITES[name]:
-            raise ValueError(not_of(name, suite, said=option))
-    if suite != ALL:
-        return (BenchConfig(suite=suite, device=device, rounds=rounds or BenchConfig.rounds, **fields),)
-    return reduced(device, rounds=rounds or ROUNDS_OF_ALL, threads=fields["threads"])
-
-
-def _measure(config: BenchConfig, out: Path | None, console: Console) -> bool:
-    """Whether nobody was refused."""
+def _measure(config: BenchConfig, out: Path | None, console: Console) -> dict[str, Any]:
     with console.status(f"{config.suite}: starting") as status:
         results = run(
             config,
             command=shlex.join(["fastamp", *sys.argv[1:]]),
-            listener=lambda line: status.update(f"{config.suite}: {line}"),
-            save=lambda results: out and write(results, out),
+            on_progress=lambda line: status.update(f"{config.suite}: {line}"),
+            on_results=lambda results: out and write(results, out),
         )
     print_results(results, console)
     if out is not None:
+        from fastamp.benchmarking.plots import draw
+
         path = write(results, out)
         click.echo(f"written to {path}")
-        _draw(results, path.with_suffix(".png"))
-    return not results["refused"]
-
-
-def _draw(results: dict[str, Any], path: Path) -> None:
-    try:
-        for drawn in draw_all(results, path):
-            click.echo(f"drawn in {drawn}")
-    except ImportError:
-        click.echo("matplotlib is not installed (pip install fastamp[plot]): bars are drawn here instead of in a PNG")
-        click.echo(draw_terminal(results))
+        if draw(results, path.with_suffix(".png")):
+            click.echo(f"drawn in {path.with_suffix('.png')}")
+    return results
 
 
 @command.command("compare")

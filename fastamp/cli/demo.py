@@ -177,8 +177,5 @@ def _show(
     }
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     click.echo(f"written to {out / 'demo.json'}")
-    try:
-        _draw_png(lam, curves, title, out / "figure-2c.png")
-        click.echo(f"drawn in {out / 'figure-2c.png'}")
-    except ImportError:
-        click.echo("matplotlib is not installed (pip install fastamp[plot]): no PNG")
+    _draw_png(lam, curves, title, out / "figure-2c.png")
+    click.echo(f"drawn in {out / 'figure-2c.png'}")

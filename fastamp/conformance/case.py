@@ -41,9 +41,25 @@ class Case(Protocol):
         """Runs the definition in `dtype`; `mask`, if given, says which rows take ℓ(λ')."""
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 def lam_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of λ beside rows of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def mix(batch: int, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    """λ (B,), uniform, and partners (B,), for rows of `dtype`."""
+    lam = torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype))
+    return {"lam": lam, "partner": torch.randperm(batch, generator=generator)}
+
+
+def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
+    """Floating-point ones in `dtype`."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def laid_out(rows: Tensor, layout: str) -> Tensor:

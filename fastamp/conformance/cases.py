@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from fastamp import functional, reference
-from fastamp.conformance.case import SPOILED, Case, Outcome, Tensors, gradients, laid_out, lam_dtype
+from fastamp.conformance.case import (
+    SPOILED,
+    Case,
+    Outcome,
+    Tensors,
+    cast,
+    fresh,
+    gradients,
+    laid_out,
+    lam_dtype,
+    normal,
+)
 from fastamp.conformance.operations import EmbeddingCase, OperationCase, SelectionCase
 from fastamp.mixing import draw
 
@@ -47,11 +58,7 @@ class StepCase:
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
         batch, classes, width = self.batch, self.classes, self.width or self.classes
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        hidden = normal(batch, width) * self.scale + self.offset
+        hidden = normal(generator, batch, width) * self.scale + self.offset
         labels = torch.randint(classes, (batch,), generator=generator)
         if self.spoiled:
             hidden[: batch // 2, SPOILED] = -torch.inf
@@ -61,25 +68,24 @@ class StepCase:
             "target": labels,
             "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
             "partner": draw(batch, pairing=self.options.get("pairing", "permutation"), generator=generator).partner,
-            "upstream": normal(batch).to(lam_dtype(dtype)),
+            "upstream": normal(generator, batch).to(lam_dtype(dtype)),
         }
         if self.soft:
-            inputs["target"] = normal(batch, classes).softmax(1).to(dtype)
+            inputs["target"] = normal(generator, batch, classes).softmax(1).to(dtype)
         if self.ignored:
             inputs["target"][::3] = -100
         if self.weighted:
             inputs["class_weight"] = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
         if self.width is not None:
-            inputs["weight"] = (normal(classes, width) / width**0.5).to(dtype)
-            inputs["bias"] = normal(classes).to(dtype)
+            inputs["weight"] = (normal(generator, classes, width) / width**0.5).to(dtype)
+            inputs["bias"] = normal(generator, classes).to(dtype)
             if self.dropout:
                 keep = torch.rand(batch, width, generator=generator) >= self.dropout
                 inputs["keep"] = (keep / (1 - self.dropout)).to(dtype)
         return inputs
 
     def _leaves(self, inputs: Tensors) -> Tensors:
-        names = ("hidden",) if self.width is None else ("hidden", "weight", "bias")
-        return {name: inputs[name].detach().requires_grad_() for name in names}
+        return fresh(inputs, ("hidden",) if self.width is None else ("hidden", "weight", "bias"))
 
     def ours(self, inputs: Tensors) -> Outcome:
         """Row losses and their mean, all gradients of both, and λ'."""
@@ -98,7 +104,7 @@ class StepCase:
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same by `fastamp.reference.amp`."""
-        leaves = {name: leaf.to(dtype).detach().requires_grad_() for name, leaf in self._leaves(inputs).items()}
+        leaves = self._leaves(cast(inputs, dtype))
         target, lam, partner = inputs["target"], inputs["lam"], inputs["partner"]
         class_weight = inputs.get("class_weight")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastamp.backend import has_triton, interpreting, set_backend
 from fastamp.conformance.case import Case, Outcome, Tensors
 from fastamp.conformance.cases import cases
+from fastamp.training.config import usable_device
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 TIE_ULPS = 32  # two losses this near may be told apart by rounding alone: the tie tolerance, and as much again
@@ -91,12 +92,7 @@ def places(devices: Sequence[str] | None = None) -> tuple[list[Place], list[str]
     absent = []
     found = []
     for name in ["cpu", *(["cuda"] if gpu else [])] if devices is None else devices:
-        try:
-            device = torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be a CPU or a CUDA/ROCm GPU, got {name!r}")
+        device = torch.empty(0, device=usable_device(name)).device
         found.append(Place(device, "torch"))
         if has_triton() and (device.type == "cuda" or interpreting()):
             found.append(Place(device, "triton"))

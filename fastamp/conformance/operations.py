@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import functional, reference
-from fastamp.conformance.case import SPOILED, Outcome, Tensors, fresh, gradients, laid_out, lam_dtype
+from fastamp.conformance.case import SPOILED, Outcome, Tensors, cast, fresh, gradients, laid_out, lam_dtype, mix, normal
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,17 @@ class OperationCase:
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
         batch = self.shape[0]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
         if self.op == "select_loss":
-            loss = normal(batch).abs()
+            loss = normal(generator, batch).to(dtype).abs()
             difference = torch.randn(batch, generator=generator).to(dtype) * 0.1
             difference[::5] = 0
-            return {"loss": loss, "loss_adv": loss + difference, "upstream": normal(batch)}
+            return {"loss": loss, "loss_adv": loss + difference, "upstream": normal(generator, batch).to(dtype)}
         return {
             # Of a size at which rounding to bfloat16, by truncation too, stays below an absolute tolerance.
-            "hidden": laid_out(normal(*self.shape) * 0.25, self.layout),
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
-            "partner": torch.randperm(batch, generator=generator),
-            "grad_mixed": normal(*self.shape) * 0.1,
-            "upstream": normal(*self.shape) * 0.25,
+            "hidden": laid_out(normal(generator, *self.shape).to(dtype) * 0.25, self.layout),
+            **mix(batch, dtype, generator),
+            "grad_mixed": normal(generator, *self.shape).to(dtype) * 0.1,
+            "upstream": normal(generator, *self.shape).to(dtype) * 0.25,
         }
 
     def ours(self, inputs: Tensors) -> Outcome:
@@ -64,7 +59,7 @@ class OperationCase:
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from `fastamp.reference.mix` and autograd."""
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs = cast(inputs, dtype)
         if self.op == "select_loss":
             leaves = fresh(inputs, ("loss", "loss_adv"))
             delta = (leaves["loss_adv"] - leaves["loss"]).detach()
@@ -105,17 +100,11 @@ class EmbeddingCase:
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU; small ids are frequent."""
         batch, length, depth = self.shape
-
-        def normal(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.1).to(dtype)
-
-        uniform = torch.rand(batch, length, generator=generator, dtype=torch.float64)
         return {
-            "ids": (uniform**3 * self.vocabulary).long(),
-            "table": laid_out(normal(self.vocabulary, depth), self.layout),
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
-            "partner": torch.randperm(batch, generator=generator),
-            "upstream": normal(batch, length, depth),
+            "ids": (torch.rand(batch, length, generator=generator, dtype=torch.float64) ** 3 * self.vocabulary).long(),
+            "table": laid_out((normal(generator, self.vocabulary, depth) * 0.1).to(dtype), self.layout),
+            **mix(batch, dtype, generator),
+            "upstream": (normal(generator, batch, length, depth) * 0.1).to(dtype),
         }
 
     def ours(self, inputs: Tensors) -> Outcome:
@@ -128,7 +117,7 @@ class EmbeddingCase:
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from F.embedding, `fastamp.reference.mix` and autograd."""
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs = cast(inputs, dtype)
         leaves = fresh(inputs, ("table",))
         hidden = F.embedding(inputs["ids"], leaves["table"], self.padding_idx)
         mixed = reference.mix(hidden, inputs["lam"], inputs["partner"])
@@ -154,12 +143,8 @@ class SelectionCase:
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
         batch, classes = self.shape
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        logits = 3 * normal(batch, classes) + self.offset
-        logits_adv = logits + self.change * normal(batch, classes)
+        logits = 3 * normal(generator, batch, classes) + self.offset
+        logits_adv = logits + self.change * normal(generator, batch, classes)
         labels = torch.randint(classes, (batch,), generator=generator)
         if self.spoiled:
             logits[: batch // 2, SPOILED] = logits_adv[: batch // 2, SPOILED] = -torch.inf
@@ -169,10 +154,9 @@ class SelectionCase:
         inputs = {
             "logits": laid_out(logits.to(dtype), self.layout),
             "logits_adv": laid_out(logits_adv.to(dtype), self.layout),
-            "target": normal(batch, classes).softmax(1).to(dtype) if self.soft else labels,
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
-            "partner": torch.randperm(batch, generator=generator),
-            "upstream": normal(batch).to(lam_dtype(dtype)),
+            "target": normal(generator, batch, classes).softmax(1).to(dtype) if self.soft else labels,
+            **mix(batch, dtype, generator),
+            "upstream": normal(generator, batch).to(lam_dtype(dtype)),
         }
         if self.weighted:
             inputs["class_weight"] = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
@@ -189,7 +173,7 @@ class SelectionCase:
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from `fastamp.reference.row_losses` and autograd."""
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs = cast(inputs, dtype)
         leaves = fresh(inputs, ("logits", "logits_adv"))
         lam, partner = inputs["lam"], inputs["partner"]
         smoothing = self.options.get("label_smoothing", 0.0)

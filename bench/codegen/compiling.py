@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastamp.codegen import TARGETS
-from fastamp.codegen.case import Case
-from fastamp.codegen.cases import ASSERTING_KERNELS, GROUPS_OF_CASES
-from fastamp.codegen.occupancy import ARCHITECTURES, occupancy
-from fastamp.codegen.traffic import program_traffic
 from fastamp.kernels.rows import ASSERTING, OPTIONS
+
+from . import TARGETS
+from .case import Case
+from .cases import ASSERTING_KERNELS, GROUPS_OF_CASES
+from .occupancy import ARCHITECTURES, occupancy
+from .traffic import program_traffic
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # A PTX access: its direction, how many elements, bits of each.
@@ -27,19 +27,9 @@ AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
 
 
-def compile_group(target: str, group: str, listener: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
-    """Compile the cases of one group.
-
-    Args:
-        target: a name in TARGETS.
-        group: a name in GROUPS_OF_CASES.
-        listener: hears of every case that is done.
-    """
-    rows = []
-    for case in GROUPS_OF_CASES[group]():
-        rows.append(compile_case(case, target))
-        listener(f"{target} {rows[-1]['kernel']} {case.name}")
-    return rows
+def compile_group(target: str, group: str) -> list[dict[str, Any]]:
+    """A row of the report for every case of a group in GROUPS_OF_CASES, compiled for a target in TARGETS."""
+    return [compile_case(case, target) for case in GROUPS_OF_CASES[group]()]
 
 
 def compiled(case: Case, target: str) -> Any:

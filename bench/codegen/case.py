@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -23,11 +24,17 @@ class Case(NamedTuple):
     signature: dict[str, str]  # of the arguments that are not constants
     constants: dict[str, Any]
     aligned: tuple[str, ...]  # arguments divisible by 16
-    num_warps: int
-    row_bytes: int  # bytes of a row in one tile, to be read in vectors; 0: too short to ask
     elements: int  # of the tiles that a program takes, or of one turn of a loop whose length only the device knows
     floor: float  # bytes an element that have to move
-    sizes: dict[str, int]  # integer arguments that loops run to
+    row_bytes: int = 0  # bytes of a row in one tile, to be read in vectors; 0: too short to ask
+    sizes: Mapping[str, int] = MappingProxyType({})  # integer arguments that loops run to
+    warps: int | None = None  # where the launch does not say
+
+    @property
+    def num_warps(self) -> int:
+        """Of a program."""
+        warps: int = self.launch.num_warps if self.warps is None else self.warps
+        return warps
 
 
 def variants(itemsize: int, *, matched: bool = False) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
@@ -39,6 +46,12 @@ def variants(itemsize: int, *, matched: bool = False) -> Iterator[tuple[str, Row
     if itemsize == 4:
         yield f"softmax_bce{suffix}", plain._replace(bce=True, never_rejects=False), False, False
     yield f"softmax_bce+all{suffix}", masked._replace(bce=True), True, True
+
+
+def data_type(itemsize: int, weighted: bool) -> tuple[int, str]:
+    """Bytes and pointer type of logits: bfloat16, where registers are fewest; float32, where they are most."""
+    width = 2 if itemsize == 4 and not weighted else itemsize
+    return width, DTYPES[width]
 
 
 def tiles(width: int, block: int) -> int:

@@ -1,8 +1,8 @@
 """What the launch heuristics can choose, kernel by kernel, and the least that each has to move.
 
 The floor is counted per element of the largest matrix: for AMP on logits, z is read once and its gradient written once.
-Probabilities as targets are read, too. What a row holds once, as λ and its loss, is not in the floor, nor is what all
-rows share, as class weights: it is in what is counted, and weighs where rows are short.
+Probabilities as targets are read as well. What a row holds once (λ, its loss) and what all rows share (class weights)
+is counted but is not in the floor; it weighs where rows are short.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fastamp.codegen.case import DTYPES, Case, tiles, variants
-from fastamp.codegen.layer_cases import embedding_cases, mix_cases, remix_cases, select_cases
 from fastamp.kernels import amp_cross_entropy, config, embedding_mix, linear_head, rows_grad, rows_loop, rows_pairs
 from fastamp.kernels import select_cross_entropy as select
+
+from .case import DTYPES, Case, data_type, tiles, variants
+from .layer_cases import embedding_cases, mix_cases, remix_cases, select_cases
 
 TOTAL_ROWS = 4096  # rows that _amp_total_kernel sums
 
@@ -26,115 +27,87 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
     return signature | ({"weight_ptr": wide} if weighted else {})
 
 
+def row_aligned(classes: int) -> tuple[str, ...]:
+    """Of a kernel that reads logits and writes their gradient."""
+    return ("logits_ptr", "dlogits_ptr", *(("stride_zm", "C") if classes >= 1024 else ()))
+
+
 def row_cases(
     itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]], *, matched: bool = False
 ) -> Iterator[Case]:
     """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
     for name, policy, soft, weighted in variants(itemsize, matched=matched):
+        width, data = data_type(itemsize, weighted)
         for batch, classes in bce_sizes if policy.bce else sizes:
             launch = config.forward_config(batch, classes, itemsize, policy)
             if not launch.in_registers:
                 continue
-            # bfloat16 where the registers are fewest; float32 where they are most.
-            width = 2 if itemsize == 4 and not weighted else itemsize
-            data = DTYPES[width]
-            wide = DTYPES[itemsize]
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
-            single = launch.block_b >= batch
-            if single:
-                signature |= {"loss_ptr": wide, "divisor_ptr": wide}
+            if launch.block_b >= batch:
+                signature |= {"loss_ptr": DTYPES[itemsize], "divisor_ptr": DTYPES[itemsize]}
             elif not matched:
                 signature |= {"inverse_ptr": "*i64"}
-            rows = 2 if matched else launch.block_b
-            constants = {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c}
-            long = classes >= 1024
             yield Case(
                 f"{name} {data[1:]} B={batch} C={classes}",
                 amp_cross_entropy._amp_cross_entropy_kernel,
                 launch,
                 signature,
-                constants,
-                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
-                launch.num_warps,
-                launch.block_c * width if long else 0,
-                rows * launch.block_c,
-                (3 if soft else 2) * width,
-                {},
+                {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
+                row_aligned(classes),
+                elements=(2 if matched else launch.block_b) * launch.block_c,
+                floor=(3 if soft else 2) * width,
+                row_bytes=launch.block_c * width if classes >= 1024 else 0,
             )
 
 
-def pair_cases(itemsize: int) -> Iterator[Case]:
-    """Pairs of long rows: the scalars and both gradients."""
-    for name, policy, soft, weighted in variants(itemsize, matched=True):
-        classes = 32000
-        if policy.bce:
+def loop_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
+    """The scalars of rows by loops over tiles; of pairs of rows, both gradients as well."""
+    classes = 32000
+    for name, policy, soft, weighted in variants(itemsize, matched=matched):
+        width, data = data_type(itemsize, weighted)
+        if matched and policy.bce:
             continue
-        launch = config.pairs_config(itemsize, dense_target=soft)
-        width = 2 if itemsize == 4 and not weighted else itemsize
-        data = DTYPES[width]
-        signature = row_signature(itemsize, data, soft, weighted)
+        signature = row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"}
+        if matched:
+            launch, kernel = config.pairs_config(itemsize, dense_target=soft), rows_pairs._amp_pairs_kernel
+            signature |= {"dlogits_ptr": data, "divisor": "fp64"}
+        else:
+            launch, kernel = config.forward_config(64, classes, itemsize, policy), rows_loop._amp_rows_kernel
         yield Case(
             f"{name} {data[1:]} C={classes}",
-            rows_pairs._amp_pairs_kernel,
+            kernel,
             launch,
-            signature | {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"},
+            signature,
             {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
-            ("logits_ptr", "dlogits_ptr", "stride_zm", "C"),
-            launch.num_warps,
-            launch.block_c * width,
-            2 * tiles(classes, launch.block_c),
-            (3 if soft else 2) * width,
-            {"C": classes},
-        )
-
-
-def loop_cases(itemsize: int) -> Iterator[Case]:
-    """The scalars of rows by loops over tiles."""
-    for name, policy, soft, weighted in variants(itemsize):
-        classes = 32000
-        launch = config.forward_config(64, classes, itemsize, policy)
-        width = 2 if itemsize == 4 and not weighted else itemsize
-        data = DTYPES[width]
-        yield Case(
-            f"{name} {data[1:]} C={classes}",
-            rows_loop._amp_rows_kernel,
-            launch,
-            row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"},
-            {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
-            ("logits_ptr", "stride_zm", "C"),
-            launch.num_warps,
-            launch.block_c * width,
-            tiles(classes, launch.block_c),
-            (2 if soft else 1) * width,
-            {"C": classes},
+            row_aligned(classes) if matched else ("logits_ptr", "stride_zm", "C"),
+            elements=(1 + matched) * tiles(classes, launch.block_c),
+            floor=(1 + soft + matched) * width,
+            row_bytes=launch.block_c * width,
+            sizes={"C": classes},
         )
 
 
 def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
     """The gradient from those scalars: few classes, several, and rows of many tiles."""
     for name, policy, soft, weighted in variants(itemsize, matched=matched):
+        width, data = data_type(itemsize, weighted)
         for classes in (32000,) if matched else (2, 64, 32000):
             launch = config.backward_config(classes, itemsize, policy)
-            width = 2 if itemsize == 4 and not weighted else itemsize
-            data = DTYPES[width]
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
             signature |= {} if matched else {"inverse_ptr": "*i64"}
             signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
-            long = classes >= 1024
             yield Case(
                 f"{name} {data[1:]} C={classes}",
                 rows_grad._amp_rows_grad_kernel,
                 launch,
                 signature,
                 {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
-                ("logits_ptr", "dlogits_ptr", "stride_zm", "C") if long else ("logits_ptr", "dlogits_ptr"),
-                launch.num_warps,
-                launch.block_c * width if long else 0,
-                (2 if matched else launch.block_b) * launch.block_c,
-                (3 if soft else 2) * width,
-                {},
+                row_aligned(classes),
+                elements=(2 if matched else launch.block_b) * launch.block_c,
+                floor=(3 if soft else 2) * width,
+                row_bytes=launch.block_c * width if classes >= 1024 else 0,
             )
 
 
@@ -152,24 +125,16 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Ca
             signature |= {"B": "i32", "C": "i32", "D": "i32", "stride_hm": "i64", "stride_u": "i64"}
             signature |= {"step_size": "fp64", "divisor": "fp64"}
             signature |= {"class_weight_ptr": wide, "keep_ptr": wide, "upstream_ptr": wide} if weighted else {}
+            tile = {"ROWS": launch.rows, "BLOCK_C": launch.block_c, "BLOCK_D": launch.block_d}
             yield Case(
                 f"{name} {wide[1:]} B={batch} D={depth} C={classes}",
                 linear_head._linear_head_kernel,
                 launch,
                 signature,
-                {
-                    "policy": policy,
-                    "RELU": weighted,
-                    "ROWS": launch.rows,
-                    "BLOCK_C": launch.block_c,
-                    "BLOCK_D": launch.block_d,
-                },
+                {"policy": policy, "RELU": weighted, **tile},
                 ("hidden_ptr", "dhidden_ptr", "stride_hm", "D"),
-                launch.num_warps,
-                0,
-                launch.rows * launch.block_d,
-                (3 if weighted else 2) * itemsize,  # and a dropout mask
-                {},
+                elements=launch.rows * launch.block_d,
+                floor=(3 if weighted else 2) * itemsize,  # and a dropout mask
             )
 
 
@@ -184,30 +149,22 @@ def small_cases() -> Iterator[Case]:
             {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64", "assumed": "fp64"},
             {"BLOCK": config.TOTAL_BLOCK},
             (),
-            4,
-            0,
-            tiles(TOTAL_ROWS, config.TOTAL_BLOCK),
-            2 * itemsize,
-            {"B": TOTAL_ROWS},
+            elements=tiles(TOTAL_ROWS, config.TOTAL_BLOCK),
+            floor=2 * itemsize,
+            sizes={"B": TOTAL_ROWS},
+            warps=4,
         )
+    pointers = {"dlogits_ptr": "*bf16", "upstream_ptr": "*fp32", "divisor_ptr": "*fp32"}
     yield Case(
         "bf16",
         rows_grad._rescale_kernel,
         config.RESCALE_BLOCK,
-        {
-            "dlogits_ptr": "*bf16",
-            "upstream_ptr": "*fp32",
-            "divisor_ptr": "*fp32",
-            "numel": "i64",
-            "assumed": "fp64",
-        },
+        {**pointers, "numel": "i64", "assumed": "fp64"},
         {"BLOCK": config.RESCALE_BLOCK},
         ("dlogits_ptr", "numel"),
-        8,
-        0,
-        config.RESCALE_BLOCK,
-        4,
-        {},
+        elements=config.RESCALE_BLOCK,
+        floor=4,
+        warps=8,
     )
 
 
@@ -231,9 +188,9 @@ GROUPS_OF_CASES = {
     "loop": lambda: loop_cases(4),
     "loop-fp64": lambda: loop_cases(8),
     "pairs": lambda: itertools.chain(
-        row_cases(4, LONG[::2], BCE[-1:], matched=True), pair_cases(4), grad_cases(4, matched=True)
+        row_cases(4, LONG[::2], BCE[-1:], matched=True), loop_cases(4, matched=True), grad_cases(4, matched=True)
     ),
-    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], [], matched=True), pair_cases(8)),
+    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], [], matched=True), loop_cases(8, matched=True)),
     "grad": lambda: grad_cases(4),
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),

@@ -1,9 +1,9 @@
-"""`python -m fastamp.codegen.check`: does the Triton at hand compile every kernel?
+"""`python -m bench.codegen.check`: does the Triton at hand compile every kernel?
 
 Triton is part of what a user installs, and its language changes. Another one than the installed is put first:
 
     pip install --no-deps --target DIR triton==3.5.1
-    PYTHONPATH=DIR python -m fastamp.codegen.check
+    PYTHONPATH=DIR python -m bench.codegen.check
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import click
 import triton
 from triton.compiler.errors import CompilationError
 
-from fastamp.codegen.case import Case
-from fastamp.codegen.cases import GROUPS_OF_CASES
-from fastamp.codegen.compiling import compiled
+from .case import Case
+from .cases import GROUPS_OF_CASES
+from .compiling import compiled
 
 CHECKED = ("sm_90", "gfx942")
 
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m fastamp.codegen.check")
+    main(prog_name="python -m bench.codegen.check")

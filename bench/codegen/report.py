@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fastamp.benchmarking import machine
-from fastamp.codegen import TARGETS
-from fastamp.codegen.compiling import compile_group
+
+from . import TARGETS
+from .compiling import compile_group
 
 NAME = "codegen"
 FORMAT = 2
-RERUN = "python -m fastamp.codegen --out bench/results"
+RERUN = "python -m bench.codegen --out bench/results"
 Row = dict[str, Any]
 WAYS = {"read": "reads", "written": "writes"}
 HEADINGS = ("case", "launch", "read + written", "floor", "x floor", "load, store", "registers", "occupancy %", "spills")
@@ -27,8 +28,8 @@ Written by `{command}` with {versions}, checkout {checkout}; no GPU was needed o
 
 Bytes are per element of the largest matrix: what one program asks for in global memory, counted in the code Triton
 compiled, over the elements of its tiles. A row that is read as its own and again as a neighbour's counts every time,
-though the second read mostly ends in a cache: so this is what is asked for, and a bound on what memory has to deliver.
-A loop counts as often as it turns, or once where only the device knows. Of two branches the one that is mostly taken
+though the second read usually ends in a cache: so this is what is asked for, and a bound on what memory has to deliver.
+A loop counts as often as it turns, or once where only the device knows. Of two branches the usual one
 counts, and behind it, if that is another, the one that moves more: long rows whose step of λ is large are read once
 more. The floor is what cannot be avoided: every input element read once, every output element written once. Load and
 store are the widest access, in bytes. Numbers separated by slashes are {targets}; occupancy is theoretical, from
@@ -37,29 +38,21 @@ function that prints.
 """
 
 
-def collect(
-    targets: Sequence[str], groups: Sequence[str], *, jobs: int, listener: Callable[[str], None] = lambda line: None
-) -> list[Row]:
+def collect(targets: Sequence[str], groups: Sequence[str], *, jobs: int) -> list[Row]:
     """Compile all cases of the groups for the targets; rows in the order of cases, then targets.
 
     Args:
         targets: names in TARGETS.
         groups: names in GROUPS_OF_CASES.
-        jobs: processes; 1 stays in this one.
-        listener: hears of what is done.
+        jobs: processes.
     """
     parts = [(target, group) for group in groups for target in targets]
-    found: dict[tuple[str, str], list[Row]] = {}
-    if jobs == 1:
-        for part in parts:
-            found[part] = compile_group(*part, listener)
-    else:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            work = {pool.submit(compile_group, *part): part for part in parts}
-            for done in as_completed(work):
-                found[work[done]] = done.result()
-                listener(f"{len(found)} of {len(parts)}: {' '.join(work[done])}, {len(done.result())} kernels")
-    return [row for part in parts for row in found[part]]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (target, group), found in zip(parts, pool.map(compile_group, *zip(*parts, strict=True)), strict=True):
+            print(f"{target} {group}: {len(found)} kernels", flush=True)
+            rows += found
+    return rows
 
 
 def report(rows: Sequence[Row], *, command: str) -> dict[str, Any]:
@@ -142,8 +135,8 @@ def _slashed(values: Iterable[str]) -> str:
 def problems(rows: Iterable[Row], recorded: dict[str, Any]) -> list[str]:
     """What is wrong with the rows, a line each: spills, narrow loads, or worse than recorded.
 
-    Bytes are compared always. Widths and numbers of accesses are the compiler's choice, too, so they are compared with
-    what the same version of Triton has made.
+    Bytes are always compared. Widths and numbers of accesses are the compiler's choice as well, so they are compared
+    only with what the same version of Triton has made.
 
     Args:
         rows: of `collect`.

@@ -1,4 +1,4 @@
-"""`python -m fastamp.codegen`: the report, or a part of it."""
+"""`python -m bench.codegen`: the report, or a part of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import click
 
-from fastamp.codegen import TARGETS, neighbours
-from fastamp.codegen.cases import GROUPS_OF_CASES
-from fastamp.codegen.report import collect, report, write
+from . import TARGETS
+from .cases import GROUPS_OF_CASES
+from .report import collect, report, write
 
 
 @click.command()
@@ -23,28 +23,17 @@ from fastamp.codegen.report import collect, report, write
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only this one; repeatable.")
 @click.option("--group", "groups", multiple=True, type=click.Choice(list(GROUPS_OF_CASES)), help="Only these kernels.")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default=True, help="Processes.")
-@click.option("--neighbours", "beside", is_flag=True, help="Launches beside their neighbours instead, for one target.")
-def main(out: Path, targets: tuple[str, ...], groups: tuple[str, ...], jobs: int, beside: bool) -> None:
+def main(out: Path, targets: tuple[str, ...], groups: tuple[str, ...], jobs: int) -> None:
     """Compile every kernel for five GPU architectures, none of which need be here.
 
     Writes OUT/codegen.json and OUT/codegen.md: registers, spills, shared memory, theoretical occupancy, widths of loads
     and stores, and bytes an element beside the floor. A part of it is for a folder of its own: the files are replaced.
-    With --neighbours OUT/launches.json and OUT/launches.md: what other launches would take.
     """
-    groups = groups or tuple(GROUPS_OF_CASES)
-    command = shlex.join(["python", "-m", "fastamp.codegen", *sys.argv[1:]])
-    if beside:
-        if len(targets) > 1:
-            raise click.UsageError(f"--neighbours takes one --target, got {', '.join(targets)}")
-        (target,) = targets or (neighbours.TARGET,)
-        found = neighbours.collect(target, groups, jobs=jobs, listener=click.echo)
-        click.echo(f"{len(found)} launches; {neighbours.write(found, target, command, out)}")
-        return
-    rows = collect(targets or tuple(TARGETS), groups, jobs=jobs, listener=click.echo)
-    path = write(report(rows, command=command), out)
+    rows = collect(targets or tuple(TARGETS), groups or tuple(GROUPS_OF_CASES), jobs=jobs)
+    path = write(report(rows, command=shlex.join(["python", "-m", "bench.codegen", *sys.argv[1:]])), out)
     spilling = sum(row["spills"] > 0 for row in rows)
     click.echo(f"{len(rows)} kernels, {spilling} of them spilling; {path} and {path.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m fastamp.codegen")
+    main(prog_name="python -m bench.codegen")

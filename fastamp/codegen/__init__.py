@@ -1,9 +1,0 @@
-"""What the compiler makes of every kernel for GPUs that need not be here: registers, spills, widths, bytes moved.
-
-    python -m fastamp.codegen --out bench/results
-
-Importing this needs no Triton; its modules do, in a process where TRITON_INTERPRET is not set, since triton.jit decides
-when a kernel is defined whether it will be compiled or interpreted.
-"""
-
-TARGETS = {"sm_80": "cuda:80", "sm_90": "cuda:90", "sm_100": "cuda:100", "gfx90a": "hip:gfx90a", "gfx942": "hip:gfx942"}
