@@ -191,7 +191,7 @@ class AMPLoss(nn.Module):
             return_stats: also return a `MixStats`; train mode only.
 
         Returns:
-            The loss, () or (B,): float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
+            The loss, () or (B,), float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
             eval mode. With return_stats a tuple (loss, MixStats).
 
         Raises:
