@@ -1,4 +1,4 @@
-"""fastamp: the Adversarial Mixing Policy (EMNLP 2021), Mixup with an adversarial λ, at the price of plain Mixup.
+"""fastamp: the Adversarial Mixing Policy (EMNLP 2021), Mixup with an adversarial λ.
 
 "AMP" here is never automatic mixed precision.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastamp.mixing import Mix, MixStats
 
 __all__ = ["AMPLoss", "Mix", "MixStats", "functional", "reference", "set_backend"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. Loaded on first use: the command line's help should not wait for torch.
 _HOMES = {

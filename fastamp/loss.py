@@ -243,7 +243,7 @@ class AMPLoss(nn.Module):
             **unexpected: nothing; transformers' Trainer would pass num_items_in_batch, see `fastamp.hf.sent_loss`.
 
         Returns:
-            The loss, () or (B,): float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
+            The loss, () or (B,), float32 (float64 for float64 logits) in train mode, nn.CrossEntropyLoss's dtype in
             eval mode. With return_stats a tuple (loss, MixStats).
 
         Raises:
