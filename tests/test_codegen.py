@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,31 @@ print(json.dumps([list(GROUPS_OF_CASES), cases]))
     assert len(set(cases)) == len(cases)
     rows = [(row["kernel"], row["case"], row["target"]) for row in recorded()["rows"]]
     assert sorted(rows) == sorted((*case, target) for case in cases for target in TARGETS)
+
+
+def test_a_kernel_that_a_triton_does_not_compile_is_named():
+    code = """
+from fastamp.codegen import check
+(good,) = [case for case in check.one_of_each() if case.kernel.__name__ == "_mix_kernel"]
+bad = good._replace(name="of three columns", constants={**good.constants, "BLOCK_N": 3})
+check.one_of_each = lambda: iter([good, bad])
+check.main([])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1, run.stderr[-3000:]
+    assert run.stdout.count("_mix_kernel [of three columns] for ") == 2
+    assert run.stdout.splitlines()[-1].endswith("2 of 4 compiled")
+
+
+def test_the_oldest_triton_that_is_checked_is_the_oldest_that_can_be_installed():
+    root = Path(__file__).parents[1]
+    (oldest,) = re.findall(r"\"triton>=([\d.]+);", (root / "pyproject.toml").read_text())
+    checked = re.findall(r"\{triton: ([\d.]+),", (root / ".github" / "workflows" / "ci.yml").read_text())
+    (tested,) = re.findall(r"^triton==([\d.]+)$", (root / "constraints.txt").read_text(), re.MULTILINE)
+    versions = [tuple(map(int, version.split("."))) for version in (oldest, tested, checked[-1])]
+    assert checked[0] == oldest
+    assert versions == sorted(versions)
 
 
 def test_what_has_become_worse_is_told_by_name():

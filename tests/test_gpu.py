@@ -130,6 +130,27 @@ def test_a_captured_step_replays_on_new_inputs(backend, batch, classes, reductio
     assert torch.equal(grad, expected_grad)
 
 
+def test_a_captured_backward_replays_twice_for_one_forward():
+    """2: a second backward rescales saved gradients."""
+    case = random_case(200, 1000)
+    logits, factor = case.logits.clone().requires_grad_(), torch.tensor(4.0)
+    criterion, mix = AMPLoss(), Mix(case.lam, case.partner)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        (expected,) = torch.autograd.grad(criterion(logits, case.target, mix=mix), logits, factor)
+    torch.cuda.current_stream().wait_stream(stream)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        loss = criterion(logits, case.target, mix=mix)
+    with torch.cuda.graph(backward):
+        (grad,) = torch.autograd.grad(loss, logits, factor)
+    forward.replay()
+    for _ in range(2):
+        backward.replay()
+        torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < 2, reason="needs two devices")
 def test_a_tensor_on_another_device_than_the_current_one():
     """16: the kernel is launched on the device of its tensors."""

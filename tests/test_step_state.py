@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastamp import AMPLoss, Mix, reference
-from fastamp.randomness import RecordedMasks
+from fastamp.randomness import RecordedMasks, capturing
 
 PLANS = ["auto", "merged", "both"]
 
@@ -168,6 +168,23 @@ def in_capture(monkeypatch):
 
     monkeypatch.setattr(torch, "get_rng_state", forbidden)
     monkeypatch.setattr(torch, "set_rng_state", forbidden)
+
+
+def test_whether_a_graph_is_captured_is_asked_of_the_tensors_device(monkeypatch):
+    """Device 1 captures while device 0 is the current one."""
+    current = [0]
+
+    def exchange(index):
+        current[0], before = index, current[0]
+        return before
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [1])
+    assert capturing(torch.device("cuda", 1))
+    assert not capturing(torch.device("cuda", 0))
+    assert current == [0]
+    assert not capturing(torch.device("cpu"))
 
 
 def test_a_captured_step_decides_nothing_by_values(in_capture, monkeypatch):
