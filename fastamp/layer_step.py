@@ -7,6 +7,7 @@ plans, all exact:
     sub-batch    5+3n/B   the same, and the n rows that keep λ go through f once more, alone
     merged       6        forward at λ, backward to hidden, forward at λ' without a graph, then one pass at λ*
     both         7        forward at λ, backward to hidden, forward at λ', backward through both graphs
+                 8        of a compiled f, whose graph may be gone through once: a second forward at λ for the backward
 """
 
 from __future__ import annotations
@@ -198,19 +199,23 @@ class _Step:
         random: RandomStates | RecordedMasks = RecordedMasks() if in_capture else RandomStates(device)
         statistics = BatchStatistics(self.f)
         both = amp and (plan == "both" or statistics.couple_rows or (redrawn and in_capture))
+        repeats = not (redrawn and in_capture)  # whether a pass with the same random numbers can be had
 
         with (
             torch.enable_grad(),
             statistics.watch(),
-            _without_parameters(self.f) if statistics.is_compiled and not (both or redrawn) else nullcontext(),
-            nullcontext() if redrawn and in_capture else random,
+            _without_parameters(self.f) if statistics.is_compiled and repeats else nullcontext(),
+            random if repeats else nullcontext(),
         ):
             mixed, edges = self._mixed_with_edges()
             logits = self.learn(self.logits(mixed))
         del mixed
         both = both or (amp and (statistics.couple_rows or (redrawn and random.drew)))
-        grads = self._pull(logits, edges, retain=both)
-        if not both:
+        grads, kept = self._pull(logits, edges, retain=both and not (statistics.is_compiled and repeats))
+        if both and not kept:
+            with torch.enable_grad(), statistics.frozen(), random.again():
+                logits = check_outputs(self.logits(self.mixed(self.lam)), len(self.lam), classes=logits.shape[1])
+        elif not both:
             logits = logits.detach().clone()  # f may be a CUDA graph, whose next run writes over what it returned
         slope, lam_adv, mixed_adv = self.remix(grads)
         del grads, edges
@@ -259,16 +264,26 @@ class _Step:
         mixed = [hidden_ops.mixed(leaf, self.lam, self.partner) for leaf in leaves]
         return mixed, [get_gradient_edge(part) for part in mixed]
 
-    def _pull(self, logits: Tensor, edges: list[GradientEdge], *, retain: bool) -> Sequence[Tensor | None]:
-        """The scaled gradient of the summed row losses to the mixed parts; nobody's `.grad` is touched."""
+    def _pull(self, logits: Tensor, edges: list[GradientEdge], *, retain: bool) -> tuple[Sequence[Tensor | None], bool]:
+        """The scaled gradient of the summed row losses to the mixed parts; nobody's `.grad` is touched.
+
+        And whether the graph was kept, which that of a compiled function inside f may refuse.
+        """
         unreached = "f's logits do not depend on hidden, so no gradient reaches λ"
         if not logits.requires_grad:
             raise ValueError(f"{unreached}: does f detach it, or run under torch.no_grad()?")
         upstream = self.upstream(self.select(logits, None), logits)
-        grads = torch.autograd.grad([logits], edges, [upstream], retain_graph=retain, allow_unused=True)
+        try:
+            grads = torch.autograd.grad([logits], edges, [upstream], retain_graph=retain, allow_unused=True)
+        except RuntimeError as error:
+            if not (retain and "donated buffer" in str(error)):
+                raise
+            # A compiled function that f calls, which nothing shows; torch refuses before it has touched a buffer.
+            retain = False
+            grads = torch.autograd.grad([logits], edges, [upstream], allow_unused=True)
         if all(grad is None for grad in grads):
             raise ValueError(unreached)
-        return grads
+        return grads, retain
 
     def _logits_of(self, rows: Tensor) -> Tensor:
         """Run f on some rows alone, mixed at λ."""

@@ -298,10 +298,11 @@ class AMPLoss(nn.Module):
                 plain Mixup costs 3: "auto" costs 5 where every row takes λ', 5 + 3n/B where n rows that keep λ can be
                 run again on their own (their backward holds a second set of parameter gradients for a while), else 6;
                 it looks at the device once to decide. "merged" costs 6, in plain Mixup's memory, and looks at
-                nothing. "both" costs 7 and keeps two graphs, and is taken, whatever is asked for, where rows depend
-                on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA graph is captured, and
-                inside torch.compile, "auto" is "merged"; a compiled f is given whole batches only. Batch normalisation
-                by F.batch_norm, or inside a compiled or scripted function, is not noticed: ask for "both".
+                nothing. "both" costs 7 (8 with a compiled f) and keeps two graphs, and is taken, whatever is asked
+                for, where rows depend on each other (BatchNorm in train mode) or dropout is redrawn. While a CUDA
+                graph is captured, and inside torch.compile, "auto" is "merged"; a compiled f is given whole batches
+                only. Batch normalisation by F.batch_norm, or inside a compiled or scripted function, is not noticed:
+                ask for "both".
             return_stats: also return a `MixStats`, whose `plan` is "adversarial", "sub-batch", "merged", "both"
                 or, for mode="mixup", "mixup".
 
