@@ -60,6 +60,7 @@ class How(NamedTuple):
     dtype: torch.dtype  # of the products
     by_triton: bool
     all_kept: bool  # promises that no label equals ignore_index
+    never_rejects: bool  # promises that every row takes λ'
 
 
 class Chunk(NamedTuple):
@@ -310,7 +311,7 @@ def _rows_by_kernel(
     from fastamp.ops import row_policy
 
     # The rows outside make a chunk's partners a permutation that need not be its own inverse.
-    policy = row_policy(how.policy, lam.dtype)._replace(matched=False)
+    policy = row_policy(how.policy, lam.dtype, never_rejects=how.never_rejects)._replace(matched=False)
     rows = kernels.amp_cross_entropy_forward(
         logits,
         target,

@@ -215,17 +215,21 @@ def _cross_entropy_rows(
     loss, g = loss_and_grad(x, target)
     grad = scaled_grad((g * d).sum(1), policy, grad_divisor)
     lam_adv = step_lam(lam, grad, policy)
-    eta = lam_adv - lam
-    u = eta.unsqueeze(1) * d
+    u = (lam_adv - lam).unsqueeze(1) * d
+    delta = loss_change(x, u, target)
+    g_adv = loss_and_grad(x + u, target)[1] if need_grad else None
+    return selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
+
+
+def loss_change(x: Tensor, u: Tensor, target: Target) -> Tensor:
+    """(B,) ℓ(x + u) - ℓ(x) of cross-entropy, without the cancellation of a difference."""
     logp = x.log_softmax(1)
-    # Where some |ηd| is large expm1 may overflow, or p underflow, and there is no cancellation to avoid.
+    # Where some |u| is large expm1 may overflow, or p underflow, and there is no cancellation to avoid.
     near = u.abs().amax(1) <= 1
     near_change = torch.log1p((logp.exp() * torch.expm1(u.clamp(-1, 1))).sum(1))
     far_change = (logp + u).logsumexp(1)
     total = 1 if target.total is None else target.total
-    delta = total * torch.where(near, near_change, far_change) - eta * (target.on * d).sum(1)
-    g_adv = loss_and_grad(x + u, target)[1] if need_grad else None
-    return selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
+    return total * torch.where(near, near_change, far_change) - (target.on * u).sum(1)
 
 
 def _tame_cross_entropy_rows(
@@ -259,8 +263,6 @@ def _tame_cross_entropy_rows(
     if need_grad:
         p_adv = p.add_(gain).div_((1 + gain_sum).unsqueeze(1))  # g does not share p's memory
         g_adv = (p_adv if total is None else total * p_adv).sub_(target.on)
-    if policy.never_rejects:
-        return Rows(loss.add_(delta), lam_adv, g_adv, lam_adv, grad, delta, torch.ones_like(lam) > 0)
     return selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
 
 
@@ -275,22 +277,35 @@ def tame_total(
     *,
     need_grad: bool,
     all_kept: bool,
-) -> tuple[Tensor, Tensor | None]:
+    return_stats: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The negative of the summed loss, and the loss's complete gradient, in the fewest operations.
 
-    Where MinOp never rejects and nobody asked for statistics, only the loss at λ' is needed, and of the pass at λ
-    only its softmax. For tame cross-entropy.
+    Where MinOp never rejects only the loss at λ' is needed, and of the pass at λ only its softmax. For tame
+    cross-entropy. The statistics, λ', ∇λ, δ and the mask, are made on request, beside the loss and not on its way: it
+    has the same bits without them.
     """
     x = logits.to(lam.dtype)
     other = x.index_select(0, partner)
     d = x - other
     column = lam.unsqueeze(1)
-    p = None if policy.mode == "mixup" else torch.addcmul(other, column, d).softmax(1)
+    p = None
+    if policy.mode != "mixup" or return_stats:
+        p = torch.addcmul(other, column, d).softmax(1)
     on, _, total = mixed_target(target, lam, partner, logits.shape[1], weight, policy, all_kept=all_kept)
+    stats: tuple[Tensor, ...] = ()
     if p is not None:
+        softmax = p.clone() if return_stats else p
         p = p if total is None else p.mul_(total.unsqueeze(1))
-        slope = p.sub_(on).mul_(d).sum(1, keepdim=True)
-        column = step_lam(column, scaled_grad(slope, policy, grad_divisor), policy)
+        slope = scaled_grad(p.sub_(on).mul_(d).sum(1, keepdim=True), policy, grad_divisor)
+        column = step_lam(column, slope, policy)
+        if return_stats:
+            u = (column - lam.unsqueeze(1)) * d
+            change = torch.log1p(softmax.mul_(torch.expm1(u)).sum(1))
+            delta = (change if total is None else total * change) - (on * u).sum(1)
+            took = torch.full_like(lam, policy.mode != "mixup", dtype=torch.bool)
+            stats = (column.squeeze(1), slope.squeeze(1), delta, took)
+        del softmax
     # Of many classes each of these is large: what has served goes before the next is made.
     del p
     x = other.addcmul_(column, d)
@@ -299,12 +314,12 @@ def tame_total(
     del x
     negative_loss = (on * logp).sum()
     if not need_grad:
-        return negative_loss, None
+        return negative_loss, None, stats
     g = logp.exp_()
     g = (g if total is None else g.mul_(total.unsqueeze(1))).sub_(on)
     del on
     own = g * column
-    return negative_loss, own.index_add_(0, partner, g.sub_(own))
+    return negative_loss, own.index_add_(0, partner, g.sub_(own)), stats
 
 
 def scaled_grad(grad: Tensor, policy: Policy, grad_divisor: Tensor | float) -> Tensor:

@@ -48,18 +48,25 @@ def linear_amp_rows(
     other = hidden.index_select(0, partner)
     d = hidden - other
 
-    def at(coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def at(coefficient: Tensor) -> tuple[Tensor, Tensor]:
         m = torch.addcmul(other, coefficient.unsqueeze(1), d)
         slope = (m > 0).to(m.dtype) if relu else torch.ones_like(m)
-        slope = slope if keep is None else slope * keep
-        head_input = m * slope
-        loss, g = closed_form.loss_and_grad(F.linear(head_input, weight, bias), mixed)
-        return loss, g, head_input, (g @ weight) * slope
+        return m, slope if keep is None else slope * keep
 
-    loss, g, head_input, grad_m = at(lam)
+    m, slope = at(lam)
+    head_input = m * slope
+    x = F.linear(head_input, weight, bias)
+    loss, g = closed_form.loss_and_grad(x, mixed)
+    grad_m = (g @ weight) * slope
     grad = closed_form.scaled_grad((grad_m * d).sum(1), policy, grad_divisor)
     lam_adv = closed_form.step_lam(lam, grad, policy)
-    loss_adv, g_adv, head_input_adv, grad_m_adv = at(lam_adv)
-    rows = closed_form.selected(loss, loss_adv - loss, lam, lam_adv, grad, g, g_adv, policy)
+    m_adv, slope_adv = at(lam_adv)
+    # Where the slope is that of λ the change of m is known without its rounding.
+    step = torch.where(slope_adv == slope, (lam_adv - lam).unsqueeze(1) * d * slope, m_adv * slope_adv - head_input)
+    u = F.linear(step, weight)
+    loss_adv, g_adv = closed_form.loss_and_grad(x + u, mixed)
+    delta = loss_adv - loss if policy.loss == "softmax_bce" else closed_form.loss_change(x, u, mixed)
+    rows = closed_form.selected(loss, delta, lam, lam_adv, grad, g, g_adv, policy)
     took = rows.mask.unsqueeze(1)
-    return rows, torch.where(took, head_input_adv, head_input), torch.where(took, grad_m_adv, grad_m)
+    grad_m = torch.where(took, (g_adv @ weight) * slope_adv, grad_m)
+    return rows, torch.where(took, head_input + step, head_input), grad_m

@@ -19,8 +19,8 @@ from fastamp.mixing import MixStats
 from fastamp.policy import Policy
 
 
-def row_policy(policy: Policy, dtype: torch.dtype) -> RowPolicy:
-    """What the kernels are compiled for."""
+def row_policy(policy: Policy, dtype: torch.dtype, *, never_rejects: bool = False) -> RowPolicy:
+    """What the kernels are compiled for; `never_rejects` promises that every row takes λ'."""
     tie_abs, tie_rel = policy.tie_bounds(dtype)
     return RowPolicy(
         mode=policy.mode,
@@ -31,7 +31,7 @@ def row_policy(policy: Policy, dtype: torch.dtype) -> RowPolicy:
         label_smoothing=policy.label_smoothing,
         tie_abs=tie_abs,
         tie_rel=tie_rel,
-        never_rejects=policy.never_rejects,
+        never_rejects=never_rejects,
         matched=policy.pairing == "matching",
     )
 
@@ -47,6 +47,7 @@ def amp_cross_entropy(
     num_items: float | Tensor | None,
     grad_divisor: Tensor | None,
     *,
+    never_rejects: bool,
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`fastamp.functional.amp_cross_entropy` on Triton, for checked arguments and B >= 1."""
@@ -62,11 +63,12 @@ def amp_cross_entropy(
             "sum",
             None,
             grad_divisor,
+            never_rejects=never_rejects,
             return_stats=return_stats,
         )
         return loss / num_items.to(loss.dtype), stats
     divisor = None if reduction == "none" else 1.0 if reduction == "sum" else float(num_items or 0)
-    compiled_for = row_policy(policy, lam.dtype)
+    compiled_for = row_policy(policy, lam.dtype, never_rejects=never_rejects)
     if torch.compiler.is_compiling():
         rows, loss = _operator(
             logits,
@@ -269,6 +271,7 @@ def linear_amp_cross_entropy(
     num_items: float | Tensor | None,
     grad_divisor: Tensor | None,
     *,
+    never_rejects: bool,
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`fastamp.functional.linear_amp_cross_entropy` on Triton, for checked arguments and a head that fits."""
@@ -286,7 +289,7 @@ def linear_amp_cross_entropy(
         keep,
         weight,
         grad_divisor,
-        row_policy(policy, lam.dtype),
+        row_policy(policy, lam.dtype, never_rejects=never_rejects),
         relu,
         policy.step_size,
         divisor,

@@ -42,11 +42,6 @@ class Policy(NamedTuple):
         return float(self.tie_tol), 0.0
 
     @property
-    def never_rejects(self) -> bool:
-        """Whether MinOp provably keeps every λ' (cross-entropy is convex in λ; rounding counts as a tie)."""
-        return self.mode == "maxop" or (self.mode == "amp" and self.loss == "cross_entropy" and self.tie_tol == "auto")
-
-    @property
     def lam_reach(self) -> float:
         """An upper bound on |λ' - λ|; infinite without a clip."""
         if self.mode == "mixup":

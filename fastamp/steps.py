@@ -44,6 +44,30 @@ def labels_facts(target: Tensor, classes: int, policy: Policy) -> bool:
     return labels_all_kept(target, classes, policy.ignore_index)
 
 
+def never_rejects(
+    policy: Policy, target: Tensor, weight: Tensor | None, num_items: float | Tensor | None, *, affine: bool = True
+) -> bool:
+    """Whether it is known beforehand that every row takes λ': by choice, or by convexity with rounding as a tie.
+
+    ℓ = S·lse(x) - ⟨t, x⟩ is convex in λ where x is affine in λ and the target's mass S is not negative. Then
+    δ >= η∇λ, which is not negative where η has the sign of ∇λ: where that is divided by no negative number.
+    """
+    if policy.mode != "amp":
+        return policy.mode == "maxop"
+    if policy.loss != "cross_entropy" or policy.tie_tol != "auto" or not affine:
+        return False
+    if policy.grad_scale == "mean" and isinstance(num_items, Tensor):
+        return False
+    return _not_negative(weight) and (not target.is_floating_point() or _not_negative(target))
+
+
+def _not_negative(mass: Tensor | None) -> bool:
+    """Whether no element is known to be negative: values are looked at on the CPU only."""
+    if mass is None or not mass.numel():
+        return True
+    return mass.device.type == "cpu" and not torch.compiler.is_compiling() and mass.min().item() >= 0
+
+
 def amp_cross_entropy_step(
     logits: Tensor,
     target: Tensor,
@@ -73,23 +97,26 @@ def amp_cross_entropy_step(
             reduction,
             num_items,
             kernel_grad_divisor(target, lam, partner, weight, policy, num_items, facts.all_kept),
+            never_rejects=never_rejects(policy, target, weight, num_items),
             return_stats=return_stats,
         )
     divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, facts.all_kept)
     need_grad = logits.requires_grad and torch.is_grad_enabled()  # inside a Function grad mode is always off
-    if facts.tame and not return_stats and reduction != "none" and _needs_one_loss(policy):
-        loss = _TameTotal.apply(
-            logits, target, lam, partner, weight, divisor, grad_divisor, policy, facts.all_kept, need_grad
+    if facts.tame and reduction != "none" and _needs_one_loss(policy, target, weight, num_items):
+        loss, *stats = _TameTotal.apply(
+            logits, target, lam, partner, weight, divisor, grad_divisor, policy, facts.all_kept, need_grad, return_stats
         )
-        return loss, None
+        return loss, MixStats(lam, *stats) if return_stats else None
     loss, lam_adv, grad, delta, mask = _AmpCrossEntropy.apply(
         logits, target, lam, partner, weight, divisor, grad_divisor, policy, reduction, *facts, need_grad
     )
     return loss, MixStats(lam, lam_adv, grad, delta, mask)
 
 
-def _needs_one_loss(policy: Policy) -> bool:
-    return policy.loss == "cross_entropy" and (policy.never_rejects or policy.mode == "mixup")
+def _needs_one_loss(policy: Policy, target: Tensor, weight: Tensor | None, num_items: float | Tensor | None) -> bool:
+    if policy.loss != "cross_entropy":
+        return False
+    return policy.mode == "mixup" or never_rejects(policy, target, weight, num_items)
 
 
 class _TameTotal(torch.autograd.Function):
@@ -108,8 +135,9 @@ class _TameTotal(torch.autograd.Function):
         policy: Policy,
         all_kept: bool,
         need_grad: bool,
-    ) -> Tensor:
-        negative_loss, grad = closed_form.tame_total(
+        return_stats: bool,
+    ) -> tuple[Tensor, ...]:
+        negative_loss, grad, stats = closed_form.tame_total(
             logits,
             target,
             lam,
@@ -119,18 +147,22 @@ class _TameTotal(torch.autograd.Function):
             grad_divisor,
             need_grad=need_grad,
             all_kept=all_kept,
+            return_stats=return_stats,
         )
+        if stats:
+            ctx.mark_non_differentiable(*stats)
+            ctx.set_materialize_grads(False)
         if grad is not None:
             ctx.save_for_backward(grad, *if_tensor(divisor))
             ctx.divisor, ctx.dtype = divisor if isinstance(divisor, float) else None, logits.dtype
-        return negative_loss.div_(-divisor)
+        return negative_loss.div_(-divisor), *stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad, *divisor = ctx.saved_tensors
         upstream = upstream_of(grad_loss, *divisor or (ctx.divisor,))
-        return ((grad * upstream).to(ctx.dtype), *[None] * 9)
+        return ((grad * upstream).to(ctx.dtype), *[None] * 10)
 
 
 class _AmpCrossEntropy(torch.autograd.Function):
@@ -250,6 +282,7 @@ def linear_step(
             reduction,
             num_items,
             kernel_grad_divisor(target, lam, partner, weight, policy, num_items, all_kept),
+            never_rejects=never_rejects(policy, target, weight, num_items, affine=not relu),
             return_stats=return_stats,
         )
     divisor, grad_divisor = divisors(target, lam, partner, weight, policy, reduction, num_items, all_kept)
@@ -299,7 +332,14 @@ def _chunked_step(
     per_row = chunked_head.gradients_in_backward(dtype, reduces=reduction != "none")
     loss, lam_adv, grad, delta, mask = chunked_head.chunked_losses(
         chunked_head.Head(hidden, linear_weight, linear_bias, target, lam, partner, weight, grad_divisor),
-        chunked_head.How(policy, chunk_rows, dtype, uses_triton(hidden), all_kept),
+        chunked_head.How(
+            policy,
+            chunk_rows,
+            dtype,
+            uses_triton(hidden),
+            all_kept,
+            never_rejects(policy, target, weight, num_items),
+        ),
         needs,
         per_row=per_row,
     )

@@ -191,6 +191,42 @@ def test_with_cross_entropy_a_step_is_never_rejected(backend, seed, scale, step,
     assert (ours.delta[ours.lam_adv == case.lam] == 0).all()
 
 
+NOT_CONVEX = {
+    "a target of negative mass": {"target": -torch.tensor([[0.2, 0.3, 0.5]]).expand(32, 3)},
+    "negative class weights": {"weight": torch.tensor([-1.0, -2.0, -0.5])},
+    "a negative divisor": {"grad_scale": "mean", "num_items": torch.tensor(-1.0)},
+}
+
+
+@pytest.mark.parametrize("where", ["one program", "many_programs", "small_tiles", "pairs", "closed form"])
+@pytest.mark.parametrize("options", NOT_CONVEX.values(), ids=NOT_CONVEX)
+def test_where_the_loss_is_not_convex_a_step_can_be_rejected(request, where, options):
+    """S·lse(x) - ⟨t, x⟩ is convex only for S >= 0, and δ >= η∇λ >= 0 only where η has the sign of ∇λ."""
+    request.getfixturevalue("triton_backend" if where != "closed form" else "request")
+    if where in ("many_programs", "small_tiles"):
+        request.getfixturevalue(where)
+    case = random_case(32, 3, step_size=1.0, grad_clip=None, reduction="sum", **options)
+    target = case.options.pop("target", case.target)
+    if where == "closed form":  # of small logits and steps, the shorter way is taken
+        case.options.update(step_size=10.0, grad_clip=0.02)
+        case = case._replace(logits=case.logits.clamp(-2.5, 2.5))
+    if where == "pairs":
+        request.getfixturevalue("small_tiles")
+        case.options["pairing"] = "matching"
+        case = case._replace(partner=torch.arange(32).view(-1, 2).flip(1).flatten())
+    if where in ("small_tiles", "pairs"):  # more classes than a tile has
+        wide = [torch.full((32, 7), -40.0), torch.zeros(32, 7), torch.ones(7)]
+        case = case._replace(logits=torch.cat([case.logits, wide[0]], 1))
+        target = torch.cat([target, wide[1]], 1) if target.is_floating_point() else target
+        if "weight" in case.options:
+            case.options["weight"] = torch.cat([case.options["weight"], wide[2]])
+    case = case._replace(target=target)
+    ours, truth = by_library(case), by_definition(case, torch.float64)
+    clear = truth.delta.abs() > 1e-5
+    assert (~truth.mask & clear).any()
+    assert torch.equal(ours.mask[clear], truth.mask[clear])
+
+
 def test_with_softmax_bce_a_step_can_be_rejected(backend):
     """The theorem is one of cross-entropy."""
     torch.manual_seed(0)

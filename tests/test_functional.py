@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, assert_no_worse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import laid_out
 from torch import nn
 
@@ -119,6 +121,58 @@ def test_a_head_takes_probabilities(backend):
     head = Head()
     head.target = 0.9 * torch.rand(7, 4).softmax(1)
     head.assert_contract(step_size=0.1)
+
+
+def rejected(head, **options):
+    """How many rows keep λ by the definition; ours are the same, wherever δ is clear of rounding."""
+    batch = (*head.tensors(), head.target, head.lam, head.partner)
+    activation = "relu" if head.relu else None
+    _, stats = linear_amp_cross_entropy(
+        *batch, activation=activation, dropout_mask=head.keep, return_stats=True, **options
+    )
+    _, truth, _ = head.by_definition(torch.float64, **options)
+    clear = truth.delta.abs() > 64 * torch.finfo(torch.float32).eps * (1 + truth.row_loss.abs())
+    assert torch.equal(stats.mask[clear], truth.mask[clear])
+    torch.testing.assert_close(stats.delta.double(), truth.delta, rtol=1e-3, atol=2e-6)
+    return int((~truth.mask & clear).sum())
+
+
+def test_behind_a_relu_rows_keep_lambda(backend):
+    """The loss is not convex in λ there."""
+    assert rejected(Head(24, 7, 3, dropout=False), step_size=1.0) > 0
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 2**16),
+    relu=st.booleans(),
+    dropout=st.booleans(),
+    target=st.sampled_from(["labels", "ignored labels", "probabilities", "less mass", "negative mass"]),
+    weight=st.sampled_from(["none", "positive", "of both signs"]),
+    options=st.fixed_dictionaries(
+        {
+            "loss": st.sampled_from(["cross_entropy", "cross_entropy", "softmax_bce"]),
+            "step_size": st.sampled_from([2e-3, 0.1, 1.0]),
+            "grad_clip": st.sampled_from([1.0, None]),
+            "grad_scale": st.sampled_from(["row", "row", "mean"]),
+            "clamp": st.booleans(),
+            "num_items": st.sampled_from([None, torch.tensor(2.0), torch.tensor(-2.0)]),
+        }
+    ),
+)
+def test_a_head_rejects_what_the_definition_rejects(backend, seed, relu, dropout, target, weight, options):
+    """MinOp keeps every λ' for an affine head, cross-entropy, a target mass that is not negative, and nothing else."""
+    torch.manual_seed(seed)
+    batch = 4 if backend == "triton" else 40  # the interpreter is slow
+    head = Head(batch, 6, 3, relu=relu, dropout=dropout)
+    if target == "ignored labels":
+        options["ignore_index"] = 1
+    elif target != "labels":
+        mass = torch.rand(batch, 3).softmax(1)
+        head.target = {"probabilities": mass, "less mass": 0.3 * mass, "negative mass": mass - 0.6}[target]
+    if weight != "none":
+        options["weight"] = torch.rand(3) - (0.5 if weight == "of both signs" else 0)
+    rejected(head, **options)
 
 
 @pytest.mark.parametrize(("batch", "depth", "classes"), [(1, 5, 3), (3, 1, 2), (4, 3, 1), (5, 33, 17), (6, 1030, 3)])

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import HAS_GPU
-
 from layers import FORMATS, formatted
 
 from fastamp import functional

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastamp
 from fastamp import AMPLoss, Mix, reference
-from fastamp.functional import amp_cross_entropy
+from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
 
 
 def batch(size=8, classes=5, dtype=torch.float32):
@@ -47,6 +47,58 @@ def test_the_defaults_are_the_papers_adversarial_mixing_policy(backend):
     )
     torch.testing.assert_close(loss.double(), result.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(result.loss, double)[0], rtol=1e-5, atol=1e-6)
+
+
+def entries(dtype, options):
+    """Every way to a loss and its statistics, as a function of return_stats: the result, and its leaves."""
+    torch.manual_seed(4)
+    target, mix = torch.randint(5, (9,)), Mix(torch.rand(9), torch.randperm(9))
+    logits, hidden = torch.randn(9, 5).to(dtype), torch.randn(9, 6).to(dtype)
+    linear = torch.randn(5, 6).to(dtype)
+    leaves = [leaf.requires_grad_() for leaf in (logits, hidden, linear)]
+
+    def head(**kwargs):
+        return lambda stats: linear_amp_cross_entropy(
+            hidden, linear, None, target, *mix, return_stats=stats, **kwargs, **options
+        )
+
+    def criterion(**kwargs):
+        return lambda stats: AMPLoss(**kwargs, **options)(logits, target, mix=mix, return_stats=stats)
+
+    def step(plan):
+        return lambda stats: AMPLoss(**options).step(
+            lambda m: m @ linear.mT, hidden, target, mix=mix, plan=plan, return_stats=stats
+        )
+
+    return leaves, {
+        "AMPLoss": criterion(),
+        "AMPLoss of weights": criterion(weight=torch.rand(5)),
+        "AMPLoss of moving weights": criterion(reweight="moving"),
+        "amp_cross_entropy": lambda stats: amp_cross_entropy(logits, target, *mix, return_stats=stats, **options),
+        "an affine head": head(),
+        "a head behind a ReLU": head(activation="relu"),
+        "a head in chunks": head(chunk_rows=4),
+        "step": step("auto"),
+        "a merged step": step("merged"),
+        "a step of both": step("both"),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mode", ["amp", "maxop", "mixup"])
+def test_statistics_change_no_bit_of_loss_and_gradient(backend, mode, reduction, dtype):
+    """43."""
+    leaves, calls = entries(dtype, {"mode": mode, "reduction": reduction, "step_size": 0.1})
+    for name, call in calls.items():
+        plain, (loss, stats) = call(False), call(True)
+        assert len(stats.lam_adv) == 9
+        assert torch.equal(plain, loss), name
+        upstream = torch.linspace(-1, 1, 9).to(loss) if reduction == "none" else torch.tensor(0.7).to(loss)
+        for one, other in zip(
+            *(torch.autograd.grad(total, leaves, upstream, allow_unused=True) for total in (plain, loss)), strict=True
+        ):
+            assert one is other is None or torch.equal(one, other), name
 
 
 def test_the_criterion_is_the_function_with_its_options(backend):

@@ -30,7 +30,8 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
     Returns:
         (B, ...) of hidden's dtype and memory format (channels_last stays what it is), differentiable to hidden, with λ
-        a constant; float16 and bfloat16 are mixed in float32 and rounded once. An infinity in either row gives what arithmetic gives, mostly NaN.
+        a constant; float16 and bfloat16 are mixed in float32 and rounded once. An infinity in either row gives what
+        arithmetic gives, mostly NaN.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; integer `hidden` among them.

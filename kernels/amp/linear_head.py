@@ -34,7 +34,7 @@ from .rows import (
     target_tile,
 )
 from .rows_grad import _amp_total_kernel
-from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role
+from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role, loss_change
 from .tuning import batch_class, tuned
 
 FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
@@ -42,13 +42,14 @@ FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
 
 @triton.jit
 def _loss_and_grad(x, on, off, cols, policy: tl.constexpr):
-    """Loss of one row of logits and its gradient (1-3, 12-15)."""
+    """Loss of one row of logits, its gradient (1-3, 12-15), and p for cross-entropy."""
     if policy.bce:
         loss, _, _, _, _, _, _, g = bce_at(x, on, off, cols)
+        p = g
     else:
         loss, p = cross_entropy_at(x, on)
         g = tl.sum(on, 0) * p - on
-    return loss, g
+    return loss, g, p
 
 
 @triton.jit
@@ -59,6 +60,16 @@ def _head(m, keep, w, bias, RELU: tl.constexpr):
         slope = tl.where(m > 0, keep, 0.0)
     a = m * slope
     return a, slope, tl.sum(w * a[None, :], 1) + bias
+
+
+@triton.jit
+def _head_moved(m, m_adv, step, keep, RELU: tl.constexpr):
+    """The head's input at λ' less that at λ, and its slope there; `step` is m' - m without its rounding."""
+    slope = keep
+    if RELU:
+        slope = tl.where(m_adv > 0, keep, 0.0)
+        step = tl.where((m > 0) & (m_adv > 0), step, tl.where(m_adv > 0, m_adv, 0.0) - tl.where(m > 0, m, 0.0))
+    return keep * step, slope
 
 
 @triton.jit
@@ -93,7 +104,8 @@ def _head_role(
     else:
         keep = tl.full(d.shape, 1.0, lam.dtype)
     on, off, share = target_tile(target_ptr, class_weight_ptr, lam, row, other, cols, C, policy)
-    a, slope, x = _head(h_other + lam * d, keep, w, bias, RELU)
+    m = h_other + lam * d
+    a, slope, x = _head(m, keep, w, bias, RELU)
     if not RELU and not policy.bce:
         # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
         dx = tl.where(cols < C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
@@ -102,19 +114,22 @@ def _head_role(
         )
         a = keep * (h_other + lam_sel * d)
     else:
-        loss, g = _loss_and_grad(x, on, off, cols, policy)
+        loss, g, p = _loss_and_grad(x, on, off, cols, policy)
         grad = scaled_grad(row_sum(tl.sum(w * g[:, None], 0) * slope * d), grad_divisor_ptr)
         lam_adv = step_lam(lam, grad, step_size, policy)
         delta = tl.full((), 0.0, lam.dtype)
         takes = takes_adversarial(loss, delta, policy)
         if policy.mode != "mixup":
-            a_adv, slope_adv, x_adv = _head(h_other + lam_adv * d, keep, w, bias, RELU)
-            loss_adv, g_adv = _loss_and_grad(x_adv, on, off, cols, policy)
+            moved, slope_adv = _head_moved(m, h_other + lam_adv * d, (lam_adv - lam) * d, keep, RELU)
+            u = tl.sum(w * moved[None, :], 1)
+            loss_adv, g_adv, _ = _loss_and_grad(x + u, on, off, cols, policy)
             delta = loss_adv - loss
+            if not policy.bce:
+                delta = loss_change(p, on, tl.sum(on, 0), u, delta)
             takes = takes_adversarial(loss, delta, policy)
             loss = tl.where(takes, loss_adv, loss)
             g = tl.where(takes, g_adv, g)
-            a = tl.where(takes, a_adv, a)
+            a = tl.where(takes, a + moved, a)
             slope = tl.where(takes, slope_adv, slope)
         lam_sel = tl.where(takes, lam_adv, lam)
     grad_m = tl.sum(w * g[:, None], 0) * slope

@@ -9,6 +9,7 @@ from .rows import (
     bce_share,
     bce_terms,
     expm1_near,
+    expm1_unit,
     log1p_any,
     row_argmax,
     row_max,
@@ -64,6 +65,14 @@ def cross_entropy_at(x, on):
     p = tl.exp(x)
     sum_exp = row_sum(p)
     return -row_sum(tl.where(on != 0, on * (x - tl.log(sum_exp)), 0.0)), p / sum_exp
+
+
+@triton.jit
+def loss_change(p, on, total, u, far):
+    """δ per row from the change u of its logits (26); `far`, the difference of the losses, where some |u| > 1."""
+    u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
+    near = total * log1p_any(row_sum(p * expm1_unit(u_near))) - row_sum(on * u)
+    return tl.where(row_max(tl.abs(u)) <= 1.0, near, far)
 
 
 @triton.jit

@@ -23,7 +23,6 @@ from .rows import (
     gains,
     load_logits,
     log1p_any,
-    row_max,
     row_shift,
     row_sum,
     target_tile,
@@ -31,7 +30,7 @@ from .rows import (
     tile_mask,
 )
 from .rows_loop import bce_scan
-from .rows_registers import bce_at, cross_entropy_at
+from .rows_registers import bce_at, cross_entropy_at, loss_change
 from .tuning import batch_class, tuned
 
 
@@ -101,9 +100,8 @@ def _select_kernel(
         else:
             loss_adv, p_adv = cross_entropy_at(x_adv, on)
             g = total * p_adv - on
-            u, u_near = _logit_change(x, x_adv)
-            near = total * log1p_any(row_sum(p * expm1_unit(u_near))) - row_sum(on * u)
-            delta = tl.where(row_max(tl.abs(u)) <= 1.0, near, loss_adv - loss)
+            u, _ = _logit_change(x, x_adv)
+            delta = loss_change(p, on, total, u, loss_adv - loss)
         tl.store(grad_adv_ptr + row * C + cols, g, mask=mask)
         loss, takes = _chosen(loss, loss_adv, delta, policy)
     tl.store(loss_ptr + row, loss, mask=ok)
