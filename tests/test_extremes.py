@@ -207,6 +207,9 @@ def test_where_the_loss_is_not_convex_a_step_can_be_rejected(request, where, opt
         request.getfixturevalue(where)
     case = random_case(32, 3, step_size=1.0, grad_clip=None, reduction="sum", **options)
     target = case.options.pop("target", case.target)
+    if where == "closed form":  # of small logits and steps, the shorter way is taken
+        case.options.update(step_size=10.0, grad_clip=0.02)
+        case = case._replace(logits=case.logits.clamp(-2.5, 2.5))
     if where == "pairs":
         request.getfixturevalue("small_tiles")
         case.options["pairing"] = "matching"
@@ -219,7 +222,7 @@ def test_where_the_loss_is_not_convex_a_step_can_be_rejected(request, where, opt
             case.options["weight"] = torch.cat([case.options["weight"], wide[2]])
     case = case._replace(target=target)
     ours, truth = by_library(case), by_definition(case, torch.float64)
-    clear = truth.delta.abs() > 1e-4
+    clear = truth.delta.abs() > 1e-5
     assert (~truth.mask & clear).any()
     assert torch.equal(ours.mask[clear], truth.mask[clear])
 

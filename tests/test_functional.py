@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, INTERPRETED, assert_no_worse
-from hypothesis import given
+from conftest import DTYPES, assert_no_worse
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import laid_out
 from torch import nn
@@ -123,12 +123,15 @@ def test_a_head_takes_probabilities(backend):
     head.assert_contract(step_size=0.1)
 
 
-def assert_rejects_what_the_definition_rejects(head, **options):
-    """Wherever δ is clear of rounding; returns how many rows keep λ."""
-    _, stats, _ = head.by_library(**options)
+def rejected(head, **options):
+    """How many rows keep λ by the definition; ours are the same, wherever δ is clear of rounding."""
+    batch = (*head.tensors(), head.target, head.lam, head.partner)
+    activation = "relu" if head.relu else None
+    _, stats = linear_amp_cross_entropy(
+        *batch, activation=activation, dropout_mask=head.keep, return_stats=True, **options
+    )
     _, truth, _ = head.by_definition(torch.float64, **options)
-    noise = 64 * torch.finfo(torch.float32).eps * (1 + truth.row_loss.abs())
-    clear = truth.delta.abs() > noise
+    clear = truth.delta.abs() > 64 * torch.finfo(torch.float32).eps * (1 + truth.row_loss.abs())
     assert torch.equal(stats.mask[clear], truth.mask[clear])
     torch.testing.assert_close(stats.delta.double(), truth.delta, rtol=1e-3, atol=2e-6)
     return int((~truth.mask & clear).sum())
@@ -136,13 +139,10 @@ def assert_rejects_what_the_definition_rejects(head, **options):
 
 def test_behind_a_relu_rows_keep_lambda(backend):
     """The loss is not convex in λ there."""
-    torch.manual_seed(2)
-    head = Head(100, 7, 3, dropout=False, bias=False)
-    head.linear_weight = head.linear_weight / 7**0.5
-    assert assert_rejects_what_the_definition_rejects(head, step_size=0.1) > 0
+    assert rejected(Head(24, 7, 3, dropout=False), step_size=1.0) > 0
 
 
-@INTERPRETED
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**16),
     relu=st.booleans(),
@@ -163,15 +163,16 @@ def test_behind_a_relu_rows_keep_lambda(backend):
 def test_a_head_rejects_what_the_definition_rejects(backend, seed, relu, dropout, target, weight, options):
     """MinOp keeps every λ' for an affine head, cross-entropy, a target mass that is not negative, and nothing else."""
     torch.manual_seed(seed)
-    head = Head(12, 6, 3, relu=relu, dropout=dropout)
+    batch = 4 if backend == "triton" else 40  # the interpreter is slow
+    head = Head(batch, 6, 3, relu=relu, dropout=dropout)
     if target == "ignored labels":
         options["ignore_index"] = 1
     elif target != "labels":
-        mass = torch.rand(12, 3).softmax(1)
+        mass = torch.rand(batch, 3).softmax(1)
         head.target = {"probabilities": mass, "less mass": 0.3 * mass, "negative mass": mass - 0.6}[target]
     if weight != "none":
         options["weight"] = torch.rand(3) - (0.5 if weight == "of both signs" else 0)
-    assert_rejects_what_the_definition_rejects(head, **options)
+    rejected(head, **options)
 
 
 @pytest.mark.parametrize(("batch", "depth", "classes"), [(1, 5, 3), (3, 1, 2), (4, 3, 1), (5, 33, 17), (6, 1030, 3)])
