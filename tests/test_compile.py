@@ -1,18 +1,23 @@
 """torch.compile: whole graphs, the numbers of eager mode, new draws in every call; the registered operators."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo
 from conftest import HAS_GPU, random_case
+from test_mixing import assert_beta
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import fastamp
-from fastamp import AMPLoss, Mix
+from fastamp import AMPLoss, Mix, functional
 from fastamp.functional import amp_cross_entropy
+from fastamp.models import NonlinearMixup, TextCNN
 from fastamp.policy import Policy
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+WHOLE = {"fullgraph": True, "backend": "aot_eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +153,124 @@ def test_batches_of_any_size_pass_one_dynamic_graph(backend):
         torch.testing.assert_close(*[torch.autograd.grad(loss, logits)[0] for loss in losses], **CLOSE)
         first = first or len(graphs)  # the compiler may begin again before it is content
     assert len(graphs) == first
+
+
+SIZES = (8, 8, 5, 7, 6)  # a partial batch makes the sizes symbols, odd ones among them
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("pairing", ["permutation", "matching"])
+def test_a_graph_draws_for_batches_of_any_size_what_eager_mode_draws(torch_backend, pairing, alpha, dynamic):
+    """29, 37: torch.rand takes no symbolic size beside generator=None."""
+    criterion = AMPLoss(alpha=alpha, pairing=pairing)
+    sample = torch.compile(criterion.sample, **WHOLE, dynamic=dynamic)
+    for size in SIZES:
+        draws = []
+        for draw in (sample, criterion.sample):
+            torch.manual_seed(size)
+            draws.append([draw(size, device="cpu") for _ in range(2)])
+        for ours, eager in zip(*draws, strict=True):
+            assert torch.equal(ours.lam, eager.lam)
+            assert torch.equal(ours.partner, eager.partner)
+        assert not torch.equal(draws[0][0].lam, draws[0][1].lam)
+    mix = sample(20_001, device="cpu")
+    assert_beta(mix.lam, alpha)
+    rows = torch.arange(20_001)
+    assert torch.equal(mix.partner.sort().values, rows)
+    assert pairing != "matching" or torch.equal(mix.partner[mix.partner], rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "reweight": "moving"}, {"pairing": "matching"}], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_compiled_loop_takes_a_smaller_last_batch(backend, options, soft):
+    """28, 37."""
+    criterion = AMPLoss(**options)
+
+    def step(logits, target):
+        mix = criterion.sample(len(logits), device=logits.device)
+        return criterion(2 * logits, target, mix=mix), mix
+
+    fast = torch.compile(step, **WHOLE)
+    for size in SIZES[1:-1]:
+        logits, labels, _ = batch(size)
+        target = torch.rand(size, 5).softmax(1) if soft else labels
+        state = copy.deepcopy(criterion.state_dict())
+        loss, mix = fast(logits, target)
+        criterion.load_state_dict(state)
+        expected = criterion(2 * logits, target, mix=mix)
+        torch.testing.assert_close(loss, expected, **CLOSE)
+        grads = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*grads, **CLOSE)
+
+
+def test_inductor_takes_batches_of_any_size(torch_backend):
+    """37."""
+    criterion = AMPLoss()
+    fast = torch.compile(criterion, fullgraph=True, dynamic=True)
+    for size in (8, 5, 7):
+        logits, target, _ = batch(size)
+        losses = [fast(logits, target) for _ in range(2)]
+        assert losses[0] != losses[1]
+        losses[0].backward()
+        assert logits.grad.isfinite().all()
+
+
+def every_function(hidden, logits, labels, soft, lam, partner, head):
+    """The results of every function, with numbers among its options, which dynamic=True makes symbols."""
+    mix, push = (lam, partner), {"step_size": 0.1, "grad_clip": 0.5}
+    mixed = functional.mix(hidden, *mix)
+    results = [mixed, functional.lambda_grad(mixed, hidden, partner), *functional.remix(hidden, *mix, mixed, **push)]
+    for target in (labels, soft):
+        for options in ({}, {"label_smoothing": 0.1, "tie_tol": 1e-6, "num_items": 3.5, **push}):
+            results.append(functional.amp_cross_entropy(logits, target, *mix, **options))
+            for activation in (None, "relu"):
+                loss = functional.linear_amp_cross_entropy(
+                    hidden, *head, target, *mix, activation=activation, **options
+                )
+                results.append(loss)
+        results += functional.select_cross_entropy(logits, 1.1 * logits, target, *mix, label_smoothing=0.1)
+    results += functional.select_loss(logits[:, 0], logits[:, 1], tie_tol=1e-6)
+    return [*results, functional.embedding_mix(labels[:, None], head[0], *mix, padding_idx=1)]
+
+
+def test_every_function_compiles_with_dynamic_sizes_and_numbers(backend):
+    """37: math.isfinite of a number that is a symbol breaks the graph."""
+    fast = torch.compile(every_function, **WHOLE, dynamic=True)
+    for size in (6, 5):
+        logits, labels, mix = batch(size)
+        tensors = (torch.randn(size, 7), logits.detach(), labels, torch.rand(size, 5).softmax(1), *mix)
+        head = (torch.randn(5, 7), torch.randn(5))
+        for one, other in zip(fast(*tensors, head), every_function(*tensors, head), strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_a_compiled_head_is_one_graph_for_batches_of_any_size(triton_backend):
+    """37: whether a head fits one launch depends on the number of rows, which a graph must not look at."""
+    graphs = []
+
+    def step(hidden, target, lam, partner, weight):
+        return functional.linear_amp_cross_entropy(hidden, weight, None, target, lam, partner)
+
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend=counting(graphs))
+    weight = torch.randn(5, 7)
+    for size in (6, 40, 300):
+        _, target, mix = batch(size)
+        fast(torch.randn(size, 7), target, *mix, weight)
+    assert len(graphs) == 1
+
+
+def test_nonlinear_mixup_compiles_for_batches_of_any_size(torch_backend):
+    """37."""
+    model = NonlinearMixup(TextCNN(9, 64, embedding_dim=4), num_classes=3, length=6, width=4, alpha=0.5)
+    fast = torch.compile(model.loss, **WHOLE)
+    for size in SIZES[1:-1]:
+        ids, labels = torch.randint(1, 9, (size, 6)), torch.randint(3, (size,))
+        losses = []
+        for loss in (fast, model.loss):
+            torch.manual_seed(1)
+            losses.append(loss(ids, labels))
+        torch.testing.assert_close(*losses, **CLOSE)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second"])
