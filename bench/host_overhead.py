@@ -32,8 +32,9 @@ from triton.runtime.jit import JITFunction
 
 import fastamp
 import fastamp.kernels
-from fastamp import functional, steps
+from fastamp import functional, reduction
 from fastamp.benchmarking import machine, peers
+from fastamp.ops import linear_amp_cross_entropy
 
 CALLS = 200
 SHAPES = ((50, 300, 6), (24, 768, 2), (256, 2048, 1000), (64, 1024, 32000))
@@ -95,10 +96,8 @@ def without_kernels() -> None:
 
     JITFunction.run = run
     os.environ["TRITON_INTERPRET"] = "1"  # from here on only a permission to take CPU tensors
-    steps.labels_facts = lambda *_: False
-    for module in (steps, fastamp.loss, functional.logits):
-        module.host_facts = lambda *_: steps.HostFacts(False, False)
-    functional.logits.checked_mix = lambda lam, *_, **__: lam
+    reduction.labels_all_kept = lambda *_: False
+    linear_amp_cross_entropy.checked_mix = lambda lam, *_, **__: lam
 
 
 def calls(batch: int, width: int, classes: int) -> dict[str, Call]:

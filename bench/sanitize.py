@@ -41,27 +41,24 @@ def small_cases(*, interpreted: bool) -> list[Any]:
     """
     from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, StepCase
 
-    cases: list[Any] = []
-    for loss, long in (("cross_entropy", 4099), ("softmax_bce", 2051)):
-        options: dict[str, Any] = {"loss": loss}
-        marked = {"weighted": True, "ignored": True, "options": {**options, "label_smoothing": 0.1, "tie_tol": 0.0}}
-        relu = {"width": 19, "activation": "relu", "dropout": 0.5, **marked}
-        paired = {**marked, "options": {**marked["options"], "pairing": "matching"}}
-        cases += [
-            StepCase(f"{loss} one program", batch=5, classes=3, options=options),
-            StepCase(f"{loss} groups of rows", batch=67, classes=5, layout="strided", **marked),
-            StepCase(f"{loss} probabilities", batch=5, classes=141, soft=True, weighted=True, options=options),
-            StepCase(f"{loss} long rows", batch=2, classes=long, layout="misaligned", **marked),
-            StepCase(f"{loss} pairs", batch=5, classes=141, options={**options, "pairing": "matching"}),
-            StepCase(f"{loss} marked pairs, long", batch=3, classes=long, layout="misaligned", **paired),
-            StepCase(f"{loss} head", batch=5, classes=5, width=37, layout="strided", options=options),
-            StepCase(f"{loss} relu, dropout", batch=5, classes=3, **relu),
-            StepCase(f"{loss} chunks", batch=5, classes=19, width=7, scale=0.25, chunk_rows=2, **marked),
-            SelectionCase(f"{loss} groups of rows", shape=(37, 5), layout="strided", options=options),
-            SelectionCase(f"{loss} marked", shape=(7, 77), **marked),
-            SelectionCase(f"{loss} long rows", shape=(2, long), layout="misaligned", options=options),
-        ]
-        cases += [] if interpreted else [StepCase(f"{loss} two rows a program", batch=131, classes=3, **relu)]
+    marked = {"weighted": True, "ignored": True, "options": {"label_smoothing": 0.1, "tie_tol": 0.0}}
+    relu = {"width": 19, "activation": "relu", "dropout": 0.5, **marked}
+    paired = {**marked, "options": {**marked["options"], "pairing": "matching"}}
+    cases: list[Any] = [
+        StepCase("one program", batch=5, classes=3),
+        StepCase("groups of rows", batch=67, classes=5, layout="strided", **marked),
+        StepCase("probabilities", batch=5, classes=141, soft=True, weighted=True),
+        StepCase("long rows", batch=2, classes=4099, layout="misaligned", **marked),
+        StepCase("pairs", batch=5, classes=141, options={"pairing": "matching"}),
+        StepCase("marked pairs, long", batch=3, classes=4099, layout="misaligned", **paired),
+        StepCase("head", batch=5, classes=5, width=37, layout="strided"),
+        StepCase("relu, dropout", batch=5, classes=3, **relu),
+        StepCase("chunks", batch=5, classes=19, width=7, scale=0.25, chunk_rows=2, **marked),
+        SelectionCase("groups of rows", shape=(37, 5), layout="strided"),
+        SelectionCase("marked rows", shape=(7, 77), **marked),
+        SelectionCase("long rows", shape=(2, 4099), layout="misaligned"),
+    ]
+    cases += [] if interpreted else [StepCase("two rows a program", batch=131, classes=3, **relu)]
     cases.append(StepCase("pairs, long", batch=3, classes=4099, options={"pairing": "matching"}))
     cases.append(StepCase("chunks, long", batch=3, classes=4099, width=5, scale=0.25, chunk_rows=1))
     for op in ("mix", "lambda_grad", "remix"):

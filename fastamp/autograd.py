@@ -40,7 +40,8 @@ def inside_a_function() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+        given = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "forward" and code.co_argcount else None
+        if isinstance(given, FunctionCtx):
             return True
         frame = frame.f_back
     return False

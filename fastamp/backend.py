@@ -8,6 +8,8 @@ from types import TracebackType
 
 import torch
 
+from fastamp.autograd import in_torch_func
+
 BACKENDS = ("auto", "torch", "triton")
 # Looked for once, without importing it: torch 2.11 cannot trace a search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -52,6 +54,11 @@ def has_triton() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def takes_kernels(rows: torch.Tensor) -> bool:
+    """Whether an operation on rows, of which there have to be some, goes to Triton; torch.func takes no kernels."""
+    return uses_triton(rows) and rows.numel() > 0 and not in_torch_func()
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

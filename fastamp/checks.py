@@ -295,9 +295,14 @@ def checked_mix(
 
 
 def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether no label of a CPU tensor equals ignore_index; ValueError for a label out of range."""
-    if not target.shape[0]:
+    """Whether it is known that no label equals ignore_index; ValueError for a label out of range.
+
+    Only a CPU's values are looked at.
+    """
+    if target.is_floating_point() or not target.shape[0]:
         return True
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
     bounds = torch.aminmax(target)
     low, high = bounds[0].item(), bounds[1].item()
     if low >= 0 and high < classes and not 0 <= ignore_index < classes:

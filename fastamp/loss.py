@@ -17,25 +17,39 @@ from fastamp.checks import (
     check_class_weight,
     check_context,
     check_hidden,
-    check_logits,
     check_outputs,
     checked_mix,
     checked_num_items,
     checked_row_target,
     checked_target,
 )
-from fastamp.layer_step import Hidden, layer_step
-from fastamp.mixing import Mix, MixStats, draw
-from fastamp.policy import Policy, check_choice, check_number, checked_policy
-from fastamp.randomness import check_drawn_once, random_states_kept_on_error, recomputes
-from fastamp.reduction import divided, divisors
+from fastamp.mixing import Mix, MixStats, Mixture, draw
+from fastamp.ops import amp_cross_entropy
+from fastamp.policy import (
+    Dropout,
+    GradScale,
+    Kind,
+    Loss,
+    Mode,
+    Pairing,
+    Plan,
+    Policy,
+    check_choice,
+    check_number,
+    checked_policy,
+)
+from fastamp.reduction import divided
 from fastamp.reweighting import moving_weights, new_window
-from fastamp.steps import amp_cross_entropy_step, host_facts
+from fastamp.step.plans import Hidden, Step, layer_step
+from fastamp.step.randomness import check_drawn_once, random_states_kept_on_error, recomputes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": reference.PAPER,
     "official": {**reference.OFFICIAL, "dropout": "redrawn"},
 }
+
+
+OPTIONS = [name for name in Policy._fields if name != "keeps_all"]  # those that the policy holds
 
 
 class AMPLoss(nn.Module):
@@ -72,7 +86,7 @@ class AMPLoss(nn.Module):
         grad_scale: "row" differentiates each row's loss; "mean" the batch mean, which divides the step by about B.
         clamp: keep λ' inside [0, 1].
         reweight: None, or "moving": rows whose δ = ℓ' - ℓ exceeds the mean μ of the positive δ of the last five
-            steps weigh 1 + (δ-μ)/σ, σ their unbiased standard deviation. Setting it anew starts with no steps.
+            steps weigh 1 + (δ-μ)/σ, σ their unbiased standard deviation. Setting it again forgets them.
         dropout: "shared": both passes of `step` drop out the same; "redrawn": each draws anew, as the published
             code does.
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
@@ -88,8 +102,8 @@ class AMPLoss(nn.Module):
             taken as it is: seed it differently on every rank that has other data, and alike on ranks that share a
             batch; of a CPU generator's seed torch takes the low 32 bits only. The workers of a DataLoader have copies
             of it that all draw the same λ: seed it in worker_init_fn by the worker's number, or draw in the loop.
-            torch.compile(fullgraph=True) cannot trace a draw from a generator of your own: use the default there, or
-            pass `mix`.
+            torch.compile(fullgraph=True) cannot trace a draw from a generator of your own, and a CUDA graph cannot
+            capture one on the CPU: use the default there, or pass `mix`.
 
     Raises:
         TypeError, ValueError: an option that is not one of these, by name.
@@ -98,7 +112,6 @@ class AMPLoss(nn.Module):
     # The options of the policy, which holds them
     mode: str
     loss: str
-    step_size: float
     grad_clip: float | None
     grad_scale: str
     clamp: bool
@@ -107,6 +120,8 @@ class AMPLoss(nn.Module):
     label_smoothing: float
     pairing: str
 
+    alpha: float
+    step_size: float
     weight: Tensor | None
     generator: torch.Generator | None
     generator_state: Tensor  # as it was when state_dict was last made or loaded
@@ -120,25 +135,24 @@ class AMPLoss(nn.Module):
         *,
         alpha: float = 1.0,
         step_size: float = 2e-3,
-        mode: str = "amp",
-        loss: str = "cross_entropy",
+        mode: Mode = "amp",
+        loss: Loss = "cross_entropy",
         grad_clip: float | None = 1.0,
-        grad_scale: str = "row",
+        grad_scale: GradScale = "row",
         clamp: bool = False,
         reweight: str | None = None,
-        dropout: str = "shared",
+        dropout: Dropout = "shared",
         tie_tol: float | str = "auto",
-        pairing: str = "permutation",
+        pairing: Pairing = "permutation",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
+        reduction: Kind = "mean",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.policy = checked_policy(
             mode=mode,
             loss=loss,
-            step_size=step_size,
             grad_clip=grad_clip,
             grad_scale=grad_scale,
             clamp=clamp,
@@ -147,18 +161,19 @@ class AMPLoss(nn.Module):
             label_smoothing=label_smoothing,
             pairing=pairing,
         )
-        self.alpha, self.reduction, self.reweight = alpha, reduction, reweight
-        self.dropout = dropout
+        self.alpha, self.step_size = alpha, step_size
+        self.reduction, self.reweight, self.dropout = reduction, reweight, dropout
         self.generator = generator
         self.register_buffer("weight", None)
         self.weight = weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options are checked, here and nowhere else."""
-        if name in Policy._fields:
-            name, value = "policy", checked_policy(**{**self.policy._asdict(), name: value})
-        elif name == "alpha":
-            check_number(name, value, low=0.0, open_low=True)
+        if name in OPTIONS:
+            options = {option: getattr(self, option) for option in OPTIONS}
+            name, value = "policy", checked_policy(**{**options, name: value})
+        elif name in ("alpha", "step_size"):
+            check_number(name, value, low=0.0, open_low=name == "alpha")
             value = float(value)
         elif name in ("reduction", "reweight", "dropout"):
             check_choice(name, value)
@@ -212,8 +227,10 @@ class AMPLoss(nn.Module):
             Mix(lam (B,) float32, partner (B,) int64).
 
         Raises:
-            TypeError, ValueError: batch_size is no int, or negative.
-            RuntimeError: in the recomputation of an activation checkpoint, where other numbers would be drawn.
+            TypeError, ValueError: batch_size is no int, or negative; a generator on a device without float64, where
+                alpha is not 1.
+            RuntimeError: in the recomputation of an activation checkpoint, where other numbers would be drawn; a CPU
+                generator while a CUDA graph is captured.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
             raise TypeError(f"batch_size must be an int, got {batch_size!r}")
@@ -259,35 +276,22 @@ class AMPLoss(nn.Module):
             raise TypeError(
                 f"AMPLoss got an unexpected keyword argument {name!r}" + advice * (name == "num_items_in_batch")
             )
-        check_logits("logits", logits)
-        target = checked_target(target, logits)
-        check_class_weight(self.weight, logits.shape[1], logits.device)
-        num_items = checked_num_items(num_items, logits.device)
+        kind = self.reduction if self.reweight is None else "none"
+        # Raises for a bad label, before anything is drawn.
+        target, how = amp_cross_entropy.check(logits, target, self.weight, self.policy, kind, num_items)
         if not self.training:
             self._check_eval(mix, return_stats)
-            return self._plain(logits, target, num_items)
+            return self._plain(logits, target, how.num_items)
         refuse_torch_func("AMPLoss in train mode")
         mix = self._checked_train(mix, logits.shape[0], logits.device, stacklevel=5)
-        facts = host_facts(logits, target, self.policy)  # raises for a bad label, before anything is drawn
-        lam, partner = self.sample(logits.shape[0], device=logits.device) if mix is None else mix
-        loss, stats = amp_cross_entropy_step(
-            logits,
-            target,
-            lam,
-            partner,
-            self.weight,
-            self.policy,
-            self.reduction if self.reweight is None else "none",
-            num_items,
-            facts,
-            return_stats=return_stats or self.reweight is not None,
-        )
+        mixture = Mixture(target, *(mix or self.sample(logits.shape[0], device=logits.device)), self.weight)
+        wants_stats = return_stats or self.reweight is not None
+        loss, stats = amp_cross_entropy.dispatch(logits, mixture, self.policy, self.step_size, how, wants_stats)
         if self.reweight is not None and stats is not None:
             divisor: Tensor | float = 1.0
             if self.reduction != "none":
-                divisor, _ = divisors(
-                    target, stats.lam, partner, self.weight, self.policy, self.reduction, num_items, facts.all_kept
-                )
+                mixture = mixture._replace(lam=stats.lam)
+                divisor, _ = how._replace(kind=self.reduction).divisors(mixture, self.policy)
             loss = self._reduced(loss, stats, divisor)
         return (loss, stats) if return_stats and stats is not None else loss
 
@@ -301,7 +305,7 @@ class AMPLoss(nn.Module):
         context: Mapping[str, Tensor | None] | None = None,
         mix: Mix | None = None,
         num_items: float | Tensor | None = None,
-        plan: str = "auto",
+        plan: Plan = "auto",
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -315,7 +319,7 @@ class AMPLoss(nn.Module):
         context: Mapping[str, Tensor | None] | None = None,
         mix: Mix | None = None,
         num_items: float | Tensor | None = None,
-        plan: str = "auto",
+        plan: Plan = "auto",
         return_stats: Literal[True],
     ) -> tuple[Tensor, MixStats]: ...
 
@@ -328,7 +332,7 @@ class AMPLoss(nn.Module):
         context: Mapping[str, Tensor | None] | None = None,
         mix: Mix | None = None,
         num_items: float | Tensor | None = None,
-        plan: str = "auto",
+        plan: Plan = "auto",
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, MixStats]:
         """The loss of a batch that is mixed at any layer; eval mode is the plain cross-entropy of f(hidden).
@@ -394,20 +398,19 @@ class AMPLoss(nn.Module):
             return self._plain(logits, target, num_items)
         mix = self._checked_train(mix, batch, device, stacklevel=3)
         with random_states_kept_on_error(device, self.generator):
-            lam, partner = self.sample(batch, device=device) if mix is None else mix
-            rows = layer_step(
-                f,
-                hidden,
-                target,
-                lam,
-                partner,
+            mixture = Mixture(target, *(mix or self.sample(batch, device=device)), self.weight)
+            step = Step(
+                f=f,
+                hidden=hidden,
+                mixture=mixture,
                 context=context,
-                weight=self.weight,
                 policy=self.policy,
+                step_size=self.step_size,
+                num_items=num_items,
                 redrawn=self.dropout == "redrawn",
                 plan=plan,
-                num_items=num_items,
             )
+            rows = layer_step(step)
         loss = self._reduced(rows.loss, rows.stats, rows.divisor)
         return (loss, rows.stats) if return_stats else loss
 
@@ -428,7 +431,8 @@ class AMPLoss(nn.Module):
         if mix is not None:
             if not isinstance(mix, tuple) or len(mix) != 2:
                 raise TypeError(f"mix must be a fastamp.Mix(lam, partner), got {type(mix).__name__}")
-            mix = Mix(checked_mix(*mix, batch, device, pairing=self.policy.pairing), mix[1])
+            lam = checked_mix(*mix, batch, device, pairing=self.policy.pairing)
+            mix = mix if lam is mix[0] else Mix(lam, mix[1])
         if self.reweight is not None:
             if self.window.device != device:
                 raise ValueError(
@@ -497,13 +501,11 @@ class AMPLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, those that differ from the defaults last in a readable order."""
-        policy = self.policy
-        shown = [f"alpha={self.alpha:g}", f"step_size={policy.step_size:g}", f"mode={policy.mode!r}"]
-        defaults = checked_policy()
+        shown = [f"alpha={self.alpha:g}", f"step_size={self.step_size:g}", f"mode={self.mode!r}"]
         shown += [
-            f"{name}={getattr(policy, name)!r}"
-            for name in policy._fields
-            if name not in ("mode", "step_size") and getattr(policy, name) != getattr(defaults, name)
+            f"{name}={getattr(self, name)!r}"
+            for name in OPTIONS
+            if name != "mode" and getattr(self.policy, name) != Policy._field_defaults[name]
         ]
         if self.reweight is not None:
             shown.append(f"reweight={self.reweight!r}")
@@ -516,5 +518,6 @@ class AMPLoss(nn.Module):
         return ", ".join(shown)
 
 
-for _name in Policy._fields:
+for _name in OPTIONS:
     setattr(AMPLoss, _name, property(attrgetter(f"policy.{_name}")))
+AMPLoss.tie_tol = property(lambda self: "auto" if self.policy.tie_tol is None else self.policy.tie_tol)  # type: ignore

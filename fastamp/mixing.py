@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastamp.randomness import capturing
+from fastamp.step.randomness import capturing
 
 
 class Mix(NamedTuple):
@@ -43,6 +43,20 @@ class Mix(NamedTuple):
         return torch.maximum(mask, mask[self.partner])
 
 
+class Mixture(NamedTuple):
+    """What the rows of a batch become: mixed targets, and what they are weighted by."""
+
+    target: Tensor  # (B,) int64 class indices or (B, C) probabilities, of the unmixed rows
+    lam: Tensor  # (B,)
+    partner: Tensor  # (B,) int64
+    weight: Tensor | None  # (C,) class weights
+
+    def computed_in(self, dtype: torch.dtype) -> Mixture:
+        """The same with λ a constant of `dtype`."""
+        lam = self.lam
+        return self._replace(lam=lam.detach().to(dtype)) if lam.requires_grad or lam.dtype != dtype else self
+
+
 class MixStats(NamedTuple):
     """Facts of one step. Tensors are per row, on the device, detached; reading them is what synchronises."""
 
@@ -66,7 +80,7 @@ def draw(
 
     "permutation" makes partner a uniform random permutation. "matching" makes it a uniform random perfect matching,
     partner[partner[r]] = r; with odd B one random row is its own partner. Random numbers are drawn on the generator's
-    device, and the result is moved to `device`.
+    device, and the result is moved to `device`; what needs float64, on the CPU in place of a device that has none.
 
     Processes of torch.distributed are mostly seeded alike. Drawing from the default generator, each of them therefore
     draws for all, and takes the part of its rank: independent draws, from one seed, without communication.

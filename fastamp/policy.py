@@ -4,63 +4,72 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+Mode = Literal["amp", "maxop", "mixup"]
+Loss = Literal["cross_entropy", "softmax_bce"]
+GradScale = Literal["row", "mean"]
+Kind = Literal["mean", "sum", "none"]
+Pairing = Literal["permutation", "matching"]
+Dropout = Literal["shared", "redrawn"]
+Plan = Literal["auto", "merged", "both"]
+
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "mode": ("amp", "maxop", "mixup"),
-    "loss": ("cross_entropy", "softmax_bce"),
-    "grad_scale": ("row", "mean"),
-    "reduction": ("mean", "sum", "none"),
+    "mode": get_args(Mode),
+    "loss": get_args(Loss),
+    "grad_scale": get_args(GradScale),
+    "reduction": get_args(Kind),
     "reweight": (None, "moving"),
-    "pairing": ("permutation", "matching"),
-    "dropout": ("shared", "redrawn"),
-    "plan": ("auto", "merged", "both"),
+    "pairing": get_args(Pairing),
+    "dropout": get_args(Dropout),
+    "plan": get_args(Plan),
 }
 TIE_ULPS = 4.0
 
 
 class Policy(NamedTuple):
-    """What a row of AMP does with its λ and its loss; `AMPLoss` documents each field."""
+    """What a row of AMP does with its λ and its loss; `AMPLoss` documents each field.
+
+    Kernels are compiled for a policy, and read its fields: newer Tritons hand them a tuple without methods. ε is not
+    among them: it may change with every step.
+    """
 
     mode: str = "amp"
     loss: str = "cross_entropy"
-    step_size: float = 2e-3
     grad_clip: float | None = 1.0
     grad_scale: str = "row"
     clamp: bool = False
-    tie_tol: float | str = "auto"
+    tie_tol: float | None = None  # None is "auto"
     ignore_index: int = -100
     label_smoothing: float = 0.0
     pairing: str = "permutation"
+    keeps_all: bool = False  # promises that every row takes λ': see `known_to_keep_all`
 
     def tie_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """(absolute, relative) parts of the tie tolerance `absolute + relative·max(1, |ℓ|)` in `dtype`."""
-        if isinstance(self.tie_tol, str):
-            return 0.0, TIE_ULPS * torch.finfo(dtype).eps
-        return float(self.tie_tol), 0.0
+        return (0.0, TIE_ULPS * torch.finfo(dtype).eps) if self.tie_tol is None else (self.tie_tol, 0.0)
 
-    @property
-    def lam_reach(self) -> float:
-        """An upper bound on |λ' - λ|; infinite without a clip."""
-        if self.mode == "mixup":
-            return 0.0
-        return math.inf if self.grad_clip is None else self.step_size * self.grad_clip
+    def mangle(self) -> str:
+        """The part of a device function's name that stands for this policy."""
+        return "_".join(map(str, self)).translate(str.maketrans(".", "d", "+")).replace("-", "m")
 
 
 def checked_policy(**options: Any) -> Policy:
-    """A Policy of valid options; ValueError or TypeError naming the first that is not."""
+    """A Policy of valid options, tie_tol as users give it; ValueError or TypeError naming the first that is not."""
+    if options.get("tie_tol") == "auto":
+        options["tie_tol"] = None
+    elif "tie_tol" in options:
+        check_number("tie_tol", options["tie_tol"], low=0.0, also="'auto'")
+        options["tie_tol"] = float(options["tie_tol"])
     policy = Policy(**options)
     for name in ("mode", "loss", "grad_scale", "pairing"):
         check_choice(name, getattr(policy, name))
-    check_number("step_size", policy.step_size, low=0.0)
     if policy.grad_clip is not None:
         check_number("grad_clip", policy.grad_clip, low=0.0, open_low=True, also="None")
     if not isinstance(policy.clamp, bool):
         raise TypeError(f"clamp must be True or False, got {policy.clamp!r}")
-    if policy.tie_tol != "auto":
-        check_number("tie_tol", policy.tie_tol, low=0.0, also="'auto'")
     if isinstance(policy.ignore_index, bool) or not isinstance(policy.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {policy.ignore_index!r}")
     check_number("label_smoothing", policy.label_smoothing, low=0.0, high=1.0)

@@ -23,6 +23,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+# torch.device as a context keeps the functions that it found at its first use, which a fixture may have replaced.
+with torch.device("cpu"):
+    torch.empty(0)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(TOLERANCE)

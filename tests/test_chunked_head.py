@@ -10,8 +10,8 @@ from strategies import laid_out, options
 from torch import nn
 
 import fastamp
-from fastamp import chunked_head
 from fastamp.functional import linear_amp_cross_entropy
+from fastamp.ops import chunked_head
 
 # --- the order of rows
 

@@ -8,10 +8,11 @@ from chunked_calls import NAMES, Call, Made, partners, peak_bytes
 from conftest import assert_no_worse
 from torch import nn
 
-import fastamp
-from fastamp import AMPLoss, Mix, chunked_head
+from fastamp import AMPLoss, Mix
 from fastamp.checks import checked_num_items
 from fastamp.functional import amp_cross_entropy, linear_amp_cross_entropy
+from fastamp.ops import chunked_head
+from fastamp.reduction import Reduction
 
 ALL = (True, True, True)
 
@@ -20,7 +21,12 @@ ALL = (True, True, True)
 
 
 def automatic_rows(batch, depth, classes, dtype, needs=ALL):
-    return chunked_head.automatic_rows(torch.empty((), dtype=dtype).expand(batch, depth), classes, needs)
+    shapes = ((batch, depth), (classes, depth), (classes,))
+    leaves = [
+        torch.empty((), dtype=dtype, requires_grad=need).expand(shape)
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
+    return chunked_head.automatic_rows(chunked_head.Head(*leaves))
 
 
 def wanted_elements(batch, depth, classes, needs):
@@ -290,12 +296,11 @@ def test_every_loss_takes_such_a_count(monkeypatch, of):
     given = []
 
     def step(*arguments, **_):
-        given.append(arguments[-2 if of != "head" else -1])
+        given.extend(one.num_items for one in arguments if isinstance(one, Reduction))
         return torch.zeros(()), None
 
-    monkeypatch.setattr(fastamp.functional.logits, "amp_cross_entropy_step", step)
-    monkeypatch.setattr(fastamp.functional.logits, "linear_step", step)
-    monkeypatch.setattr(fastamp.loss, "amp_cross_entropy_step", step)
+    for operation in ("amp_cross_entropy", "linear_amp_cross_entropy"):
+        monkeypatch.setattr(f"fastamp.ops.{operation}.dispatch", step)
     with torch.device("meta"):
         rows, weight, logits = torch.empty(4, 3), torch.empty(5, 3), torch.empty(4, 5)
         target, lam, partner = torch.empty(4, dtype=torch.int64), torch.empty(4), torch.empty(4, dtype=torch.int64)

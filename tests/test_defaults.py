@@ -16,7 +16,7 @@ from fastamp.data import Vocabulary, embedding_table, load, read_vectors
 from fastamp.data.splits import hold_out, leave_fold_out
 from fastamp.mixing import draw
 from fastamp.models import NonlinearMixup, TextCNN
-from fastamp.randomness import RecordedMasks
+from fastamp.step.randomness import RecordedMasks
 from fastamp.training.batches import Batches, Examples
 
 OPTIONS = [

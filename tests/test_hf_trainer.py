@@ -257,6 +257,7 @@ def test_nothing_is_read_back_between_logs(mix_at: str | int, tmp_path: Path, mo
     # What the criterion and the model look at is theirs; on the CPU that is more than elsewhere.
     criterion.step = within("elsewhere", criterion.step)  # type: ignore[method-assign]
     criterion.forward = within("elsewhere", criterion.forward)  # type: ignore[method-assign]
+    monkeypatch.setattr(fastamp.Mix, "union", within("elsewhere", fastamp.Mix.union))
     trainer.model.bert.forward = within("elsewhere", trainer.model.bert.forward)
     trainer.compute_loss = within("step", trainer.compute_loss)
     loss.pop_logs = within("log", loss.pop_logs)  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ SINGLE = ["_amp_cross_entropy_kernel", "_rescale_kernel"]
 KERNELS = {
     (50, 6, "AMPLoss"): SINGLE,
     (50, 6, "AMPLoss, matching"): SINGLE,
-    (50, 6, "linear_amp_cross_entropy"): ["_linear_head_kernel", "_amp_total_kernel"],
+    (50, 6, "linear_amp_cross_entropy"): ["_linear_amp_cross_entropy_kernel", "_amp_total_kernel"],
     (256, 1000, "AMPLoss"): ["_amp_cross_entropy_kernel", "_amp_total_kernel", "_rescale_kernel"],
     (256, 1000, "AMPLoss, matching"): ["_amp_cross_entropy_kernel", "_amp_total_kernel", "_rescale_kernel"],
     (64, 32000, "AMPLoss"): ["_amp_rows_kernel", "_amp_total_kernel", "_amp_rows_grad_kernel"],

@@ -14,7 +14,7 @@ from fastamp.backend import uses_triton
 OPTIONAL = ("triton", "transformers", "datasets")
 COMMAND_LINE = ("click", "rich", "plotext", "matplotlib")
 PAPER = ("scipy", "filelock")
-HEAVY = (*OPTIONAL, *COMMAND_LINE, *PAPER, "numpy", "fastamp.kernels", "fastamp.ops")
+HEAVY = (*OPTIONAL, *COMMAND_LINE, *PAPER, "numpy", "fastamp.kernels")
 
 STEP = """
 logits = torch.randn(4, 3, requires_grad=True)

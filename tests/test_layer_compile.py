@@ -7,6 +7,8 @@ from conftest import HAS_GPU
 from layers import FORMATS, formatted
 
 from fastamp import functional
+from fastamp.mixing import Mixture
+from fastamp.ops import embedding_mix, mix, remix, select_cross_entropy
 from fastamp.policy import Policy
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
@@ -106,16 +108,15 @@ def test_batches_of_any_size_pass_one_dynamic_graph(backend):
 
 # --- the registered operators
 
-# By name, so that nothing is registered, and Triton not imported, when tests are collected.
-OPERATORS = (
-    "mix",
-    "mix_backward",
-    "lambda_grad",
-    "remix",
-    "embedding_mix",
-    "embedding_mix_backward",
-    "select_cross_entropy",
-)
+OPERATORS = {
+    "mix": mix.forward,
+    "mix_backward": mix.backward,
+    "lambda_grad": remix.forward_grad,
+    "remix": remix.forward,
+    "embedding_mix": embedding_mix.forward,
+    "embedding_mix_backward": embedding_mix.backward,
+    "select_cross_entropy": select_cross_entropy.forward,
+}
 
 
 def operator_arguments(name, layout, dtype):
@@ -129,34 +130,28 @@ def operator_arguments(name, layout, dtype):
 
     lam, partner = torch.rand(4), torch.tensor([1, 2, 3, 0])
     if name in ("mix", "mix_backward"):
-        return rows(4, 6).requires_grad_(), lam, partner
+        return rows(4, 6), lam, partner
     if name == "lambda_grad":
         return rows(4, 6), rows(4, 6), partner
     if name == "remix":
-        return rows(4, 6).requires_grad_(), rows(4, 6), lam, partner, torch.tensor(2.0), "amp", 1.0, True, 0.1
+        return rows(4, 6), rows(4, 6), lam, partner, torch.tensor(2.0), Policy(clamp=True), 0.1
     if name == "embedding_mix":
-        return rows(5, 3).requires_grad_(), torch.randint(5, (4, 2)), lam, partner, 1
+        return rows(5, 3), torch.randint(5, (4, 2)), lam, partner
     if name == "embedding_mix_backward":
-        return rows(4, 2, 3).requires_grad_(), torch.randint(5, (4, 2)), lam, partner, 5, 1
-    from fastamp.ops import row_policy
-
-    policy = row_policy(Policy(), torch.float32)[:-1]  # all but the promise of a matching
+        return rows(4, 2, 3), torch.randint(5, (4, 2)), lam, partner, 5, 1
     adv = rows(4, 3) if layout == "contiguous" else None
-    return rows(4, 3), adv, torch.randint(3, (4,)), lam, partner, torch.rand(3), *policy
+    mixture = Mixture(torch.randint(3, (4,)), lam, partner, torch.rand(3))
+    return rows(4, 3), adv, mixture, Policy(), 0.0, 1e-6
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "stride 0", "channels_last"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_passes_opcheck(triton_backend, name, layout):
-    import fastamp.layer_ops  # noqa: F401 - registers the operators
-
     dtype = torch.bfloat16 if layout == "strided" else torch.float32
-    torch.library.opcheck(getattr(torch.ops.fastamp, name).default, operator_arguments(name, layout, dtype))
+    operator = OPERATORS[name]
+    torch.library.opcheck(operator.registered, operator.unpacked(*operator_arguments(name, layout, dtype)))
 
 
 def test_every_operator_is_tested(triton_backend):
-    import fastamp.layer_ops
-    import fastamp.ops  # noqa: F401
-
     names = [name.removeprefix("fastamp::") for name in torch._C._dispatch_get_all_op_names() if "fastamp::" in name]
     assert {*names} == {*OPERATORS, "amp_cross_entropy", "amp_cross_entropy_backward"}

@@ -10,7 +10,8 @@ from layers import FORMATS, draw, formatted, gradient, rows
 from strategies import LAYOUTS, laid_out
 
 import fastamp
-from fastamp import functional, hidden, reference
+from fastamp import Mix, functional, reference
+from fastamp.ops import mix, remix
 from fastamp.policy import checked_policy
 
 
@@ -153,8 +154,8 @@ def test_the_memory_format_of_rows_is_kept(backend, form):
 def test_the_lambda_gradient_is_divided(tiny_tiles, divisor, width):
     values, grad_mixed = rows(4, width), rows(4, width)
     lam, partner = draw(4)
-    policy = checked_policy(grad_scale="mean", step_size=0.5, clamp=True)
-    grad, lam_adv, mixed = hidden.remixed(values, grad_mixed, lam, partner, policy, divisor)
+    policy = checked_policy(grad_scale="mean", clamp=True)
+    grad, lam_adv, mixed = remix.dispatch(values, grad_mixed, Mix(lam, partner), policy, 0.5, divisor)
     expected = functional.lambda_grad(grad_mixed, values, partner) / 3 if divisor != 0 else torch.zeros(4)
     torch.testing.assert_close(grad, expected)
     torch.testing.assert_close(lam_adv, (lam + 0.5 * grad.clamp(-1, 1)).clamp(0, 1))
@@ -285,10 +286,8 @@ def test_offsets_beyond_two_to_the_31(backend):
 
 def test_the_backend_that_is_set_takes_the_call(monkeypatch):
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from fastamp import layer_ops
-
     taken = []
-    monkeypatch.setattr(layer_ops, "mixed", lambda *arguments: taken.append(arguments) or arguments[0])
+    monkeypatch.setattr(mix, "forward", lambda *arguments: taken.append(arguments) or arguments[0])
     values, draws = torch.zeros(2, 3, device="cuda" if HAS_GPU else "cpu"), draw(2)
     with fastamp.set_backend("torch"):
         functional.mix(values.cpu(), *draws)

@@ -223,9 +223,9 @@ def test_one_lambda_serves_all_rows(backend):
 
 
 def test_preset_paper_is_the_paper_to_the_letter():
-    policy = AMPLoss.preset("paper").policy
-    assert (policy.loss, policy.grad_scale, policy.grad_clip, policy.tie_tol) == ("cross_entropy", "row", 1.0, 0.0)
-    assert (policy.mode, policy.step_size, policy.clamp) == ("amp", 0.002, False)
+    paper = AMPLoss.preset("paper")
+    assert (paper.loss, paper.grad_scale, paper.grad_clip, paper.tie_tol) == ("cross_entropy", "row", 1.0, 0.0)
+    assert (paper.mode, paper.step_size, paper.clamp) == ("amp", 0.002, False)
 
 
 def test_preset_official_computes_what_the_published_code_computes(backend):
@@ -240,7 +240,7 @@ def test_preset_official_computes_what_the_published_code_computes(backend):
 def test_what_overrides_a_preset_wins():
     criterion = AMPLoss.preset("official", reweight=None, step_size=0.5, alpha=3.0)
     assert criterion.reweight is None
-    assert criterion.policy.step_size == 0.5
+    assert criterion.step_size == 0.5
     assert criterion.alpha == 3.0
     assert criterion.policy.loss == "softmax_bce"
 
@@ -531,6 +531,7 @@ def test_checkpoints_are_exchanged_with_cross_entropy(weighted):
 
 @pytest.mark.parametrize("kind", criteria())
 def test_a_model_that_holds_the_criterion_is_saved_by_safetensors(kind, tmp_path):
+    """38: extra state that is no tensor."""
     safetensors = pytest.importorskip("safetensors.torch")
     model, other = (model_with(criteria()[kind]) for _ in range(2))
     if kind == "generator":
@@ -655,7 +656,7 @@ def through_a_checkpoint(criterion, entry, mix=None, **options):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("entry", ["forward", "step"])
 def test_an_activation_checkpoint_draws_the_same_lambda_or_is_refused(entry, use_reentrant):
-    """41: random numbers drawn anew in a checkpoint's recomputation."""
+    """41: other random numbers in a checkpoint's recomputation."""
     options = {"use_reentrant": use_reentrant}
     expected = through_a_checkpoint(AMPLoss(), entry)
     assert all(map(torch.equal, through_a_checkpoint(AMPLoss(), entry, **options), expected))

@@ -35,7 +35,7 @@ LAUNCHED = {
         "_rescale_kernel",
     },
     "linear_amp_cross_entropy": {
-        "_linear_head_kernel",
+        "_linear_amp_cross_entropy_kernel",
         "_amp_total_kernel",
         "_amp_cross_entropy_kernel",  # of chunks, as all below
         "_amp_rows_kernel",
@@ -49,12 +49,12 @@ LAUNCHED = {
 }
 # What goes through tiles of a few elements as well.
 SMALL = {
-    "amp_cross_entropy": ["cross_entropy probabilities", "cross_entropy pairs"],
-    "linear_amp_cross_entropy": ["cross_entropy head", "softmax_bce relu, dropout", "cross_entropy chunks"],
+    "amp_cross_entropy": ["probabilities", "pairs"],
+    "linear_amp_cross_entropy": ["head", "relu, dropout", "chunks"],
     "mix": ["words, strided"],
     "lambda_grad": ["words, strided"],
     "remix": ["words, strided"],
-    "select_cross_entropy": ["cross_entropy marked", "softmax_bce groups of rows"],
+    "select_cross_entropy": ["marked rows", "groups of rows"],
     "embedding_mix": ["words, strided", "one word"],
 }
 
@@ -207,7 +207,7 @@ def test_kernels_stay_within_their_tensors_where_tiles_are_small(
     monkeypatch, small_tiles, tiny_tiles, many_programs, op
 ):
     guard = Guard(monkeypatch)
-    head = import_module("fastamp.kernels.linear_head")
+    head = import_module("fastamp.kernels.linear_amp_cross_entropy")
     one_row = head.linear_head_config
     monkeypatch.setattr(head, "linear_head_config", lambda *given, **more: one_row(*given, **more)._replace(rows=2))
     for name in SMALL[op]:

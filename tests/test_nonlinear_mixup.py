@@ -201,7 +201,7 @@ def test_it_learns_questions_and_keeps_label_embeddings_apart():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_another_draw_in_a_checkpoints_recomputation_is_refused(use_reentrant):
-    """41: random numbers drawn anew in a checkpoint's recomputation."""
+    """41: other random numbers in a checkpoint's recomputation."""
     model, scale = small(), torch.ones((), requires_grad=True)
     loss = checkpoint(lambda scale: scale * model.loss(ids(), LABELS), scale, use_reentrant=use_reentrant)
     with pytest.raises(RuntimeError, match="draw another λ: its generator"):

@@ -68,7 +68,7 @@ def test_options_of_a_run_reach_the_criterion():
         "sent-amp", small_model(), preset="official", alpha=0.3, step_size=0.7, pass_dropout="shared"
     )
     criterion = objective.criterion
-    assert (criterion.alpha, criterion.policy.step_size, criterion.dropout) == (0.3, 0.7, "shared")
+    assert (criterion.alpha, criterion.step_size, criterion.dropout) == (0.3, 0.7, "shared")
     assert (criterion.policy.loss, criterion.policy.grad_clip, criterion.reweight) == ("softmax_bce", None, "moving")
     assert objective_of("sent-amp", small_model(), preset="official", reweight="none").criterion.reweight is None
     assert objective_of("word-amp", small_model(), preset="official").criterion.dropout == "redrawn"

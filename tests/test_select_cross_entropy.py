@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from strategies import LAYOUTS, laid_out
 from torch import Tensor
 
-from fastamp import functional, hidden, reference
+from fastamp import functional, reference
 from fastamp.functional import select_cross_entropy
+from fastamp.mixing import Mixture
+from fastamp.ops.select_cross_entropy import dispatch
 from fastamp.policy import checked_policy
 
 LOSSES = ("cross_entropy", "softmax_bce")
@@ -228,17 +230,17 @@ def test_selection_agrees_with_select_loss(backend):
 def test_ties_follow_the_tolerances_that_are_given(backend, ties, taken):
     logits = torch.tensor([[2.0, 0.0]])
     adv = torch.tensor([[2.02, 0.0]])  # the loss falls by less than 0.02
-    arguments = (torch.tensor([0]), torch.tensor([1.0]), torch.tensor([0]), None, checked_policy(), ties)
-    rows = hidden.selected(logits, adv, *arguments, all_kept=True)
+    mixture = Mixture(torch.tensor([0]), torch.tensor([1.0]), torch.tensor([0]), None)
+    rows = dispatch(logits, adv, mixture, checked_policy(), ties, True)
     assert rows.mask.tolist() == [taken]
     assert rows.delta.item() < 0
 
 
 def test_without_adversarial_logits_there_is_the_loss_alone(backend):
     case = random_batch(5, 4)
-    arguments = (*case[2:5], None, checked_policy(), (0.0, 1e-6))
-    alone = hidden.selected(case.logits, None, *arguments, all_kept=True)
-    both = hidden.selected(case.logits, case.logits_adv, *arguments, all_kept=True)
+    arguments = (Mixture(*case[2:5], None), checked_policy(), (0.0, 1e-6), True)
+    alone = dispatch(case.logits, None, *arguments)
+    both = dispatch(case.logits, case.logits_adv, *arguments)
     assert alone.grad_adv is None
     assert not alone.mask.any()
     assert (alone.delta == 0).all()

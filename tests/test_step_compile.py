@@ -71,6 +71,29 @@ def test_a_compiled_step_draws_a_new_lambda_in_every_call():
     assert len({tuple(lam_adv.tolist()) for _, lam_adv in draws}) == 4
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_compiled_step_takes_a_smaller_last_batch(dropout):
+    """28, 37: sizes that are symbols, in the draw and in the dropout masks."""
+    network = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Dropout(dropout), nn.Linear(7, CLASSES))
+    criterion = AMPLoss(alpha=0.3, pairing="matching")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(hidden: Tensor, target: Tensor) -> tuple[Tensor, fastamp.MixStats, Mix]:
+        mix = criterion.sample(len(hidden), device=hidden.device)
+        return *criterion.step(network, hidden, target, mix=mix, return_stats=True), mix
+
+    for size in (8, 5):
+        hidden, target = torch.randn(size, WIDTH), torch.randint(CLASSES, (size,))
+        loss, stats, mix = step(hidden, target)
+        grads = torch.autograd.grad(loss, list(network.parameters()))
+        if dropout:
+            assert stats.delta.abs().max() < 0.02
+        else:
+            expected = criterion.step(network, hidden, target, mix=mix)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(grads, torch.autograd.grad(expected, list(network.parameters())))
+
+
 def products(net: nn.Module, mode: str) -> dict[str, int]:
     """How many matrix products the forward and the backward graph of a compiled step have."""
     found = {}

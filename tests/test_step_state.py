@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastamp import AMPLoss, Mix, reference
-from fastamp.randomness import RecordedMasks, capturing
+from fastamp.step.randomness import RecordedMasks, capturing
 
 PLANS = ["auto", "merged", "both"]
 
@@ -160,8 +160,8 @@ def test_channels_are_dropped_as_torch_drops_them(layer, shape, mask):
 @pytest.fixture
 def in_capture(monkeypatch):
     """As while a CUDA graph is captured: generators can neither be read nor set."""
-    monkeypatch.setattr("fastamp.layer_step.capturing", lambda device: True)
-    monkeypatch.setattr("fastamp.randomness.capturing", lambda device: True)
+    monkeypatch.setattr("fastamp.step.plans.capturing", lambda device: True)
+    monkeypatch.setattr("fastamp.step.randomness.capturing", lambda device: True)
 
     def forbidden(*_):
         raise RuntimeError("not permitted when stream is capturing")

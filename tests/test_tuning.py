@@ -23,7 +23,7 @@ from fastamp.conformance import EmbeddingCase, OperationCase, SelectionCase, Ste
 pytest.importorskip("triton", reason="the package triton is not installed")
 from triton.runtime.errors import OutOfResources
 
-from fastamp.kernels import RowPolicy
+from fastamp.policy import Policy
 
 tuning = import_module("fastamp.kernels.tuning")
 
@@ -33,7 +33,6 @@ CASES = [
     StepCase("pairs", batch=5, classes=141, options={"pairing": "matching"}),
     StepCase("long rows", batch=2, classes=4099),
     StepCase("long pairs", batch=3, classes=4099, options={"pairing": "matching"}),
-    StepCase("softmax_bce", batch=3, classes=141, options={"loss": "softmax_bce"}),
     StepCase("head", batch=5, classes=5, width=37),
     StepCase("relu, dropout", batch=5, classes=3, width=19, activation="relu", dropout=0.5),
     OperationCase("mix", "words", shape=(7, 5, 13)),
@@ -103,16 +102,14 @@ EVERY = {Tile(size, warps): size + warps for size in (2, 4, 8) for warps in (4, 
 def launched(monkeypatch):
     """Options of the launches. As in the newest Triton, a kernel is handed the fields of its policy and no more."""
 
-    class Fields(namedtuple("Fields", RowPolicy._fields, defaults=[False])):
-        mangle = RowPolicy.mangle  # for the host
-
-    for module in ("fastamp.ops", "fastamp.layer_ops"):
-        monkeypatch.setattr(f"{module}.RowPolicy", Fields)
+    fields_alone = namedtuple("fields_alone", Policy._fields)
     options, kernels = [], type(import_module("fastamp.kernels.mix")._mix_kernel)
     run = kernels.run
 
     def noted(*given, **said):
         options.append(said)
+        if "policy" in said:
+            said = {**said, "policy": fields_alone(*said["policy"])}
         return run(*given, **said)
 
     monkeypatch.setattr(kernels, "run", noted)
@@ -230,19 +227,17 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
     """Of any size and dtype: warps and tiles are powers of two, and there are some."""
     if tiles != "frozen":
         request.getfixturevalue(tiles)
-    from codegen.case import PLAIN
-
     config = import_module("fastamp.kernels.config")
     size, batch = (data.draw(st.integers(0, 20).flatmap(lambda power: st.integers(1, 2**power))) for _ in range(2))
     stored, itemsize = data.draw(st.sampled_from([(2, 4), (4, 4), (8, 8)]))
-    bce, never_rejects, flag = (data.draw(st.booleans()) for _ in range(3))
-    policy = PLAIN._replace(bce=bce, never_rejects=never_rejects and not bce)
-    head = config.linear_head_config(batch, min(size, 16), batch % 2048 + 1, itemsize, bce=bce)
+    keeps_all, flag = (data.draw(st.booleans()) for _ in range(2))
+    policy = Policy(keeps_all=keeps_all)
+    head = config.linear_head_config(batch, min(size, 16), batch % 2048 + 1, itemsize)
     launches = [
         config.forward_config(batch, size, itemsize, policy),
         config.pairs_config(itemsize, dense_target=flag),
-        config.backward_config(size, itemsize, policy),
-        config.select_config(size, itemsize, bce=bce),
+        config.backward_config(size, itemsize),
+        config.select_config(size, itemsize),
         config.mix_config(size, stored),
         config.remix_config(size, itemsize),
         config.inner_product_config(size, stored),
@@ -253,7 +248,7 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
         numbers = {name: value for name, value in launch._asdict().items() if name not in ("in_registers", "part")}
         assert all(value >= 1 and value & (value - 1) == 0 for value in numbers.values()), launch
         assert launch.num_warps <= tuning.MAX_WARPS, launch
-    wide, narrow = config.select_config(size, 8, bce=bce), config.select_config(2 * size, 4, bce=bce)
+    wide, narrow = config.select_config(size, 8), config.select_config(2 * size, 4)
     assert wide.num_warps == narrow.num_warps, "as many words want as many warps"
 
 

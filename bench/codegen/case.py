@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import triton
 
-from fastamp.kernels import RowPolicy
+from fastamp.policy import Policy
 
-PLAIN = RowPolicy("amp", False, 1.0, False, -100, 0.0, 0.0, 4.8e-7, True)
-MASKED = PLAIN._replace(tie_rel=0.0, never_rejects=False, clamp=True, label_smoothing=0.1)
+PLAIN = Policy(keeps_all=True)
+MASKED = Policy(tie_tol=0.0, clamp=True, label_smoothing=0.1)
 DTYPES = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
 
 
@@ -37,15 +37,11 @@ class Case(NamedTuple):
         return warps
 
 
-def variants(itemsize: int, *, matched: bool = False) -> Iterator[tuple[str, RowPolicy, bool, bool]]:
-    """Name, policy, soft targets, class weights: the lightest and the heaviest of each loss."""
-    plain, masked = (policy._replace(matched=matched) for policy in (PLAIN, MASKED))
-    suffix = ", matched" if matched else ""
-    yield f"cross_entropy{suffix}", plain, False, False
-    yield f"cross_entropy+all{suffix}", masked, True, True
-    if itemsize == 4:
-        yield f"softmax_bce{suffix}", plain._replace(bce=True, never_rejects=False), False, False
-    yield f"softmax_bce+all{suffix}", masked._replace(bce=True), True, True
+def variants(*, matched: bool = False) -> Iterator[tuple[str, Policy, bool, bool]]:
+    """Name, policy, soft targets, class weights: the lightest and the heaviest."""
+    pairing, suffix = ("matching", ", matched") if matched else ("permutation", "")
+    yield f"plain{suffix}", PLAIN._replace(pairing=pairing), False, False
+    yield f"all{suffix}", MASKED._replace(pairing=pairing), True, True
 
 
 def data_type(itemsize: int, weighted: bool) -> tuple[int, str]:

@@ -10,7 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fastamp.kernels import amp_cross_entropy, config, embedding_mix, linear_head, rows_grad, rows_loop, rows_pairs
+from fastamp.kernels import (
+    amp_cross_entropy,
+    config,
+    embedding_mix,
+    linear_amp_cross_entropy,
+    rows_grad,
+    rows_loop,
+    rows_pairs,
+)
 from fastamp.kernels import select_cross_entropy as select
 
 from .case import DTYPES, Case, data_type, tiles, variants
@@ -32,13 +40,11 @@ def row_aligned(classes: int) -> tuple[str, ...]:
     return ("logits_ptr", "dlogits_ptr", *(("stride_zm", "C") if classes >= 1024 else ()))
 
 
-def row_cases(
-    itemsize: int, sizes: list[tuple[int, int]], bce_sizes: list[tuple[int, int]], *, matched: bool = False
-) -> Iterator[Case]:
-    """The register kernel at (B, C) in `sizes`; softmax_bce at every launch that only it has, and some others."""
-    for name, policy, soft, weighted in variants(itemsize, matched=matched):
+def row_cases(itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = False) -> Iterator[Case]:
+    """The register kernel at (B, C) in `sizes`."""
+    for name, policy, soft, weighted in variants(matched=matched):
         width, data = data_type(itemsize, weighted)
-        for batch, classes in bce_sizes if policy.bce else sizes:
+        for batch, classes in sizes:
             launch = config.forward_config(batch, classes, itemsize, policy)
             if not launch.in_registers:
                 continue
@@ -64,10 +70,8 @@ def row_cases(
 def loop_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
     """The scalars of rows by loops over tiles; of pairs of rows, both gradients as well."""
     classes = 32000
-    for name, policy, soft, weighted in variants(itemsize, matched=matched):
+    for name, policy, soft, weighted in variants(matched=matched):
         width, data = data_type(itemsize, weighted)
-        if matched and policy.bce:
-            continue
         signature = row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"}
         if matched:
             launch, kernel = config.pairs_config(itemsize, dense_target=soft), rows_pairs._amp_pairs_kernel
@@ -90,10 +94,10 @@ def loop_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
 
 def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
     """The gradient from those scalars: few classes, several, and rows of many tiles."""
-    for name, policy, soft, weighted in variants(itemsize, matched=matched):
+    for name, policy, soft, weighted in variants(matched=matched):
         width, data = data_type(itemsize, weighted)
         for classes in (32000,) if matched else (2, 64, 32000):
-            launch = config.backward_config(classes, itemsize, policy)
+            launch = config.backward_config(classes, itemsize)
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
             signature |= {} if matched else {"inverse_ptr": "*i64"}
@@ -113,9 +117,9 @@ def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
 
 def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
     """The head kernel at (B, D, C)."""
-    for name, policy, soft, weighted in variants(itemsize):
+    for name, policy, soft, weighted in variants():
         for batch, depth, classes in shapes:
-            launch = config.linear_head_config(batch, classes, depth, itemsize, bce=policy.bce)
+            launch = config.linear_head_config(batch, classes, depth, itemsize)
             if launch is None:
                 continue
             wide = DTYPES[itemsize]
@@ -128,7 +132,7 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Ca
             tile = {"ROWS": launch.rows, "BLOCK_C": launch.block_c, "BLOCK_D": launch.block_d}
             yield Case(
                 f"{name} {wide[1:]} B={batch} D={depth} C={classes}",
-                linear_head._linear_head_kernel,
+                linear_amp_cross_entropy._linear_amp_cross_entropy_kernel,
                 launch,
                 signature,
                 {"policy": policy, "RELU": weighted, **tile},
@@ -171,26 +175,25 @@ def small_cases() -> Iterator[Case]:
 SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
 GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
 LONG = [(4096, 2**power) for power in range(8, 13)]
-BCE = [(50, 2), (50, 6), (4096, 6), (4096, 100), (4096, 256), (4096, 2048)]
 HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
 ASSERTING_KERNELS = (
     amp_cross_entropy._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
     rows_pairs._amp_pairs_kernel,
-    linear_head._linear_head_kernel,
+    linear_amp_cross_entropy._linear_amp_cross_entropy_kernel,
     embedding_mix._embedding_mix_kernel,
     select._select_kernel,
     select._select_rows_kernel,
 )
 GROUPS_OF_CASES = {
-    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG, BCE),
-    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)], [(50, 6), (4096, 1024)]),
+    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG),
+    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)]),
     "loop": lambda: loop_cases(4),
     "loop-fp64": lambda: loop_cases(8),
     "pairs": lambda: itertools.chain(
-        row_cases(4, LONG[::2], BCE[-1:], matched=True), loop_cases(4, matched=True), grad_cases(4, matched=True)
+        row_cases(4, LONG[::2], matched=True), loop_cases(4, matched=True), grad_cases(4, matched=True)
     ),
-    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], [], matched=True), loop_cases(8, matched=True)),
+    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], matched=True), loop_cases(8, matched=True)),
     "grad": lambda: grad_cases(4),
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),
@@ -199,6 +202,6 @@ GROUPS_OF_CASES = {
     "mix": mix_cases,
     "remix": remix_cases,
     "embedding": embedding_cases,
-    "select": lambda: select_cases(4, [6, 4096, 128_000], [6, 2048, 128_000]),
-    "select-fp64": lambda: select_cases(8, [2048, 128_000], [1024, 128_000]),
+    "select": lambda: select_cases(4, [6, 4096, 128_000]),
+    "select-fp64": lambda: select_cases(8, [2048, 128_000]),
 }

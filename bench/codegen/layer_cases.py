@@ -80,17 +80,18 @@ def remix_cases() -> Iterator[Case]:
         )
 
 
-def select_cases(itemsize: int, sizes: list[int], bce_sizes: list[int]) -> Iterator[Case]:
+def select_cases(itemsize: int, sizes: list[int]) -> Iterator[Case]:
     """Two sets of logits in registers or by loops, by the number of classes."""
-    for name, policy, soft, weighted in variants(itemsize):
+    for name, policy, soft, weighted in variants():
         width, data = data_type(itemsize, weighted)
         wide = DTYPES[itemsize]
-        for classes in bce_sizes if policy.bce else sizes:
-            launch = config.select_config(classes, itemsize, bce=policy.bce)
+        for classes in sizes:
+            launch = config.select_config(classes, itemsize)
             signature = {name: data for name in ("logits_ptr", "logits_adv_ptr")}
             signature |= {"target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
             signature |= {name: wide for name in ("loss_ptr", "delta_ptr", "grad_ptr", "grad_adv_ptr")}
             signature |= {"mask_ptr": "*i8", "C": "i32", "stride_zm": "i64", "stride_am": "i64"}
+            signature |= {"tie_abs": "fp64", "tie_rel": "fp64"}
             signature |= {"weight_ptr": wide} if weighted else {}
             constants = {"stride_zn": 1, "stride_an": 1, "policy": policy, "BLOCK_C": launch.block_c}
             if launch.in_registers:

@@ -30,6 +30,7 @@ from fastamp.benchmarking.workload import (
     definition,
 )
 from fastamp.mixing import draw
+from fastamp.policy import Pairing
 
 PLAIN, NAIVE = "cross-entropy", "AMP autograd"
 DEFINITION_ELEMENTS = 1 << 24  # of the definition of the official code's AMP, which holds (B, C, C) in float64
@@ -137,7 +138,7 @@ def _affine(parameters: list[Tensor], rows: Tensor) -> Tensor:
     return nn.functional.linear(rows, *parameters) if parameters else rows
 
 
-def criterion(pairing: str = "permutation") -> Callable[..., Any]:
+def criterion(pairing: Pairing = "permutation") -> Callable[..., Any]:
     """`fastamp.AMPLoss` as the README uses it, or with other partners."""
     loss = AMPLoss(step_size=STEP_SIZE, pairing=pairing)
     return lambda head, x, y, mix: loss(peers.logits_of(head, x), y, mix=mix)

@@ -15,6 +15,7 @@ from fastamp import AMPLoss, Mix
 from fastamp.benchmarking.networks import CLASSES, Network, Spec
 from fastamp.benchmarking.peers import STEP_SIZE, draw, row_losses
 from fastamp.benchmarking.workload import DIRECTIONS, DTYPES, Contender, Runner, Work, among, definition
+from fastamp.policy import Plan
 
 CHECK_ROWS = 32  # rows that are mixed among themselves in the check, so that float64 holds no more of them at once
 EAGER = ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
@@ -113,7 +114,7 @@ def amp_autograd(
     return torch.where(loss_adv > loss, loss_adv, loss).mean()
 
 
-def step(*, context: bool = True, plan: str = "auto", **options: Any) -> Callable[..., Any]:
+def step(*, context: bool = True, plan: Plan = "auto", **options: Any) -> Callable[..., Any]:
     """`AMPLoss.step` as its docstring uses it, or with a closure in the place of its context."""
     criterion = AMPLoss(step_size=STEP_SIZE, **options)
 

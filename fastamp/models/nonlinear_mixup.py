@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastamp.mixing import Mix, draw_beta, draw_device, draw_permutation
 from fastamp.models.cut import Model
 from fastamp.models.words import check_sizes
-from fastamp.randomness import check_drawn_once
+from fastamp.step.randomness import check_drawn_once
 
 _OUTPUTS = 64
 

@@ -10,10 +10,9 @@ from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_for
 from .config import linear_head_config
 from .embedding_mix import embedding_mix_backward, embedding_mix_forward
 from .launch import empty_rows, memory_order
-from .linear_head import launch_linear_head
+from .linear_amp_cross_entropy import linear_amp_cross_entropy_launch
 from .mix import mix_backward, mix_forward
 from .remix import lambda_grad, remix_forward
-from .rows import RowPolicy, row_fields
 from .select_cross_entropy import Selection, select_cross_entropy_forward
 
 # Rows of the buffer that a forward leaves, as plain integers for indexing tensors.
@@ -28,7 +27,6 @@ __all__ = [
     "LAM_ADV",
     "LOSS",
     "MASK",
-    "RowPolicy",
     "Selection",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
@@ -36,13 +34,12 @@ __all__ = [
     "embedding_mix_forward",
     "empty_rows",
     "lambda_grad",
-    "launch_linear_head",
+    "linear_amp_cross_entropy_launch",
     "linear_head_config",
     "memory_order",
     "mix_backward",
     "mix_forward",
     "remix_forward",
     "rescaled",
-    "row_fields",
     "select_cross_entropy_forward",
 ]

@@ -6,7 +6,7 @@ memory that two programs share: no atomics, the same bits in every run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,19 +17,13 @@ from .config import RESCALE_BLOCK, TOTAL_BLOCK, Config, backward_config, cdiv, f
 from .launch import inverse_permutation, is_captured, on_device_of
 from .rows import (
     ASSERTING,
-    BP_TOP,
-    LSE_OTHERS,
     OPTIONS,
-    SUM_BO,
-    TOP,
-    RowPolicy,
+    ROW_FIELDS,
     load_logits,
     mixed_logits,
-    row_fields,
     row_shift,
     row_sum,
     rows_total,
-    store_field,
     store_scalars,
     target_tile,
     tile_index,
@@ -38,7 +32,7 @@ from .rows import (
 from .rows_grad import _amp_rows_grad_kernel, _amp_total_kernel, _rescale_kernel
 from .rows_loop import _amp_rows_kernel
 from .rows_pairs import _amp_pairs_kernel
-from .rows_registers import bce_role, cross_entropy_role
+from .rows_registers import cross_entropy_role
 from .tuning import batch_class, tuned
 
 
@@ -66,20 +60,10 @@ def _register_role(
     """The role of `row` mixed with `other`: loss, divisor share and λ* per row, and the tile of g."""
     lam = tl.load(lam_ptr + row)
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
-    on, off, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
-    if policy.bce:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, top, lse_others, sum_bo, bp_top, g = bce_role(
-            x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy
-        )
-        if STORE:
-            store_field(rows_ptr, TOP, row, B, top, ok)
-            store_field(rows_ptr, LSE_OTHERS, row, B, lse_others, ok)
-            store_field(rows_ptr, SUM_BO, row, B, sum_bo, ok)
-            store_field(rows_ptr, BP_TOP, row, B, bp_top, ok)
-    else:
-        loss, lam_sel, lam_adv, grad, delta, takes, lse, total, g = cross_entropy_role(
-            x, d, on, lam, step_size, grad_divisor_ptr, policy
-        )
+    on, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+    loss, lam_sel, lam_adv, grad, delta, takes, lse, total, g = cross_entropy_role(
+        x, d, on, lam, step_size, grad_divisor_ptr, policy
+    )
     if STORE:
         store_scalars(
             rows_ptr, row, B, ok, loss, share, lam_sel, lam_adv, grad, delta, takes, shift_a, shift_b, lse, total
@@ -103,7 +87,7 @@ def _amp_cross_entropy_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
+    stride_zn,  # usually 1, and then compiled in: with a type beside it, it would not be
     step_size: tl.float64,
     divisor: tl.float64,  # of the gradient; 0 stands for the kept mass (one program only)
     policy: tl.constexpr,
@@ -115,9 +99,9 @@ def _amp_cross_entropy_kernel(
     Where partner is its own inverse, and a program has one row, the smaller row of a pair does both.
     """
     row, cols, ok = tile_index(tl.program_id(0), 0, B, BLOCK_B, BLOCK_C)
-    pairs: tl.constexpr = policy.matched and BLOCK_B == 1 and loss_ptr is None
+    pairs: tl.constexpr = policy.pairing == "matching" and BLOCK_B == 1 and loss_ptr is None
     other = tl.load(partner_ptr + row)
-    if policy.matched:
+    if policy.pairing == "matching":
         tl.device_assert(tl.load(partner_ptr + other) == row, "partner is not its own inverse")
     if not pairs or other >= row:
         dtype = lam_ptr.dtype.element_ty
@@ -136,7 +120,7 @@ def _amp_cross_entropy_kernel(
             tl.store(loss_ptr, rows_total(tl.where(ok, loss, 0.0)) / scale)
             tl.store(divisor_ptr, scale)
         if pairs or dlogits_ptr is not None:
-            if policy.matched:
+            if policy.pairing == "matching":
                 source = other
                 c = b
                 shift_c = shift_b
@@ -180,14 +164,11 @@ class Forward(NamedTuple):
 
 def amp_cross_entropy_forward(
     logits: Tensor,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
+    mixture: Any,
+    policy: Any,
+    step_size: float,
     grad_divisor: Tensor | None,
     *,
-    policy: RowPolicy,
-    step_size: float,
     divisor: float | None,
     want_grad: bool,
 ) -> Forward:
@@ -195,37 +176,35 @@ def amp_cross_entropy_forward(
 
     Args:
         logits: (B, C), B >= 1, any strides.
-        target: (B,) int64 or (B, C) floating point.
-        lam: (B,) compute dtype.
-        partner: (B,) int64 permutation.
-        weight: (C,) or None.
-        grad_divisor: () compute dtype, or None.
+        mixture: target (B,) int64 or (B, C), λ (B,) compute dtype, partner (B,), class weight (C,) or None.
         policy: what to compile for.
         step_size: ε.
+        grad_divisor: () compute dtype, or None.
         divisor: of the summed loss; 0 stands for the kept mass; None for no reduction.
         want_grad: whether a gradient to the logits will be asked for.
     """
     batch, classes = logits.shape
+    target, lam, partner, weight = mixture
     target, lam, partner = target.contiguous(), lam.contiguous(), partner.contiguous()
     weight = None if weight is None else weight.contiguous()
-    rows = lam.new_empty(row_fields(policy.bce), batch)
+    rows = lam.new_empty(ROW_FIELDS, batch)
     # Two tensors, not one: the user may write to the loss, and the divisor is kept for backward.
     loss, loss_divisor = (None, None) if divisor is None else (lam.new_empty(()), lam.new_empty(()))
     config = forward_config(batch, classes, lam.element_size(), policy)
     single = config.in_registers and config.block_b >= batch
     assumed = 0.0 if divisor is None or single else divisor or float(batch)
-    pairs = policy.matched and not policy.bce and not config.in_registers
+    pairs = policy.pairing == "matching" and not config.in_registers
     if pairs:
         dense_target = target.is_floating_point() or policy.label_smoothing > 0
         config = pairs_config(lam.element_size(), dense_target=dense_target)
     dlogits = None
-    # A float16 gradient has to see the upstream gradient, a loss scale mostly, before it is rounded.
+    # A float16 gradient has to see the upstream gradient, usually a loss scale, before it is rounded.
     if want_grad and divisor is not None and logits.dtype != torch.float16 and (config.in_registers or pairs):
         dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
     tensors = (logits, target, lam, partner)
     sizes = (batch, classes, *logits.stride(), step_size)
     inverse = None
-    if config.in_registers and not single and dlogits is not None and not policy.matched:
+    if config.in_registers and not single and dlogits is not None and policy.pairing != "matching":
         inverse = inverse_permutation(partner)
 
     def launch(config: Config) -> None:
@@ -270,24 +249,16 @@ def amp_cross_entropy_forward(
 
 
 def amp_cross_entropy_backward(
-    logits: Tensor,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    rows: Tensor,
-    divisor: Tensor | None,
-    upstream: Tensor,
-    *,
-    policy: RowPolicy,
+    logits: Tensor, mixture: Any, policy: Any, rows: Tensor, divisor: Tensor | None, upstream: Tensor
 ) -> Tensor:
     """The complete gradient (B, C) from a forward's `rows`, for an upstream gradient () or (B,) of any stride."""
     batch, classes = logits.shape
+    target, lam, partner, weight = mixture
     upstream = upstream.to(lam.dtype)
     dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
     target, lam, partner = target.contiguous(), lam.contiguous(), partner.contiguous()
     weight = None if weight is None else weight.contiguous()
-    inverse = None if policy.matched else inverse_permutation(partner)
+    inverse = None if policy.pairing == "matching" else inverse_permutation(partner)
 
     def launch(config: Config) -> Tensor:
         _amp_rows_grad_kernel[(cdiv(batch, config.block_b), cdiv(classes, config.block_c))](
@@ -313,7 +284,7 @@ def amp_cross_entropy_backward(
         )
         return dlogits
 
-    config = backward_config(classes, lam.element_size(), policy)
+    config = backward_config(classes, lam.element_size())
     with on_device_of(logits):
         return tuned(
             "_amp_rows_grad_kernel",
@@ -324,7 +295,7 @@ def amp_cross_entropy_backward(
         )
 
 
-def _facts(logits: Tensor, target: Tensor, weight: Tensor | None, policy: RowPolicy) -> tuple[object, ...]:
+def _facts(logits: Tensor, target: Tensor, weight: Tensor | None, policy: Any) -> tuple[object, ...]:
     """What decides which launch is the fastest: all that the kernel is compiled for, the sizes and the device."""
     batch, classes = logits.shape
     compiled_for = (logits.dtype, target.dtype, weight is not None, policy.mangle())

@@ -8,30 +8,23 @@ the neighbours is the fastest only a GPU can say, and none has been asked yet.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from .rows import RowPolicy
+from typing import Any, NamedTuple
 
 # amp_cross_entropy, rows in registers
 REGISTER_WORDS = 4096  # longest row; of 8192 words 20 to 90 accesses spill on sm_80, sm_90 and sm_100
-REGISTER_WORDS_BCE = 2048  # holds twice as much of a row
 WORDS_PER_WARP = 256  # 8 a lane: 16 bytes of bf16, 94-120 registers, 25-31%; twice as many words: 168-192, 12-19%
 WORDS_PER_WARP_HEAVY = 128  # where MinOp may reject, two losses and gradients: 56-128 registers; twice: 92-191
-WORDS_PER_WARP_BCE = 64  # 64-102 registers, 25-50%; twice: 96-190
 MAX_WARPS = 16
 SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole: 186-202 registers by 8 warps, one program
 SINGLE_PROGRAM_ROWS = 64
 ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together: 62-127 registers
-ROW_GROUP_WORDS_BCE = 64
 ROW_GROUP_ROWS = 32
 # amp_cross_entropy, longer rows by loops, and their gradient
 LOOP_WORDS = 2048  # by 8 warps 91 registers and 25%; by 4 warps 166; half the tile by 8: 48 and 62%, loads of 8 bytes
-LOOP_WORDS_BCE = 1024  # by 4 warps 147-168; by 2 warps spills
 PAIR_WORDS = 2048  # by 16 warps 96 registers and 25%; by 8 warps 158 and 12%
 PAIR_WORDS_HEAVY = 1024  # every class has target mass, or float64: 100 registers and 25%; by 8 warps 142 and 12%
 PAIR_WARPS = 16
 GRAD_WORDS = 512  # by 2 warps 40 registers and 75%; by one 50% at most, for there can be 32 programs
-GRAD_WORDS_BCE = 256  # by one warp 100-149 registers; twice the tile: 190-228
 TOTAL_BLOCK = 1024  # one program: whatever is enough to read 4096 losses in four turns
 RESCALE_BLOCK = 4096
 # select_cross_entropy: as the rows above, by at most 8 warps
@@ -39,7 +32,6 @@ SELECT_WARPS = 8
 # linear_head
 HEAD_CLASSES = 16
 HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
-HEAD_WORDS_BCE = 4096  # 100-224 registers; by 16 warps up to 38 spills
 HEAD_DEPTH = 1024
 HEAD_WARPS = 8
 # mix, remix, embedding_mix
@@ -55,7 +47,7 @@ EMBEDDING_WORDS = 512  # columns of them
 
 
 def cdiv(size: int, tile: int) -> int:
-    """Tiles that cover a size. Triton's own function is one for kernels, too, and takes the host microseconds."""
+    """Tiles that cover a size. Triton's own function is one for kernels as well, and takes the host microseconds."""
     return -(-size // tile)
 
 
@@ -73,7 +65,7 @@ class Config(NamedTuple):
     in_registers: bool  # whole rows in registers, or a loop over tiles
 
 
-def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -> Config:
+def forward_config(batch: int, classes: int, itemsize: int, policy: Any) -> Config:
     """The launch of the forward.
 
     Args:
@@ -84,18 +76,15 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: RowPolicy) -
     """
     block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
-    if words > (REGISTER_WORDS_BCE if policy.bce else REGISTER_WORDS):
-        tile = LOOP_WORDS_BCE if policy.bce else LOOP_WORDS
-        return Config(1, tile * 4 // itemsize, tile // WORDS_PER_WARP, False)
+    if words > REGISTER_WORDS:
+        return Config(1, LOOP_WORDS * 4 // itemsize, max(1, LOOP_WORDS // WORDS_PER_WARP), False)
     # A batch that one program can hold is summed there: loss and gradient leave in one launch.
     block_b = next_power_of_2(batch)
     if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
         return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
-    light = policy.never_rejects or policy.mode == "mixup"
-    group, per_warp = ROW_GROUP_WORDS, WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
-    if policy.bce:
-        group, per_warp = ROW_GROUP_WORDS_BCE, WORDS_PER_WARP_BCE
-    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
+    light = policy.keeps_all or policy.mode == "mixup"
+    per_warp = WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
+    block_b = min(max(1, ROW_GROUP_WORDS // words), ROW_GROUP_ROWS)
     return Config(block_b, block_c, min(max(1, words // per_warp), MAX_WARPS), True)
 
 
@@ -110,32 +99,27 @@ def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
     return Config(1, words * 4 // itemsize, PAIR_WARPS * 4 // itemsize, False)
 
 
-def backward_config(classes: int, itemsize: int, policy: RowPolicy) -> Config:
+def backward_config(classes: int, itemsize: int) -> Config:
     """The launch of the gradient from stored scalars."""
-    most = (GRAD_WORDS_BCE if policy.bce else GRAD_WORDS) * 4 // itemsize
+    most = GRAD_WORDS * 4 // itemsize
     block_c = min(next_power_of_2(classes), most)
-    warps = 2 if block_c == most and not policy.bce else 1
+    warps = 2 if block_c == most else 1
     return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, warps, False)
 
 
-def select_config(classes: int, itemsize: int, *, bce: bool) -> Config:
+def select_config(classes: int, itemsize: int) -> Config:
     """The launch that compares the losses of two sets of logits.
 
     Args:
         classes: C.
         itemsize: bytes of the compute dtype, 4 or 8.
-        bce: softmax_bce instead of cross-entropy.
     """
     block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
-    group, per_warp = ROW_GROUP_WORDS, WORDS_PER_WARP
-    if bce:
-        group, per_warp = ROW_GROUP_WORDS_BCE, WORDS_PER_WARP_HEAVY
-    if words > (REGISTER_WORDS_BCE if bce else REGISTER_WORDS):
-        tile = LOOP_WORDS_BCE if bce else LOOP_WORDS
-        return Config(1, tile * 4 // itemsize, max(1, tile // per_warp), False)
-    block_b = min(max(1, group // words), ROW_GROUP_ROWS)
-    return Config(block_b, block_c, min(max(1, words // per_warp), SELECT_WARPS), True)
+    if words > REGISTER_WORDS:
+        return Config(1, LOOP_WORDS * 4 // itemsize, max(1, LOOP_WORDS // WORDS_PER_WARP), False)
+    block_b = min(max(1, ROW_GROUP_WORDS // words), ROW_GROUP_ROWS)
+    return Config(block_b, block_c, min(max(1, words // WORDS_PER_WARP), SELECT_WARPS), True)
 
 
 class HeadConfig(NamedTuple):
@@ -147,7 +131,7 @@ class HeadConfig(NamedTuple):
     num_warps: int
 
 
-def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, bce: bool) -> HeadConfig | None:
+def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> HeadConfig | None:
     """The launch for a head of this size, or None where W does not fit in registers.
 
     Args:
@@ -155,12 +139,11 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int, *, b
         classes: C.
         depth: D.
         itemsize: bytes of the compute dtype, 4 or 8.
-        bce: softmax_bce instead of cross-entropy.
     """
     block_c = max(2, next_power_of_2(classes))
     block_d = next_power_of_2(depth)
     words = block_c * block_d * itemsize // 4
-    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > (HEAD_WORDS_BCE if bce else HEAD_WORDS):
+    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > HEAD_WORDS:
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, cdiv(batch, 128)))

@@ -31,7 +31,7 @@ class on_device_of(torch.cuda.device):  # noqa: N801 - reads as a function, like
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(tensor.get_device())  # -1, a CPU, makes no difference
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         super().__exit__(kind, error, trace)
         if error is not None and _is_tritons(error):
             raise RuntimeError(

@@ -6,6 +6,8 @@ same part in the same order, and the parts of a row are summed in a fixed order 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 from .config import Config, PartsConfig, cdiv, inner_product_config, mix_config, next_power_of_2, remix_config
 from .launch import as_matrix, empty_rows, memory_order, on_device_of
 from .mix import load_rows, mixed_tile, tile_of
-from .rows import OPTIONS, RowPolicy, row_sum, scaled_grad, step_lam, tile_index, tile_mask
+from .rows import OPTIONS, row_sum, scaled_grad, step_lam, tile_index, tile_mask
 from .tuning import batch_class, tuned
 
 
@@ -152,26 +154,19 @@ def lambda_grad(grad_mixed: Tensor, hidden: Tensor, partner: Tensor, dtype: torc
 
 
 def remix_forward(
-    hidden: Tensor,
-    grad_mixed: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    grad_divisor: Tensor | None,
-    *,
-    policy: RowPolicy,
-    step_size: float,
+    hidden: Tensor, grad_mixed: Tensor, mix: Any, policy: Any, step_size: float, grad_divisor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∇λ (B,), λ' (B,) and the rows mixed at λ', as `mix_forward` gives them.
 
     Args:
         hidden: (B, ...), not empty, any strides.
         grad_mixed: of the same shape, any strides.
-        lam: (B,) compute dtype.
-        partner: (B,) int64 permutation.
-        grad_divisor: () or None; 0 makes ∇λ zero.
+        mix: λ (B,) compute dtype, and partner (B,).
         policy: for mode, grad_clip and clamp.
         step_size: ε.
+        grad_divisor: () or None; 0 makes ∇λ zero.
     """
+    lam, partner = mix
     order = memory_order(hidden)
     g, h, mixed = as_matrix(grad_mixed, order), as_matrix(hidden, order), empty_rows(hidden, order)
     lam, partner = lam.contiguous(), partner.contiguous()

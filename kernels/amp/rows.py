@@ -9,8 +9,6 @@ and 0 in a tile of target mass. All arithmetic is in lam's dtype: float32, or fl
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -25,46 +23,14 @@ MASK = tl.constexpr(6)  # 1 where λ* = λ'
 SHIFT_A = tl.constexpr(7)  # what was subtracted from the row's logits
 SHIFT_B = tl.constexpr(8)  # and from its partner's
 LSE = tl.constexpr(9)  # log Σ_c exp x_c at λ*, of shifted logits
-TOTAL = tl.constexpr(10)  # S = Σ_c t_c (softmax_bce: ΣA)
-TOP = tl.constexpr(11)  # softmax_bce only, from here: the likeliest class
-LSE_OTHERS = tl.constexpr(12)  # log Σ_{c≠top} exp x_c
-SUM_BO = tl.constexpr(13)  # Σ_{c≠top} B_c o_c
-BP_TOP = tl.constexpr(14)  # B_top p_top
-LOG_FLOOR = tl.constexpr(-100.0)  # nn.BCELoss clamps both of its logarithms here
-
-
-def row_fields(bce: bool) -> int:
-    """How many fields the buffer has."""
-    return 15 if bce else 11
-
+TOTAL = tl.constexpr(10)  # S = Σ_c t_c
+ROW_FIELDS = 11
 
 # What every launch says: Triton fuses products and sums where nothing is said, and has announced that it will not.
 OPTIONS = {"enable_fp_fusion": True}
 # Launch options under which a label out of range stops the kernel; without the checks of integer overflow that
 # would come with them.
 ASSERTING = {**OPTIONS, "debug": True, "sanitize_overflow": False}
-
-
-class RowPolicy(NamedTuple):
-    """What a kernel is compiled for. Values, not tensors: they enter the code as constants.
-
-    A kernel may read fields only: from Triton 3.8 on it is handed a tuple without properties and methods.
-    """
-
-    mode: str  # "mixup", "maxop" or "amp"
-    bce: bool  # softmax_bce instead of cross-entropy
-    grad_clip: float | None
-    clamp: bool
-    ignore_index: int
-    label_smoothing: float
-    tie_abs: float
-    tie_rel: float
-    never_rejects: bool  # every row takes ℓ(λ'): by choice, or because the loss is convex in λ and noise is a tie
-    matched: bool = False  # promises that partner is its own inverse
-
-    def mangle(self) -> str:
-        """The part of a device function's name that stands for this policy."""
-        return "_".join(str(value) for value in self).replace(".", "d").replace("-", "m").replace("+", "")
 
 
 @triton.jit
@@ -241,7 +207,7 @@ def target_tile(
     C,
     policy: tl.constexpr,
 ):
-    """Class-weighted target mass `on`, mass `off` of "not this class", and the row's share of the divisor."""
+    """Class-weighted target mass, and the row's share of the divisor."""
     inside = cols < C
     if target_ptr.dtype.element_ty == tl.int64:
         label_a, label_b, mass_a, mass_b, share = label_mass(target_ptr, weight_ptr, lam, row, other, C, policy)
@@ -258,14 +224,10 @@ def target_tile(
     if policy.label_smoothing > 0:
         smoothing = tl.full((), policy.label_smoothing, lam.dtype)
         on = tl.where(inside, (1.0 - smoothing) * on + smoothing / C * kept, 0.0)
-    off = on
-    if policy.bce:
-        off = tl.where(inside, kept - on, 0.0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
         on = on * weight
-        off = off * weight
-    return on, off, share
+    return on, share
 
 
 @triton.jit
@@ -287,51 +249,25 @@ def takes_adversarial(loss, delta, policy: tl.constexpr):
     """Which rows take ℓ(λ') (9)."""
     if policy.mode == "mixup":
         takes = tl.full(delta.shape, False, tl.int1)
-    elif policy.never_rejects:
+    elif policy.keeps_all:
         takes = tl.full(delta.shape, True, tl.int1)
     else:
-        takes = gains(loss, delta, policy)
+        if policy.tie_tol is None:
+            ulps: tl.constexpr = 8.881784197001252e-16 if loss.dtype == tl.float64 else 4.76837158203125e-07
+            takes = gains(loss, delta, 0.0, ulps)
+        elif policy.tie_tol == 0:
+            takes = delta > 0
+        else:
+            takes = gains(loss, delta, policy.tie_tol, 0.0)
     return takes
 
 
 @triton.jit
-def gains(loss, delta, policy: tl.constexpr):
-    """Where δ > 0, or no further below than the tie tolerance (9); False for NaN."""
-    if policy.tie_abs == 0 and policy.tie_rel == 0:
-        takes = delta > 0
-    else:
-        size = tl.where(tl.abs(loss) > 1.0, tl.abs(loss), 1.0)
-        tolerance = tl.full((), policy.tie_abs, loss.dtype) + tl.full((), policy.tie_rel, loss.dtype) * size
-        takes = delta >= -tolerance
-    return takes
-
-
-@triton.jit
-def bce_terms(x, on, off, is_top, lse, lse_others):
-    """A, B, B∘o without the likeliest class, p and the loss terms of a tile (12-14)."""
-    logp = x - lse
-    p = tl.exp(logp)
-    log_not_p = tl.where(is_top, lse_others - lse, log1p_any(tl.where(is_top, 0.0, -p)))
-    terms = -(on * tl.where(logp < LOG_FLOOR, LOG_FLOOR, logp))
-    terms -= off * tl.where(log_not_p < LOG_FLOOR, LOG_FLOOR, log_not_p)
-    a = tl.where(logp > LOG_FLOOR, -on, 0.0)
-    b = tl.where(log_not_p > LOG_FLOOR, -off, 0.0)
-    bo = tl.where(is_top, 0.0, b * p / tl.where(is_top, 1.0, 1.0 - p))
-    return a, b, bo, p, terms
-
-
-@triton.jit
-def bce_share(x, is_top, lse_others):
-    """The share of every class but the likeliest among the others; 0 where there are no others."""
-    over = tl.where(lse_others == float("-inf"), float("inf"), lse_others)
-    return tl.where(is_top, 0.0, tl.exp(x - over))
-
-
-@triton.jit
-def bce_grad(x, on, off, is_top, lse, lse_others, sum_a, sum_bo, bp_top):
-    """G of a tile (15)."""
-    a, b, bo, p, _ = bce_terms(x, on, off, is_top, lse, lse_others)
-    return a - p * (sum_a + b) + p * (sum_bo - bo) + bp_top * bce_share(x, is_top, lse_others)
+def gains(loss, delta, tie_abs, tie_rel):
+    """Where δ > 0, or no further below than a tie tolerance that is not 0 (9); False for NaN."""
+    size = tl.where(tl.abs(loss) > 1.0, tl.abs(loss), 1.0)
+    tolerance = tl.full((), tie_abs, loss.dtype) + tl.full((), tie_rel, loss.dtype) * size
+    return (delta > 0) | ((tolerance > 0) & (delta >= -tolerance))
 
 
 @triton.jit

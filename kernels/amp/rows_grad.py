@@ -6,18 +6,13 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    BP_TOP,
     LAM,
     LOSS,
     LSE,
-    LSE_OTHERS,
     MASS,
     SHIFT_A,
     SHIFT_B,
-    SUM_BO,
-    TOP,
     TOTAL,
-    bce_grad,
     field_at,
     load_logits,
     mixed_logits,
@@ -47,21 +42,14 @@ def _role_grad(
     C,
     policy: tl.constexpr,
 ):
-    """λ* per row of the role of `row` mixed with `other`, and a tile of its g (10, 15)."""
+    """λ* per row of the role of `row` mixed with `other`, and a tile of its g (10)."""
     lam = tl.load(lam_ptr + row)
     lam_sel = _field(rows_ptr, LAM, row, B)
     x, _ = mixed_logits(a, b, _field(rows_ptr, SHIFT_A, row, B), _field(rows_ptr, SHIFT_B, row, B), lam_sel)
-    on, off, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+    on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
     lse = _field(rows_ptr, LSE, row, B)
     total = _field(rows_ptr, TOTAL, row, B)
-    if policy.bce:
-        is_top = cols == _field(rows_ptr, TOP, row, B).to(tl.int32)
-        lse_others = _field(rows_ptr, LSE_OTHERS, row, B)
-        sum_bo = _field(rows_ptr, SUM_BO, row, B)
-        bp_top = _field(rows_ptr, BP_TOP, row, B)
-        g = bce_grad(x, on, off, is_top, lse, lse_others, total, sum_bo, bp_top)
-    else:
-        g = total * tl.exp(x - lse) - on
+    g = total * tl.exp(x - lse) - on
     return lam_sel, g
 
 
@@ -80,7 +68,7 @@ def _amp_rows_grad_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
+    stride_zn,  # usually 1, and then compiled in: with a type beside it, it would not be
     stride_u: tl.int64,  # of upstream; 0 for a scalar
     policy: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -88,16 +76,16 @@ def _amp_rows_grad_kernel(
 ):
     """dz_r = u_r λ*_r g_r + u_q (1-λ*_q) g_q (11): elementwise in the scalars that a forward left.
 
-    Where the partner is known to be the source, too, the program of the smaller of the two writes both rows.
+    Where the partner is known to be the source as well, the program of the smaller of the two writes both rows.
     """
     row, cols, ok = tile_index(tl.program_id(0), tl.program_id(1), B, BLOCK_B, BLOCK_C)
-    pairs: tl.constexpr = policy.matched and BLOCK_B == 1
+    pairs: tl.constexpr = policy.pairing == "matching" and BLOCK_B == 1
     other = tl.load(partner_ptr + row)
     if not pairs or other >= row:
         dtype = lam_ptr.dtype.element_ty
         a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, dtype)
         b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, dtype)
-        if policy.matched:
+        if policy.pairing == "matching":
             source = other
             c = b
         else:

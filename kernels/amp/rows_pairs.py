@@ -1,6 +1,6 @@
 """Both rows of a pair at once, where partner is its own inverse: every row is read once at a time, and written once.
 
-Without that promise a program needs a third row, the one whose partner its own is, which somebody else needs, too.
+Without that promise a program needs a third row, the one whose partner its own is, which another program needs as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _amp_pairs_kernel(
     B,
     C,
     stride_zm: tl.int64,
-    stride_zn,  # 1 mostly, and then compiled in: with a type beside it, it would not be
+    stride_zn,  # usually 1, and then compiled in: with a type beside it, it would not be
     step_size: tl.float64,
     divisor: tl.float64,  # of the gradient
     policy: tl.constexpr,
@@ -78,11 +78,11 @@ def _amp_pairs_kernel(
             y, e = mixed_logits(b, a, shift_other, shift, lam_other)
             top_other, o0, o1, o2, o3, o4 = add_tile(y, e, top_other, o0, o1, o2, o3, o4, policy)
             if not sparse:
-                on, _, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+                on, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
                 on_sum += on
                 on_d += on * d
                 on_x += tl.where(on != 0, on * x, 0.0)
-                on, _, share_other = target_tile(target_ptr, weight_ptr, lam_other, other, row, cols, C, policy)
+                on, share_other = target_tile(target_ptr, weight_ptr, lam_other, other, row, cols, C, policy)
                 on_sum_other += on
                 on_d_other += on * e
                 on_x_other += tl.where(on != 0, on * y, 0.0)
@@ -125,10 +125,10 @@ def _amp_pairs_kernel(
                 a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
                 b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam.dtype)
                 x, _ = mixed_logits(a, b, shift, shift_other, lam_sel)
-                on, _, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+                on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
                 g = scale * (total * tl.exp(x - lse) - on)
                 x, _ = mixed_logits(b, a, shift_other, shift, lam_sel_other)
-                on, _, _ = target_tile(target_ptr, weight_ptr, lam_other, other, row, cols, C, policy)
+                on, _ = target_tile(target_ptr, weight_ptr, lam_other, other, row, cols, C, policy)
                 g_other = scale * (total_other * tl.exp(x - lse_other) - on)
                 dz = lam_sel * g + (1.0 - lam_sel_other) * g_other
                 tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < C)

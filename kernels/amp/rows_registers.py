@@ -1,4 +1,4 @@
-"""The losses of rows that are held in registers whole, and their step of λ (2-15)."""
+"""The losses of rows that are held in registers whole, and their step of λ (2-10)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    bce_share,
-    bce_terms,
     expm1_near,
     expm1_unit,
     log1p_any,
-    row_argmax,
     row_max,
     row_sum,
     scaled_grad,
@@ -73,48 +70,3 @@ def loss_change(p, on, total, u, far):
     u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
     near = total * log1p_any(row_sum(p * expm1_unit(u_near))) - row_sum(on * u)
     return tl.where(row_max(tl.abs(u)) <= 1.0, near, far)
-
-
-@triton.jit
-def bce_at(x, on, off, cols):
-    """softmax_bce of rows in registers: loss, the six scalars that g is made of, and g (12-15)."""
-    top = row_argmax(x)
-    is_top = cols == top
-    top_x = row_max(x)
-    others = tl.where(is_top, float("-inf"), x)
-    second = row_max(others)
-    second = tl.where(second == float("-inf"), 0.0, second)
-    lse_others = second + tl.log(row_sum(tl.exp(others - second)))
-    lse = top_x + log1p_any(tl.exp(lse_others - top_x))
-    a, b, bo, p, terms = bce_terms(x, on, off, is_top, lse, lse_others)
-    sum_a = row_sum(a)
-    sum_bo = row_sum(bo)
-    bp_top = row_sum(tl.where(is_top, b * p, 0.0))
-    grad = a - p * (sum_a + b) + p * (sum_bo - bo) + bp_top * bce_share(x, is_top, lse_others)
-    return row_sum(terms), top.to(x.dtype), lse, lse_others, sum_a, sum_bo, bp_top, grad
-
-
-@triton.jit
-def bce_role(x, d, on, off, lam, cols, step_size, grad_divisor_ptr, policy: tl.constexpr):
-    """One row's AMP under softmax_bce with its whole width in registers."""
-    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, g = bce_at(x, on, off, cols)
-    grad = scaled_grad(row_sum(g * d), grad_divisor_ptr)
-    lam_adv = step_lam(lam, grad, step_size, policy)
-    delta = tl.full(lam.shape, 0.0, lam.dtype)
-    takes = takes_adversarial(loss, delta, policy)
-    if policy.mode != "mixup":
-        loss_adv, top_adv, lse_adv, lse_others_adv, sum_a_adv, sum_bo_adv, bp_top_adv, g_adv = bce_at(
-            x + (lam_adv - lam) * d, on, off, cols
-        )
-        delta = loss_adv - loss
-        takes = takes_adversarial(loss, delta, policy)
-        loss = tl.where(takes, loss_adv, loss)
-        top = tl.where(takes, top_adv, top)
-        lse = tl.where(takes, lse_adv, lse)
-        lse_others = tl.where(takes, lse_others_adv, lse_others)
-        sum_a = tl.where(takes, sum_a_adv, sum_a)
-        sum_bo = tl.where(takes, sum_bo_adv, sum_bo)
-        bp_top = tl.where(takes, bp_top_adv, bp_top)
-        g = tl.where(takes, g_adv, g)
-    lam_sel = tl.where(takes, lam_adv, lam)
-    return loss, lam_sel, lam_adv, grad, delta, takes, lse, sum_a, top, lse_others, sum_bo, bp_top, g

@@ -6,7 +6,7 @@ know: the change of the loss is taken from the change of the logits (25-27).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,20 +17,16 @@ from .config import Config, cdiv, select_config
 from .launch import on_device_of
 from .rows import (
     ASSERTING,
-    RowPolicy,
-    bce_grad,
     expm1_unit,
     gains,
     load_logits,
     log1p_any,
-    row_shift,
     row_sum,
     target_tile,
     tile_index,
     tile_mask,
 )
-from .rows_loop import bce_scan
-from .rows_registers import bce_at, cross_entropy_at, loss_change
+from .rows_registers import cross_entropy_at, loss_change
 from .tuning import batch_class, tuned
 
 
@@ -42,14 +38,14 @@ def _logit_change(x, x_adv):
 
 
 @triton.jit
-def _chosen(loss, loss_adv, delta, policy: tl.constexpr):
+def _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy: tl.constexpr):
     """The selected loss of each row, and which rows take ℓ(λ') (9)."""
     if policy.mode == "mixup":
         takes = tl.full(delta.shape, False, tl.int1)
     elif policy.mode == "maxop":
         takes = tl.full(delta.shape, True, tl.int1)
     else:
-        takes = gains(loss, delta, policy)
+        takes = gains(loss, delta, tie_abs, tie_rel)
     return tl.where(takes, loss_adv, loss), takes
 
 
@@ -72,38 +68,32 @@ def _select_kernel(
     stride_zn,  # without a type, as stride_an: 1 is then compiled in
     stride_am: tl.int64,
     stride_an,
+    tie_abs: tl.float64,
+    tie_rel: tl.float64,
     policy: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """All of BLOCK_B rows, with their whole width in registers (2, 3, 12-15, 25-27)."""
+    """All of BLOCK_B rows, with their whole width in registers (2, 3, 25-27)."""
     row, cols, ok = tile_index(tl.program_id(0), 0, B, BLOCK_B, BLOCK_C)
     mask = tile_mask(ok, cols, C, BLOCK_B)
     lam = tl.load(lam_ptr + row)
-    on, off, _ = target_tile(target_ptr, weight_ptr, lam, row, tl.load(partner_ptr + row), cols, C, policy)
+    on, _ = target_tile(target_ptr, weight_ptr, lam, row, tl.load(partner_ptr + row), cols, C, policy)
     x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
     total = row_sum(on)
-    if policy.bce:
-        x = x - row_shift(x)
-        loss, _, _, _, _, _, _, g = bce_at(x, on, off, cols)
-    else:
-        loss, p = cross_entropy_at(x, on)
-        g = total * p - on
+    loss, p = cross_entropy_at(x, on)
+    g = total * p - on
     tl.store(grad_ptr + row * C + cols, g, mask=mask)
     delta = tl.full(lam.shape, 0.0, lam.dtype)
     takes = delta > 0
     if logits_adv_ptr is not None:
         x_adv = load_logits(logits_adv_ptr, row, cols, C, stride_am, stride_an, lam.dtype)
-        if policy.bce:
-            loss_adv, _, _, _, _, _, _, g = bce_at(x_adv - row_shift(x_adv), on, off, cols)
-            delta = loss_adv - loss
-        else:
-            loss_adv, p_adv = cross_entropy_at(x_adv, on)
-            g = total * p_adv - on
-            u, _ = _logit_change(x, x_adv)
-            delta = loss_change(p, on, total, u, loss_adv - loss)
+        loss_adv, p_adv = cross_entropy_at(x_adv, on)
+        g = total * p_adv - on
+        u, _ = _logit_change(x, x_adv)
+        delta = loss_change(p, on, total, u, loss_adv - loss)
         tl.store(grad_adv_ptr + row * C + cols, g, mask=mask)
-        loss, takes = _chosen(loss, loss_adv, delta, policy)
+        loss, takes = _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy)
     tl.store(loss_ptr + row, loss, mask=ok)
     tl.store(delta_ptr + row, delta, mask=ok)
     tl.store(mask_ptr + row, takes.to(tl.int8), mask=ok)
@@ -145,7 +135,7 @@ def _cross_entropy_loop(
     on_sum = zeros
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        on, _, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+        on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
         on_sum += on
         x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
         sums, top = _scan(sums, top, x)
@@ -162,7 +152,7 @@ def _cross_entropy_loop(
     u_max = zeros
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        on, _, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+        on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
         x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
         # Relative to the maximum first: a large common offset costs no digits.
         logp = (x - top) - log_sum
@@ -186,37 +176,6 @@ def _cross_entropy_loop(
 
 
 @triton.jit
-def _bce_loop(
-    logits_ptr,
-    target_ptr,
-    weight_ptr,
-    grad_ptr,
-    row,
-    other,
-    lam,
-    C,
-    stride_zm,
-    stride_zn,
-    policy: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """softmax_bce of one row of logits, and its gradient, stored (12-15)."""
-    first = load_logits(logits_ptr, row, tl.arange(0, BLOCK_C), C, stride_zm, stride_zn, lam.dtype)
-    shift = row_shift(first)
-    loss, top, lse, lse_others, sum_a, sum_bo, bp_top, _, _ = bce_scan(
-        logits_ptr, target_ptr, weight_ptr, row, other, shift, None, lam, lam,
-        C, stride_zm, stride_zn, policy, BLOCK_C,
-    )  # fmt: skip
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype) - shift
-        on, off, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
-        g = bce_grad(x, on, off, cols == top.to(tl.int32), lse, lse_others, sum_a, sum_bo, bp_top)
-        tl.store(grad_ptr + row * C + cols, g, mask=cols < C)
-    return loss
-
-
-@triton.jit
 def _select_rows_kernel(
     logits_ptr,  # (B, C) at λ, any strides
     logits_adv_ptr,  # (B, C) at λ', any strides, or None
@@ -234,6 +193,8 @@ def _select_rows_kernel(
     stride_zn,  # without a type, as stride_an: 1 is then compiled in
     stride_am: tl.int64,
     stride_an,
+    tie_abs: tl.float64,
+    tie_rel: tl.float64,
     policy: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -241,28 +202,15 @@ def _select_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     other = tl.load(partner_ptr + row)
     lam = tl.load(lam_ptr + row)
-    if policy.bce:
-        loss = _bce_loop(
-            logits_ptr, target_ptr, weight_ptr, grad_ptr, row, other, lam,
-            C, stride_zm, stride_zn, policy, BLOCK_C,
-        )  # fmt: skip
-        loss_adv = loss
-        if logits_adv_ptr is not None:
-            loss_adv = _bce_loop(
-                logits_adv_ptr, target_ptr, weight_ptr, grad_adv_ptr, row, other, lam,
-                C, stride_am, stride_an, policy, BLOCK_C,
-            )  # fmt: skip
-        delta = loss_adv - loss
-    else:
-        loss, loss_adv, delta = _cross_entropy_loop(
-            logits_ptr, logits_adv_ptr, target_ptr, weight_ptr, grad_ptr, grad_adv_ptr, row, other, lam,
-            C, stride_zm, stride_zn, stride_am, stride_an, policy, BLOCK_C,
-        )  # fmt: skip
+    loss, loss_adv, delta = _cross_entropy_loop(
+        logits_ptr, logits_adv_ptr, target_ptr, weight_ptr, grad_ptr, grad_adv_ptr, row, other, lam,
+        C, stride_zm, stride_zn, stride_am, stride_an, policy, BLOCK_C,
+    )  # fmt: skip
     if logits_adv_ptr is None:
         delta = tl.full((), 0.0, lam.dtype)
         takes = delta > 0
     else:
-        loss, takes = _chosen(loss, loss_adv, delta, policy)
+        loss, takes = _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy)
     tl.store(loss_ptr + row, loss)
     tl.store(delta_ptr + row, delta)
     tl.store(mask_ptr + row, takes.to(tl.int8))
@@ -279,26 +227,19 @@ class Selection(NamedTuple):
 
 
 def select_cross_entropy_forward(
-    logits: Tensor,
-    logits_adv: Tensor | None,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    weight: Tensor | None,
-    *,
-    policy: RowPolicy,
+    logits: Tensor, logits_adv: Tensor | None, mixture: Any, policy: Any, tie_abs: float, tie_rel: float
 ) -> Selection:
     """Losses at λ and, if given, at λ', the choice between them, and the gradients of both.
 
     Args:
         logits: (B, C), B >= 1, any strides.
         logits_adv: (B, C), any strides and dtype, or None.
-        target: (B,) int64 or (B, C) floating point.
-        lam: (B,) compute dtype.
-        partner: (B,) int64 permutation.
-        weight: (C,) or None.
-        policy: what to compile for; its tie tolerance decides.
+        mixture: target (B,) int64 or (B, C), λ (B,) compute dtype, partner (B,), class weight (C,) or None.
+        policy: what to compile for: mode, ignore_index and label_smoothing.
+        tie_abs: a row takes λ' where δ >= -(tie_abs + tie_rel·max(1, |ℓ|)), or δ > 0 where both are 0.
+        tie_rel: see there.
     """
+    target, lam, partner, weight = mixture
     batch, classes = logits.shape
     lam = lam.contiguous()
     loss, delta = torch.empty_like(lam), torch.empty_like(lam)
@@ -318,18 +259,18 @@ def select_cross_entropy_forward(
         grad,
         grad_adv,
     )
-    strides = (*logits.stride(), *(logits if logits_adv is None else logits_adv).stride())
+    scalars = (*logits.stride(), *(logits if logits_adv is None else logits_adv).stride(), tie_abs, tie_rel)
 
     def launch(config: Config) -> Selection:
         options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
         if config.in_registers:
             grid = (cdiv(batch, config.block_b),)
-            _select_kernel[grid](*tensors, batch, classes, *strides, BLOCK_B=config.block_b, **options)
+            _select_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
         else:
-            _select_rows_kernel[(batch,)](*tensors, classes, *strides, **options)
+            _select_rows_kernel[(batch,)](*tensors, classes, *scalars, **options)
         return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
 
-    config = select_config(classes, lam.element_size(), bce=policy.bce)
+    config = select_config(classes, lam.element_size())
     free = ("block_b" if config.in_registers else "block_c", "num_warps")
     with on_device_of(logits):
         return tuned(

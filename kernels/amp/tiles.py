@@ -19,16 +19,11 @@ from .rows import (
 
 
 @triton.jit
-def mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn):
-    """X at `lam_at` and d of one tile of one row; the row's own logits, and 0, where `shift_b` is None."""
+def mixed_logits_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn):
+    """X at `lam_at` and d of one tile of one row."""
     a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam_at.dtype)
-    if shift_b is None:
-        x = a - shift_a
-        d = tl.zeros_like(x)
-    else:
-        b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam_at.dtype)
-        x, d = mixed_logits(a, b, shift_a, shift_b, lam_at)
-    return x, d
+    b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, lam_at.dtype)
+    return mixed_logits(a, b, shift_a, shift_b, lam_at)
 
 
 @triton.jit
@@ -39,7 +34,6 @@ def loop_lse(
     shift_a,
     shift_b,
     lam_at,
-    without,  # a class to leave out, or -1
     C,
     stride_zm,
     stride_zn,
@@ -50,8 +44,7 @@ def loop_lse(
     sums = tl.zeros((BLOCK_C,), lam_at.dtype)
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        x, _ = mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn)
-        x = tl.where(cols == without, float("-inf"), x)
+        x, _ = mixed_logits_tile(logits_ptr, row, other, shift_a, shift_b, lam_at, cols, C, stride_zm, stride_zn)
         new_top = tl.maximum(top, tl.max(x, 0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         sums = sums * tl.exp(top - base) + tl.exp(x - base)
@@ -142,13 +135,11 @@ def _lse_change_in_passes(
         gain = tl.zeros((BLOCK_C,), lam.dtype)
         for start in range(0, C, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
-            x, d = mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
+            x, d = mixed_logits_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
             gain += tl.exp(x - top - log_sum) * expm1_near(eta * d)
         change = log1p_any(tl.sum(gain, 0))
     else:
-        top_adv, log_adv = loop_lse(
-            logits_ptr, row, other, shift_a, shift_b, lam_adv, -1, C, stride_zm, stride_zn, BLOCK_C
-        )
+        top_adv, log_adv = loop_lse(logits_ptr, row, other, shift_a, shift_b, lam_adv, C, stride_zm, stride_zn, BLOCK_C)
         change = (top_adv - top) + (log_adv - log_sum)
     return change
 
@@ -234,7 +225,7 @@ def cross_entropy_loop(
     policy: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Scalars of one row under cross-entropy, mostly by a single pass (1-9)."""
+    """Scalars of one row under cross-entropy, by a single pass unless some |ηd| is large (1-9)."""
     top = tl.full((), float("-inf"), lam.dtype)
     zeros = tl.zeros((BLOCK_C,), lam.dtype)
     s0 = zeros
@@ -250,11 +241,11 @@ def cross_entropy_loop(
     sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        x, d = mixed_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
+        x, d = mixed_logits_tile(logits_ptr, row, other, shift_a, shift_b, lam, cols, C, stride_zm, stride_zn)
         top, s0, s1, s2, s3, s4 = add_tile(x, d, top, s0, s1, s2, s3, s4, policy)
         d_max = tl.maximum(d_max, tl.abs(d))
         if not sparse:
-            on, _, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
+            on, share = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
             on_sum += on
             on_d += on * d
             on_x += tl.where(on != 0, on * x, 0.0)

@@ -13,15 +13,20 @@ logits are made once more. dz is linear in the roles: each chunk adds what its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastamp import closed_form
 from fastamp.autograd import once_differentiable
+from fastamp.backend import takes_kernels
+from fastamp.mixing import MixStats, Mixture
+from fastamp.ops import amp_cross_entropy as on_logits
+from fastamp.ops.rows import compute_dtype, scatter_roles
 from fastamp.policy import Policy
+from fastamp.reduction import Reduction, divided, known_to_keep_all
 
 # Chunks that save less are not made: it is no more than other activations of a training step take, and one product is
 # the simpler and mostly the faster way.
@@ -40,27 +45,34 @@ ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 class Head(NamedTuple):
-    """The tensors of one call, checked."""
+    """A linear head, and what stands between the mixture and it: logits = W (keep ∘ act(m)) + b."""
 
     hidden: Tensor  # (B, D)
-    linear_weight: Tensor  # (C, D)
-    linear_bias: Tensor | None  # (C,)
-    target: Tensor  # (B,) int64 or (B, C)
-    lam: Tensor  # (B,) compute dtype
-    partner: Tensor  # (B,) int64
-    weight: Tensor | None  # (C,)
-    grad_divisor: Tensor | None  # () divisor of ∇λ; None for the row's own
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    keep: Tensor | None = None  # (B, D) dropout mask, scaling included
+    relu: bool = False  # whether act is ReLU or the identity
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether mixing its logits is mixing its input."""
+        return self.keep is None and not self.relu
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Whether gradients to hidden, weight and bias will be asked for."""
+        return [leaf is not None and leaf.requires_grad and torch.is_grad_enabled() for leaf in self[:3]]
 
 
 class How(NamedTuple):
-    """What else decides a call."""
+    """What a chunk's rows are computed by."""
 
     policy: Policy
+    step_size: float
+    grad_divisor: Tensor | None  # () divisor of ∇λ; None for the row's own
     chunk_rows: int
     dtype: torch.dtype  # of the products
-    by_triton: bool
     all_kept: bool  # promises that no label equals ignore_index
-    never_rejects: bool  # promises that every row takes λ'
 
 
 class Chunk(NamedTuple):
@@ -79,27 +91,22 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def automatic_rows(hidden: Tensor, classes: int, needs: tuple[bool, bool, bool]) -> int | None:
-    """Rows of a chunk, or None where chunks would not save `SAVED_BYTES` of what is held at most.
-
-    Args:
-        hidden: (B, D).
-        classes: C.
-        needs: whether gradients to hidden, linear_weight and linear_bias are wanted.
-    """
-    batch, depth = hidden.shape
+def automatic_rows(head: Head) -> int | None:
+    """Rows of a chunk, or None where chunks would not save `SAVED_BYTES` of what is held at most."""
+    hidden, wanted = head.hidden, head.wanted
+    (batch, depth), classes = hidden.shape, len(head.weight)
     # Without a gradient the logits are alone.
-    row_bytes = (1 + any(needs)) * classes * product_dtype(hidden).itemsize
+    row_bytes = (1 + any(wanted)) * classes * product_dtype(hidden).itemsize
     sizes = (batch * depth, classes * depth, classes)
-    wanted = sum(size for size, need in zip(sizes, needs, strict=True) if need)
+    summed = sum(size for size, need in zip(sizes, wanted, strict=True) if need)
     # Chunks sum gradients in the compute dtype, and have them beside those that backward returns; the whole way, these
     # take the place of the logits. Under autocast parameters are as wide as the sums.
-    wide = closed_form.compute_dtype(hidden.dtype).itemsize
+    wide = compute_dtype(hidden.dtype).itemsize
     returned = wide if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype.itemsize
-    rows = max(MIN_ROWS, max(CHUNK_BYTES, wanted * wide // CHUNK_SHARE) // row_bytes)
-    # A power of two suits the products; it counts the rows outside, too.
+    rows = max(MIN_ROWS, max(CHUNK_BYTES, summed * wide // CHUNK_SHARE) // row_bytes)
+    # A power of two suits the products; it counts the rows outside as well.
     rows = min(2 ** (rows.bit_length() - 1) - OUTSIDE, -(-batch // MIN_CHUNKS))
-    held = wanted * wide + max((rows + OUTSIDE) * row_bytes, wanted * returned)
+    held = summed * wide + max((rows + OUTSIDE) * row_bytes, summed * returned)
     return rows if batch * row_bytes >= held + SAVED_BYTES else None
 
 
@@ -172,34 +179,36 @@ def _chunk(order: Tensor, first: Tensor, partner: Tensor, place_of_partner: Tens
     return Chunk(rows, torch.cat([local, free]), count)
 
 
-def chunked_losses(
-    head: Head, how: How, needs: tuple[bool, bool, bool], *, per_row: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses of `linear_amp_cross_entropy` without activation and dropout, for B >= 1.
+def in_chunks(
+    head: Head, mixture: Mixture, policy: Policy, step_size: float, reduction: Reduction, chunk_rows: int
+) -> tuple[Tensor, MixStats]:
+    """`linear_amp_cross_entropy` of an affine head, `chunk_rows` rows at a time; B >= 1.
 
-    Args:
-        head: the tensors.
-        how: the rest.
-        needs: whether gradients to hidden, linear_weight and linear_bias will be asked for.
-        per_row: whether losses (B,) or their sum () is wanted. The gradients of the sum are made with it; those of
-            the losses in backward, from logits that are made once more: see `gradients_in_backward`.
-
-    Returns:
-        The loss, and (B,) λ', ∇λ, δ and the mask; all but the mask in the compute dtype.
+    The gradients of a sum are made with it; those of the losses of rows in backward, from logits that are made once
+    more: see `gradients_in_backward`.
     """
-    loss, lam_adv, grad, delta, mask = _ChunkedLosses.apply(*head, how, needs, per_row)
-    return loss, lam_adv, grad, delta, mask
+    dtype = product_dtype(head.hidden)
+    mixture = mixture.computed_in(compute_dtype(dtype))
+    divisor, _ = reduction.divisors(mixture, policy)
+    grad_divisor = reduction.kernel_grad_divisor(mixture, policy)
+    per_row = gradients_in_backward(dtype, reduces=reduction.kind != "none")
+    policy = policy._replace(keeps_all=known_to_keep_all(mixture, policy, reduction))
+    how = How(policy, step_size, grad_divisor, chunk_rows, dtype, reduction.all_kept)
+    loss, *fields = _InChunks.apply(*head[:3], *mixture, how, head.wanted, per_row)
+    if per_row and reduction.kind != "none":
+        loss = loss.sum()
+    return divided(loss, divisor), MixStats(mixture.lam, *fields)
 
 
-class _ChunkedLosses(torch.autograd.Function):
+class _InChunks(torch.autograd.Function):
     """Gradients are kept in the compute dtype, scaled out of place by backward, and rounded once."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, how, needs, per_row = arguments
-        head = Head(*tensors)
-        ones = None if per_row or not any(needs) else head.lam.new_ones(()).expand(len(head.lam))
-        fields, grads = _run(head, how, ones, needs)
+        head, mixture = Head(*tensors[:3]), Mixture(*tensors[3:])
+        ones = None if per_row or not any(needs) else mixture.lam.new_ones(()).expand(len(mixture.lam))
+        fields, grads = _run(head, mixture, how, ones, needs)
         ctx.how, ctx.per_row = how, per_row
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
         if any(needs):
@@ -216,14 +225,15 @@ class _ChunkedLosses(torch.autograd.Function):
         if ctx.per_row:
             # Compiled autograd would trace into it, and into the kernels.
             run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
-            grads = run(Head(*ctx.saved_tensors), ctx.how, grad_loss, needs)[1]
+            head, mixture = Head(*ctx.saved_tensors[:3]), Mixture(*ctx.saved_tensors[3:])
+            grads = run(head, mixture, ctx.how, grad_loss, needs)[1]
             scaled = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         else:
             scaled = [
                 _scaled(g, grad_loss, dtype) if need else None
                 for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
             ]
-        return (*scaled, *[None] * 8)
+        return (*scaled, *[None] * 7)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,107 +247,85 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    head: Head, how: How, upstream: Tensor | None, needs: tuple[bool, bool, bool]
+    head: Head, mixture: Mixture, how: How, upstream: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """All rows, chunk by chunk.
 
     Args:
-        head: the tensors.
+        head: without activation and dropout.
+        mixture: of all rows.
         how: the rest.
         upstream: (B,) gradient of each row's loss; None where no gradient is wanted.
         needs: which gradients are.
 
     Returns:
-        (5, B): losses, λ', ∇λ, δ and the mask as numbers; and the gradients to hidden, linear_weight and linear_bias in
-        the compute dtype, None where not wanted.
+        (5, B): losses, λ', ∇λ, δ and the mask as numbers; and the gradients to hidden, weight and bias in the compute
+        dtype, None where not wanted.
     """
-    leaves = head[:3]
+    lam = mixture.lam
     grads = [
-        head.lam.new_zeros(leaf.shape) if need and upstream is not None and leaf is not None else None
-        for leaf, need in zip(leaves, needs, strict=True)
+        lam.new_zeros(leaf.shape) if need and upstream is not None and leaf is not None else None
+        for leaf, need in zip(head[:3], needs, strict=True)
     ]
     ordered, order = [], []
     with torch.autocast(head.hidden.device.type, enabled=False):
-        linear_weight = head.linear_weight.to(how.dtype)
-        linear_bias = None if head.linear_bias is None else head.linear_bias.to(how.dtype)
-        for chunk in chunks(head.partner, how.chunk_rows):
+        weight = head.weight.to(how.dtype)
+        bias = None if head.bias is None else head.bias.to(how.dtype)
+        for chunk in chunks(mixture.partner, how.chunk_rows):
             hidden = head.hidden.index_select(0, chunk.rows).to(how.dtype)
             chunk_upstream = None
             if upstream is not None:
-                chunk_upstream = head.lam.new_zeros(len(chunk.rows))
+                chunk_upstream = lam.new_zeros(len(chunk.rows))
                 chunk_upstream[: chunk.own] = upstream.index_select(0, chunk.rows[: chunk.own])
-            fields, dlogits = _rows(F.linear(hidden, linear_weight, linear_bias), head, how, chunk, chunk_upstream)
+            target, part_lam = (tensor.index_select(0, chunk.rows) for tensor in (mixture.target, lam))
+            part = Mixture(target, part_lam, chunk.partner, mixture.weight)
+            fields, dlogits = _rows(F.linear(hidden, weight, bias), part, how, chunk.own, chunk_upstream)
             ordered.append(fields[:, : chunk.own])
             order.append(chunk.rows[: chunk.own])
             if dlogits is not None:
-                _accumulate(grads, dlogits, hidden, linear_weight, chunk.rows)
+                _accumulate(grads, dlogits, hidden, weight, chunk.rows)
             del dlogits  # before the next chunk's logits
-    fields = head.lam.new_empty(5, len(head.lam))
+    fields = lam.new_empty(5, len(lam))
     return fields.index_copy_(1, torch.cat(order), torch.cat(ordered, 1)), grads
 
 
-def _rows(logits: Tensor, head: Head, how: How, chunk: Chunk, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _rows(
+    logits: Tensor, mixture: Mixture, how: How, own: int, upstream: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(5, M) fields of a chunk's rows, and the gradient (M, C) to its logits, in their dtype."""
-    target = head.target.index_select(0, chunk.rows)
-    lam = head.lam.index_select(0, chunk.rows)
-    if how.by_triton:
-        return _rows_by_kernel(logits, target, lam, head, how, chunk, upstream)
-    rows = closed_form.amp_rows(
-        logits,
-        target,
-        lam,
-        chunk.partner,
-        head.weight,
-        how.policy,
-        1.0 if head.grad_divisor is None else head.grad_divisor,
-        need_grad=upstream is not None,
-        all_kept=how.all_kept,
-        tame=_is_tame(logits, how.policy),
-    )
+    policy = how.policy
+    if takes_kernels(logits) and policy.loss == "cross_entropy":
+        return _rows_by_kernel(logits, mixture, how, upstream)
+    rows = on_logits.closed_form(
+        logits, mixture, policy, how.step_size, how.grad_divisor,
+        all_kept=how.all_kept, need_grad=upstream is not None,
+    )  # fmt: skip
     dlogits = None
-    if upstream is not None and rows.grad_mixed is not None:
+    if upstream is not None:
         # Exactly 0, also where a row outside is NaN, which its partner in this chunk need not be mixed with.
-        rows.grad_mixed[chunk.own :].zero_()
-        rows.lam[chunk.own :].zero_()
-        dlogits = closed_form.scatter_roles(rows.grad_mixed, rows.lam, chunk.partner, upstream).to(logits.dtype)
-    fields = (rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(lam.dtype))
+        grad_mixed, lam = rows.grad_mixed, rows.lam.clone()
+        grad_mixed[own:].zero_()
+        lam[own:].zero_()
+        dlogits = scatter_roles(grad_mixed, lam, mixture.partner, upstream).to(logits.dtype)
+    fields = (rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(rows.loss.dtype))
     return torch.stack(fields), dlogits
 
 
 def _rows_by_kernel(
-    logits: Tensor, target: Tensor, lam: Tensor, head: Head, how: How, chunk: Chunk, upstream: Tensor | None
+    logits: Tensor, mixture: Mixture, how: How, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     from fastamp import kernels
-    from fastamp.ops import row_policy
 
     # The rows outside make a chunk's partners a permutation that need not be its own inverse.
-    policy = row_policy(how.policy, lam.dtype, never_rejects=how.never_rejects)._replace(matched=False)
+    policy = how.policy._replace(pairing="permutation")
     rows = kernels.amp_cross_entropy_forward(
-        logits,
-        target,
-        lam,
-        chunk.partner,
-        head.weight,
-        head.grad_divisor,
-        policy=policy,
-        step_size=how.policy.step_size,
-        divisor=None,
-        want_grad=False,
+        logits, mixture, policy, how.step_size, how.grad_divisor, divisor=None, want_grad=False
     ).rows
     dlogits = None
     if upstream is not None:
-        dlogits = kernels.amp_cross_entropy_backward(
-            logits, target, lam, chunk.partner, head.weight, rows, None, upstream, policy=policy
-        )
+        dlogits = kernels.amp_cross_entropy_backward(logits, mixture, policy, rows, None, upstream)
     fields = (kernels.LOSS, kernels.LAM_ADV, kernels.GRAD, kernels.DELTA, kernels.MASK)
     return torch.stack([rows[field] for field in fields]), dlogits
-
-
-def _is_tame(logits: Tensor, policy: Policy) -> bool:
-    if logits.device.type != "cpu":
-        return False
-    low, high = torch.aminmax(logits)
-    return closed_form.is_tame(low.item(), high.item(), policy)
 
 
 def _accumulate(

@@ -7,7 +7,7 @@ fixed order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,6 @@ from .rows import (
     MASK,
     MASS,
     OPTIONS,
-    RowPolicy,
     row_sum,
     scaled_grad,
     step_lam,
@@ -35,22 +34,10 @@ from .rows import (
     target_tile,
 )
 from .rows_grad import _amp_total_kernel
-from .rows_registers import bce_at, cross_entropy_at, cross_entropy_role, loss_change
+from .rows_registers import cross_entropy_at, cross_entropy_role, loss_change
 from .tuning import batch_class, tuned
 
 FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
-
-
-@triton.jit
-def _loss_and_grad(x, on, off, cols, policy: tl.constexpr):
-    """Loss of one row of logits, its gradient (1-3, 12-15), and p for cross-entropy."""
-    if policy.bce:
-        loss, _, _, _, _, _, _, g = bce_at(x, on, off, cols)
-        p = g
-    else:
-        loss, p = cross_entropy_at(x, on)
-        g = tl.sum(on, 0) * p - on
-    return loss, g, p
 
 
 @triton.jit
@@ -104,10 +91,10 @@ def _head_role(
         keep = tl.load(keep_ptr + row * D + depth, mask=inside, other=0.0).to(lam.dtype)
     else:
         keep = tl.full(d.shape, 1.0, lam.dtype)
-    on, off, share = target_tile(target_ptr, class_weight_ptr, lam, row, other, cols, C, policy)
+    on, share = target_tile(target_ptr, class_weight_ptr, lam, row, other, cols, C, policy)
     m = h_other + lam * d
     a, slope, x = _head(m, keep, w, bias, RELU)
-    if not RELU and not policy.bce:
+    if not RELU:
         # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
         dx = tl.where(cols < C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
         loss, lam_sel, lam_adv, grad, delta, takes, _, _, g = cross_entropy_role(
@@ -115,7 +102,9 @@ def _head_role(
         )
         a = keep * (h_other + lam_sel * d)
     else:
-        loss, g, p = _loss_and_grad(x, on, off, cols, policy)
+        total = tl.sum(on, 0)
+        loss, p = cross_entropy_at(x, on)
+        g = total * p - on
         grad = scaled_grad(row_sum(tl.sum(w * g[:, None], 0) * slope * d), grad_divisor_ptr)
         lam_adv = step_lam(lam, grad, step_size, policy)
         delta = tl.full((), 0.0, lam.dtype)
@@ -123,10 +112,9 @@ def _head_role(
         if policy.mode != "mixup":
             moved, slope_adv = _head_moved(m, h_other + lam_adv * d, (lam_adv - lam) * d, keep, RELU)
             u = tl.sum(w * moved[None, :], 1)
-            loss_adv, g_adv, _ = _loss_and_grad(x + u, on, off, cols, policy)
-            delta = loss_adv - loss
-            if not policy.bce:
-                delta = loss_change(p, on, tl.sum(on, 0), u, delta)
+            loss_adv, p_adv = cross_entropy_at(x + u, on)
+            g_adv = total * p_adv - on
+            delta = loss_change(p, on, total, u, loss_adv - loss)
             takes = takes_adversarial(loss, delta, policy)
             loss = tl.where(takes, loss_adv, loss)
             g = tl.where(takes, g_adv, g)
@@ -138,7 +126,7 @@ def _head_role(
 
 
 @triton.jit
-def _linear_head_kernel(
+def _linear_amp_cross_entropy_kernel(
     hidden_ptr,  # (B, D), last dimension contiguous
     weight_ptr,  # (C, D) contiguous
     bias_ptr,  # (C,) or None
@@ -254,69 +242,57 @@ def _linear_head_kernel(
         tl.store(dbias_ptr + program * C + cols, db, mask=cols < C)
 
 
-class HeadForward(NamedTuple):
-    """What `launch_linear_head` leaves."""
+class HeadLaunch(NamedTuple):
+    """What `linear_amp_cross_entropy_launch` leaves."""
 
-    rows: Tensor | None  # (7, B)
+    rows: Any  # (7, B), or None
     loss: Tensor | None  # () reduced loss
     factor: Tensor | None  # () what the gradients are to be multiplied by, the upstream gradient apart
-    dhidden: Tensor | None  # (B, D) hidden's dtype, or the compute dtype for float16
-    dweight: Tensor | None  # (C, D) compute dtype
-    dbias: Tensor | None  # (C,) compute dtype
+    # (B, D) of hidden's dtype, or the compute dtype for float16; (C, D) and (C,) of the compute dtype
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def launch_linear_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lam: Tensor,
-    partner: Tensor,
-    keep: Tensor | None,
-    class_weight: Tensor | None,
+def linear_amp_cross_entropy_launch(
+    head: Any,
+    mixture: Any,
+    policy: Any,
+    step_size: float,
     grad_divisor: Tensor | None,
     *,
-    policy: RowPolicy,
-    relu: bool,
-    step_size: float,
-    divisor: float | None,
-    upstream: Tensor | None,
-    want_rows: bool,
-    want_grad: bool,
-) -> HeadForward:
+    divisor: float | None = None,
+    upstream: Tensor | None = None,
+    want_rows: bool = False,
+    want_grad: bool = False,
+) -> HeadLaunch:
     """Launch the head: as a forward (`want_rows`), as a backward for a given `upstream`, or as both at once.
 
     Args:
-        hidden: (B, D), B >= 1.
-        weight: (C, D).
-        bias: (C,) or None.
-        target: (B,) int64 or (B, C) floating point.
-        lam: (B,) compute dtype.
-        partner: (B,) int64 permutation.
-        keep: (B, D) dropout mask with its scaling, or None.
-        class_weight: (C,) or None.
-        grad_divisor: () compute dtype, or None.
+        head: hidden (B, D), B >= 1, weight (C, D), bias (C,) or None, dropout mask (B, D) with its scaling or None, and
+            whether a ReLU stands between mixing and the head.
+        mixture: target (B,) int64 or (B, C), λ (B,) compute dtype, partner (B,), class weight (C,) or None.
         policy: what to compile for.
-        relu: whether a ReLU stands between mixing and the head.
         step_size: ε.
+        grad_divisor: () compute dtype, or None.
         divisor: of the summed loss; 0 stands for the kept mass; None for no reduction.
         upstream: () or (B,) gradient of each row's loss, or None for 1.
         want_rows: write the rows' losses and scalars.
         want_grad: compute the gradients.
     """
+    hidden, weight, bias, keep, relu = head
+    target, lam, partner, class_weight = mixture
     batch, depth = hidden.shape
     classes = weight.shape[0]
-    config = linear_head_config(batch, classes, depth, lam.element_size(), bce=policy.bce)
+    config = linear_head_config(batch, classes, depth, lam.element_size())
     if config is None:
         raise ValueError(f"a head of {classes} classes over {depth} features does not fit in registers")
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     partner = partner.contiguous()
-    inverse = None if not want_grad else partner if policy.matched else inverse_permutation(partner)
+    inverse = None if not want_grad else partner if policy.pairing == "matching" else inverse_permutation(partner)
     assumed = 1.0 if divisor is None else divisor or float(batch)
     rows = lam.new_empty(FIELDS, batch) if want_rows else None
     dhidden = loss = factor = None
     if want_grad:
-        # float16 is rounded after the upstream gradient, a loss scale mostly, has been applied.
+        # float16 is rounded after the upstream gradient, usually a loss scale, has been applied.
         wide = hidden.dtype == torch.float16
         dhidden = torch.empty(batch, depth, dtype=lam.dtype if wide else hidden.dtype, device=hidden.device)
         upstream = None if upstream is None else upstream.to(lam.dtype)
@@ -327,7 +303,7 @@ def launch_linear_head(
         programs = cdiv(batch, config.rows)
         dweight = lam.new_empty(programs, classes, depth) if want_grad else None
         dbias = lam.new_empty(programs, classes) if want_grad else None
-        _linear_head_kernel[(programs,)](
+        _linear_amp_cross_entropy_kernel[(programs,)](
             hidden,
             weight,
             bias,
@@ -364,7 +340,7 @@ def launch_linear_head(
 
     with on_device_of(hidden):
         dweight, dbias = tuned(
-            "_linear_head_kernel",
+            "_linear_amp_cross_entropy_kernel",
             lambda: (
                 hidden.dtype,
                 policy.mangle(),
@@ -384,4 +360,4 @@ def launch_linear_head(
             _amp_total_kernel[(1,)](
                 rows, loss, None, factor, batch, divisor, assumed, BLOCK=TOTAL_BLOCK, num_warps=4, **OPTIONS
             )
-    return HeadForward(rows, loss, factor, dhidden, dweight, dbias)
+    return HeadLaunch(rows, loss, factor, (dhidden, dweight, dbias))

@@ -1,0 +1,1 @@
+"""The operations, one a file: the public function and its checks, dispatch, closed form, autograd, operator."""
