@@ -92,7 +92,7 @@ def check_launchers_stay_on_the_device() -> None:
     torch.cuda.device = contextlib.nullcontext
     assert launch.on_device_of(torch.empty(0, device="cuda")) is not None
     _run_everything()
-    assert {"_amp_cross_entropy_kernel", "_linear_head_kernel", "_mix_kernel"} <= set(launched), launched
+    assert {"_amp_cross_entropy_kernel", "_linear_amp_cross_entropy_kernel", "_mix_kernel"} <= set(launched), launched
 
 
 class OnTheDevice(TorchDispatchMode):

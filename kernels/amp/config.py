@@ -123,7 +123,7 @@ def select_config(classes: int, itemsize: int) -> Config:
 
 
 class HeadConfig(NamedTuple):
-    """A launch of `_linear_head_kernel`."""
+    """A launch of `_linear_amp_cross_entropy_kernel`."""
 
     rows: int
     block_c: int
