@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ UNUSABLE = (
 )
 
 
-class on_device_of(torch.cuda.device):  # noqa: N801 - reads as a function, like torch.cuda.device
+class on_device_of:  # noqa: N801 - reads as a function, like torch.cuda.device
     """Make the tensor's GPU current: Triton launches on the current one, whatever its arguments are.
 
     Where Triton turns out to be of no use on this machine, its error leaves with a way out. That is at the first
@@ -29,10 +30,18 @@ class on_device_of(torch.cuda.device):  # noqa: N801 - reads as a function, like
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor.get_device())  # -1, a CPU, makes no difference
+        # By its number: torch takes microseconds over a torch.device.
+        self._device = torch.cuda.device(tensor.get_device()) if tensor.is_cuda else None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        super().__exit__(kind, error, trace)
+    def __enter__(self) -> None:
+        if self._device is not None:
+            self._device.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device is not None:
+            self._device.__exit__(kind, error, trace)
         if error is not None and _is_tritons(error):
             raise RuntimeError(
                 f"Triton is installed, but cannot run this kernel here: {type(error).__name__}: {error}. "
