@@ -281,8 +281,11 @@ def scaled_grad(grad, grad_divisor_ptr):
 
 @triton.jit
 def field_at(rows_ptr, field: tl.constexpr, row, B):
-    """Where a value per row stands in the (fields, B) buffer."""
-    return rows_ptr + (tl.full((), field, tl.int64) * B + row)
+    """Where a value per row stands in the (fields, B) buffer, of less than 2^31 elements.
+
+    An offset in 64 bits costs the program of a whole batch more registers than sm_100 has room for.
+    """
+    return rows_ptr + field * B + row
 
 
 @triton.jit
