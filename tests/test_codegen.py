@@ -72,14 +72,14 @@ print(json.dumps([list(GROUPS_OF_CASES), cases]))
 
 def test_a_kernel_that_a_triton_does_not_compile_is_named():
     code = """
-from fastamp.codegen import check
+from bench.codegen import check
 (good,) = [case for case in check.one_of_each() if case.kernel.__name__ == "_mix_kernel"]
 bad = good._replace(name="of three columns", constants={**good.constants, "BLOCK_N": 3})
 check.one_of_each = lambda: iter([good, bad])
 check.main([])
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 1, run.stderr[-3000:]
     assert run.stdout.count("_mix_kernel [of three columns] for ") == 2
     assert run.stdout.splitlines()[-1].endswith("2 of 4 compiled")
