@@ -30,7 +30,7 @@ def passes(guard: Path, check: str) -> None:
 
 
 def test_backend_auto_traces_a_whole_graph_on_cuda_with_the_kernels_in_it(guard):
-    """14: what decides the backend has to be traced, too."""
+    """What decides the backend has to be traced as well."""
     passes(guard, "auto_traces_whole")
 
 
