@@ -313,9 +313,11 @@ class _AmpCrossEntropy(torch.autograd.Function):
             made = kernels.amp_cross_entropy_forward(
                 logits, mixture, policy, step_size, grad_divisor, divisor=divisor, want_grad=True
             )
-            ctx.made, rows, loss, used = made, made.rows, made.loss, made.divisor
+            # Not the record: its loss is an output, and would keep itself alive.
+            ctx.dlogits, ctx.assumed = made.dlogits, made.assumed
+            rows, loss, used = made.rows, made.loss, made.divisor
         else:
-            ctx.made = None
+            ctx.dlogits = None
             rows, loss, used = forward(logits, mixture, policy, step_size, grad_divisor, divisor)
         reduces = divisor is not None
         ctx.save_for_backward(logits, *mixture, rows, used if reduces else None)
@@ -328,11 +330,11 @@ class _AmpCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, *mixture, rows, divisor = ctx.saved_tensors
-        made, ctx.made = ctx.made, None
-        if made is not None and made.dlogits is not None:
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is not None:
             from fastamp import kernels
 
-            return kernels.rescaled(made.dlogits, grad_loss, divisor, made.assumed), *[None] * 9
+            return kernels.rescaled(dlogits, grad_loss, divisor, ctx.assumed), *[None] * 9
         return backward(logits, Mixture(*mixture), rows, divisor, grad_loss, ctx.policy), *[None] * 9
 
 
