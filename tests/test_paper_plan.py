@@ -54,7 +54,8 @@ def test_a_method_is_what_its_name_says(method):
 
 def done_line(run: Run, seconds: float, *, device: str = "cpu", resumed_from: int = 0) -> dict:
     result = {"steps": 60, "resumed_from": resumed_from}
-    names = {"model": run.model, "method": run.method, "config": {"device": device}}
+    config = {"device": device, "method": METHODS[run.method].fields["method"]}
+    names = {"model": run.model, "method": run.method, "config": config}
     return {"status": "done", **names, "result": result, "seconds": seconds}
 
 

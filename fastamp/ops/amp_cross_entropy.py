@@ -343,9 +343,10 @@ def _saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _rows_like(_: Tensor, mixture: Mixture, *__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lam = mixture.lam
-    return lam.new_empty(ROW_FIELDS, len(lam)), lam.new_empty(()), lam.new_empty(())
+def _rows_like(_: Tensor, mixture: Mixture, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lam, shape = mixture.lam, (0,) if options[-1] is None else ()
+    # Not len(lam): it would make a number of a size that is a symbol, and a graph for every batch size.
+    return lam.new_empty(ROW_FIELDS, lam.shape[0]), lam.new_empty(shape), lam.new_empty(shape)
 
 
 @operator("fastamp::amp_cross_entropy", _rows_like)
@@ -357,14 +358,14 @@ def forward(
     grad_divisor: Tensor | None,
     divisor: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of every row, the reduced loss and what it was divided by; without reduction the latter are empty."""
+    """The fields of every row, the reduced loss and what it was divided by; without reduction these two are empty."""
     from fastamp import kernels
 
     made = kernels.amp_cross_entropy_forward(
         logits, mixture, policy, step_size, grad_divisor, divisor=divisor, want_grad=False
     )
     if made.loss is None or made.divisor is None:
-        return made.rows, mixture.lam.new_empty(()), mixture.lam.new_empty(())
+        return made.rows, made.rows.new_empty(0), made.rows.new_empty(0)
     return made.rows, made.loss, made.divisor
 
 
