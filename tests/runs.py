@@ -78,7 +78,7 @@ class Kill(Listener):
     def __init__(self, step: int = 11) -> None:
         self.step = step
 
-    def stepped(self, step, loss):
+    def on_step(self, step, loss):
         if step == self.step:
             raise Killed
 

@@ -44,7 +44,7 @@ class TrainDisplay(Listener):
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def started(self, config: TrainConfig, step: int) -> None:
+    def on_start(self, config: TrainConfig, step: int) -> None:
         """Shows the bar, or says where a resumed run goes on."""
         if self._console.is_terminal:
             self._bar = self._progress.add_task(
@@ -53,14 +53,14 @@ class TrainDisplay(Listener):
         elif step:
             self._line(f"resuming at step {step} of {config.steps}")
 
-    def stepped(self, step: int, loss: Tensor) -> None:
+    def on_step(self, step: int, loss: Tensor) -> None:
         """Moves the bar; every tenth step reads the loss."""
         if self._bar is None:
             return
         if step % 10 == 0:
             self._progress.update(self._bar, completed=step, facts=f"loss {loss.item():.3f}{self._rest}")
 
-    def evaluated(self, record: dict[str, Any]) -> None:
+    def on_evaluate(self, record: dict[str, Any]) -> None:
         """Shows the dev error."""
         self._rest = f"  dev error {record['dev_error']:.2f}%  {record['steps_per_s']:.1f} steps/s"
         facts = f"loss {record['train_loss']:.3f}{self._rest}"

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 # What zipfile and torch.load raise on a file that is not, or no longer, a checkpoint.
-_DAMAGE = (ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError)
+_DAMAGE = (ValueError, TypeError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -62,13 +62,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} is damaged ({reason}); delete it to start over") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"checkpoint {path} is damaged (no dictionary); delete it to start over")
-    return value
 
 
 class MetricsLog:
