@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastamp.data.files import update_digest
 from fastamp.mixing import Mix
 from fastamp.models.cut import Rest, Split, cut_at
-from fastamp.models.words import check_ids
+from fastamp.models.words import check_ids, check_sizes
 
 if TYPE_CHECKING:
     from fastamp.hf.splitting import Rest as HFRest
@@ -162,8 +162,9 @@ class PretrainedEncoder:
         A classifier for as many classes that was saved with the encoder is kept.
 
         Raises:
-            ValueError: a model that cannot be loaded, or that pads by another id than the tokenizer.
+            ValueError: num_classes below 1, a model that cannot be loaded, or one that pads by another id.
         """
+        check_sizes(num_classes=num_classes)
         from transformers import AutoModelForSequenceClassification
 
         model = _loaded(
