@@ -68,8 +68,8 @@ def test_time_left_goes_by_the_rates_of_each_backbone_and_method():
     assert left(none) == (30.0, 0)
     assert left(none, run_of("none", 1), amp, jobs=2) == (45.0, 0)
     assert left(none, amp, jobs=8) == (30.0, 0)  # not less than the longest
-    assert left(none, other) == (30.0, 1)
+    assert left(none, other) == (60.0, 0)  # by the last that is done of the backbone
     assert left(run_of("word-amp", 1), active=(Active(other, 20, 60, 50.0, 10.0),)) == (10.0, 0)
     assert left(active=(Active(amp, 20, 60, 50.0, 999.0),)) == (20.0, 0)
-    assert left(active=(Active(other, 0, 60, None, None),)) == (0.0, 1)
+    assert left(active=(Active(other, 0, 60, None, None),)) == (30.0, 0)
     assert left() == (0.0, 0)
