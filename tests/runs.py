@@ -10,7 +10,7 @@ import torch
 
 from fastamp.training import Listener, TrainConfig, checkpoint
 
-CLOCK = ("steps_per_s", "seconds", "window_seconds", "metrics_offset")
+CLOCK = ("steps_per_s", "seconds", "window_seconds", "offset")
 
 
 def write_corpus(folder: Path) -> Path:
@@ -24,7 +24,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def short(corpus: Path, **fields) -> TrainConfig:
-    """A run of seconds on that corpus, evaluated and saved at steps that mostly differ."""
+    """A run of moments on that corpus, evaluated and saved at different steps."""
     fields = {
         "steps": 14,
         "eval_every": 3,
@@ -78,7 +78,7 @@ class Kill(Listener):
     def __init__(self, step: int = 11) -> None:
         self.step = step
 
-    def stepped(self, step, loss):
+    def on_step(self, step, loss):
         if step == self.step:
             raise Killed
 

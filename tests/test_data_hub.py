@@ -9,10 +9,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fastamp.data import DATASETS, load
-from fastamp.data.hub import SOURCES, read_hub
+from fastamp.data import load
+from fastamp.data.sources import _SPLITS, SOURCES, read
 
 DATA_DIR = Path(os.environ.get("FASTAMP_DATA_DIR", Path(__file__).parents[2] / "shared/data"))
+ON_THE_HUB = [name for name, source in SOURCES.items() if source.repository]
 SIZES = {"train": 40, "validation": 20, "test": 20}
 
 
@@ -26,21 +27,23 @@ class Table(dict):
 def table(name: str, n: int, word: str) -> Table:
     """n rows of a set in the hub's form, its classes in turn."""
     source = SOURCES[name]
-    values = [source.classes[i % len(source.classes)] for i in range(n)]
+    classes = source.classes or source.label_names
+    values = [classes[i % len(classes)] for i in range(n)]
     texts = [f" {word} x{i} {value} \n" for i, value in enumerate(values)]
     # Classes by name stand beside numbers, which need not be ours.
-    return Table({"text": texts, "label": [-1] * n, source.label_column: values})
+    return Table({"text": texts, "label": [-1] * n, source.column: values})
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """The hub: its splits by name of the repository, all small; the sizes expected are theirs."""
     splits = {}
-    for name, source in SOURCES.items():
-        names = [split for of_part, _ in source.parts.values() for split in of_part]
-        splits[source.repository] = {split: table(name, SIZES[split], split) for split in names}
-        parts = {part: (of_part, sum(map(SIZES.get, of_part))) for part, (of_part, _) in source.parts.items()}
-        monkeypatch.setitem(SOURCES, name, replace(source, parts=parts))
+    for name in ON_THE_HUB:
+        source = SOURCES[name]
+        names = {part: [s for s in _SPLITS[part] if (name, s) != ("subj", "validation")] for part in source.sizes}
+        splits[source.repository] = {s: table(name, SIZES[s], s) for of_part in names.values() for s in of_part}
+        sizes = {part: sum(map(SIZES.get, of_part)) for part, of_part in names.items()}
+        monkeypatch.setitem(SOURCES, name, replace(source, sizes=sizes))
     asked = []
 
     def load_dataset(path, *, revision):
@@ -53,23 +56,17 @@ def hub(monkeypatch):
     return SimpleNamespace(splits=splits, asked=asked, module=module)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ON_THE_HUB)
 def test_a_set_without_data_dir_comes_from_the_hub_with_our_labels(hub, name):
     corpus = load(name, seed=1, lower=True)
     source = SOURCES[name]
     assert hub.asked == [(source.repository, source.revision)]
     assert re.fullmatch("[0-9a-f]{40}", source.revision)
-    examples = [pair for s in (corpus.train, corpus.dev, corpus.test) for pair in zip(s.texts, s.labels, strict=True)]
-    assert len(examples) == sum(size for _, size in source.parts.values())
+    examples = [pair for s in corpus.splits for pair in zip(s.texts, s.labels, strict=True)]
+    assert len(examples) == sum(source.sizes.values())
     for text, label in examples:
-        assert text.split(maxsplit=2)[2] == str(source.classes[label])
+        assert text.split(maxsplit=2)[2] == str((source.classes or source.label_names)[label])
         assert text == text.strip()
-    if name != "mr":  # whose column holds numbers
-        assert corpus.label_names == source.classes
-
-
-def test_every_set_that_is_not_generated_is_on_the_hub():
-    assert set(SOURCES) == set(DATASETS) - {"questions"}
 
 
 def test_dev_and_test_are_the_hubs_where_it_has_them(hub):
@@ -79,7 +76,7 @@ def test_dev_and_test_are_the_hubs_where_it_has_them(hub):
 
 
 def test_sets_without_a_test_split_are_joined_in_order_of_their_class(hub):
-    texts, labels = read_hub("mr")["all"]
+    texts, labels = read("mr", None)["all"]
     assert labels == [0] * 40 + [1] * 40
     assert [text.split()[0] for text in texts[:40]] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
 
@@ -102,7 +99,8 @@ def test_another_number_of_examples_is_refused_with_both(hub):
     splits = hub.splits["SetFit/subj"]
     splits["test"] = Table({name: values[:-1] for name, values in splits["test"].items()})
     with pytest.raises(
-        ValueError, match=re.escape("SetFit/subj on the Hugging Face hub: 59 examples in train + test; takes 60")
+        ValueError,
+        match=re.escape("SetFit/subj on the Hugging Face hub: 59 examples in train + validation + test; takes 60"),
     ):
         load("subj")
 
@@ -114,14 +112,13 @@ def test_an_unknown_label_is_refused(hub):
         load("sst2")
 
 
-@pytest.mark.parametrize("missing", ["split", "column"])
-def test_a_missing_split_or_column_is_refused(hub, missing):
+def test_a_missing_split_or_column_is_refused(hub):
     splits = hub.splits["SetFit/TREC-QC"]
-    if missing == "split":
-        del splits["test"]
-    else:
-        del splits["test"]["label_coarse_original"]
-    with pytest.raises(ValueError, match="lacks the split 'test', or one of its columns 'text' and 'label_coarse_orig"):
+    del splits["train"]["label_coarse_original"]
+    with pytest.raises(ValueError, match="lacks a column of 'train': 'text' or 'label_coarse_original'"):
+        load("trec")
+    del splits["train"]
+    with pytest.raises(ValueError, match="0 examples in train; takes 40"):
         load("trec")
 
 
@@ -150,8 +147,8 @@ def test_a_hub_out_of_reach_says_to_give_data_dir(hub, error):
     assert str(error) in str(raised.value)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ON_THE_HUB)
 @pytest.mark.skipif(not (DATA_DIR / "trec" / "train.tsv").exists(), reason=f"no corpora in {DATA_DIR}")
 def test_the_sizes_expected_of_the_hub_are_those_of_the_files(name):
-    for part, (_, size) in SOURCES[name].parts.items():
+    for part, size in SOURCES[name].sizes.items():
         assert (DATA_DIR / name / f"{part}.tsv").read_bytes().count(b"\n") - 1 == size

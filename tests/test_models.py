@@ -1,4 +1,4 @@
-"""TextCNN."""
+"""TextCNN and AttentionBiLSTM."""
 
 import pytest
 import torch
@@ -7,16 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastamp import AMPLoss, Mix, reference
-from fastamp.models import TextCNN
+from fastamp.models import AttentionBiLSTM, TextCNN
 
 # Sums of at most 1500 float32 products, in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+LENGTHS = (7, 2, 1, 9, 4, 4)
+LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
+PLACES = ("word", "sentence", "embedding")
+
+both = pytest.mark.parametrize("make", [TextCNN, AttentionBiLSTM], ids=["textcnn", "bilstm"])
 
 
-def small(**options) -> TextCNN:
+def small(make=TextCNN, **options):
     torch.manual_seed(0)
-    options = {"embedding_dim": 12, "maps": 7, **options}
-    return TextCNN(30, 4, **options).eval()
+    size = {"maps": 7} if make is TextCNN else {"hidden_size": 10}
+    return make(30, 4, **{"embedding_dim": 12, **size, **options}).eval()
 
 
 def sentences(*lengths: int) -> torch.Tensor:
@@ -25,35 +30,55 @@ def sentences(*lengths: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def by_definition(model: TextCNN, row: list[int]) -> torch.Tensor:
-    """Features of one sentence, a filter and a window at a time, in float64."""
-    table = model.embedding.weight.double()
+def a_mix(dtype: torch.dtype = torch.float32) -> Mix:
+    generator = torch.Generator().manual_seed(4)
+    return Mix(torch.rand(6, generator=generator).to(dtype), torch.tensor([3, 0, 1, 2, 4, 5]))
+
+
+def cnn_by_definition(model: TextCNN, row: torch.Tensor) -> torch.Tensor:
+    """Features of one sentence (n,), a filter and a window at a time."""
+    table = model.embedding.weight
     words = torch.stack([table[i] for i in row] + [torch.zeros_like(table[0])] * (max(model.widths) - 1))
     features = []
     for conv, width in zip(model.convolutions, model.widths, strict=True):
-        for weight, bias in zip(conv.weight.double(), conv.bias.double(), strict=True):  # weight (D, width)
+        for weight, bias in zip(conv.weight, conv.bias, strict=True):  # weight (D, width)
             windows = [(words[t : t + width].T * weight).sum() + bias for t in range(len(row))]
-            features.append(max(torch.stack(windows).max(), torch.zeros((), dtype=torch.float64)))
+            features.append(torch.stack(windows).max().clamp(min=0))
     return torch.stack(features)
 
 
-def test_features_are_those_of_the_definition():
-    model = small()
-    rows = [[3, 7, 7, 1, 29, 4], [5], [8, 9]]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    expected = torch.stack([by_definition(model, row) for row in rows]).float()
-    torch.testing.assert_close(model.encode(ids), expected, **CLOSE)
+def lstm_by_definition(model: AttentionBiLSTM, row: torch.Tensor) -> torch.Tensor:
+    """Features of one sentence (n,), its words in the order of each direction, attention as a loop over them."""
+    words = model.embedding.weight[row]
+    onward = model.encoder.forwards(words)[0]
+    backward = model.encoder.backwards(words.flip(0))[0].flip(0)
+    states = [torch.cat(pair) for pair in zip(onward, backward, strict=True)]
+    scores = [(model.encoder.score.weight[0] * state.tanh()).sum().exp() for state in states]
+    return sum(score * state for score, state in zip(scores, states, strict=True)) / sum(scores)
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
-    extra=st.integers(0, 8),
-    widths=st.sampled_from([(3, 4, 5), (1,), (2, 6)]),
+@both
+def test_features_and_logits_are_those_of_the_definition(make):
+    model, ids = small(make).double(), sentences(*LENGTHS)
+    by_definition = cnn_by_definition if make is TextCNN else lstm_by_definition
+    expected = torch.stack([by_definition(model, row[:n]) for row, n in zip(ids, LENGTHS, strict=True)])
+    torch.testing.assert_close(model.encode(ids), expected)
+    torch.testing.assert_close(model(ids), model.classifier(expected.clamp(min=0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (TextCNN, {"widths": (3, 4, 5)}),
+        (TextCNN, {"widths": (1,)}),
+        (TextCNN, {"widths": (2, 6)}),
+        (AttentionBiLSTM, {}),
+    ],
 )
-def test_logits_do_not_depend_on_padding_or_on_the_rest_of_the_batch(lengths, extra, widths):
-    model = small(widths=widths)
-    ids = sentences(*lengths)
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), extra=st.integers(0, 8))
+def test_logits_do_not_depend_on_padding_or_on_the_rest_of_the_batch(make, options, lengths, extra):
+    model, ids = small(make, **options), sentences(*lengths)
     logits = model(ids)
     torch.testing.assert_close(model(F.pad(ids, (0, extra))), logits, **CLOSE)
     for row, length, expected in zip(ids, lengths, logits, strict=True):
@@ -70,75 +95,115 @@ def test_the_cpu_path_and_the_convolution_agree_in_value_and_gradient():
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-def test_convolve_is_affine_so_mixing_commutes_with_it():
-    model = small()
-    a, b = torch.randn(2, 3, 6, 12, generator=torch.Generator().manual_seed(3)).unbind(0)
-    lam = torch.tensor([0.2, 0.5, 1.1])[:, None, None]
-    mixed = lam * model.convolve(a) + (1 - lam) * model.convolve(b)
-    torch.testing.assert_close(model.convolve(lam * a + (1 - lam) * b), mixed, **CLOSE)
+def test_the_lstm_agrees_in_float32_and_float64():
+    # torch computes them by different libraries.
+    model, ids = small(AttentionBiLSTM), sentences(*LENGTHS)
+    upstream = torch.randn(6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        logits = model.to(dtype)(ids)
+        results.append((logits, *torch.autograd.grad(logits, list(model.parameters()), upstream.to(dtype))))
+    for single, double in zip(*results, strict=True):
+        torch.testing.assert_close(single.double(), double, **CLOSE)
+
+
+def test_padding_gets_exactly_no_attention():
+    model, ids = small(AttentionBiLSTM), sentences(*LENGTHS)
+    mask = ids != 0
+    # Scores far below zero for words leave nothing to padding either.
+    model.encoder.score.weight.data.fill_(-100.0)
+    states = model.encoder.states(model.embed(ids), mask).abs()
+    weights = model.encoder.attention(states, mask)
+    assert (weights[~mask] == 0).all()
+    assert (weights[mask] >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(6))
 
 
 # split
 
-IDS_LENGTHS = (7, 2, 1, 9, 4, 4)
-LABELS = torch.tensor([0, 1, 2, 3, 0, 2])
+
+@both
+def test_every_place_gives_the_models_own_logits(make):
+    model, ids = small(make), sentences(*LENGTHS)
+    for at in PLACES:
+        g, f = model.split(at)
+        # Behind its word vectors a TextCNN's own forward pass sums in another order on a CPU.
+        bounds = CLOSE if (make, at) == (TextCNN, "embedding") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(f(g(ids), **f.context(ids)), model(ids), **bounds)
 
 
-def mixed_batch(dtype: torch.dtype) -> Mix:
-    generator = torch.Generator().manual_seed(4)
-    return Mix(torch.rand(6, generator=generator).to(dtype), torch.tensor([3, 0, 1, 2, 4, 5]))
+@both
+def test_a_mixed_row_is_as_long_as_the_longer_of_both(make):
+    model, ids, mix = small(make), sentences(*LENGTHS), a_mix()
+    for at in ("word", "embedding"):
+        mask = model.split(at).f.context(ids, mix)["mask"]
+        assert mask.sum(1).tolist() == [max(LENGTHS[r], LENGTHS[q]) for r, q in enumerate(mix.partner.tolist())]
 
 
+@both
 @pytest.mark.parametrize("plan", ["auto", "merged", "both"])
-@pytest.mark.parametrize("at", ["word", "embedding"])
-def test_mixing_behind_the_convolution_is_mixing_the_word_vectors(at, plan):
-    model, ids = small(dropout=0.0).double().train(), sentences(*IDS_LENGTHS)
-    mix = mixed_batch(torch.float64)
+@pytest.mark.parametrize("at", PLACES)
+def test_a_step_is_the_definition_on_words_and_on_sentences(make, at, plan):
+    """That of a TextCNN mixes behind the convolution, which is mixing the word vectors."""
+    model, ids = small(make, dropout=0.0).double().train(), sentences(*LENGTHS)
+    mix = a_mix(torch.float64)
     union = mix.union(ids != 0)
     options = {"step_size": 0.05, "tie_tol": 0.0}
 
-    def on_words(embedded):
-        return model.classifier(model.pool(model.convolve(embedded), union))
+    def rest(mixed):
+        if at == "sentence":
+            return model.classifier(mixed.relu())
+        features = model.pool(model.convolve(mixed), union) if make is TextCNN else model.encoder(mixed, union).relu()
+        return model.classifier(features)
 
-    truth = reference.amp(on_words, model.embed(ids), LABELS, *mix, **options)
+    hidden = model.encode(ids) if at == "sentence" else model.embed(ids)
+    truth = reference.amp(rest, hidden, LABELS, *mix, **options)
     g, f = model.split(at)
     loss, stats = AMPLoss(**options).step(
         f, g(ids), LABELS, mix=mix, context=f.context(ids, mix), plan=plan, return_stats=True
     )
-    ours = [loss, stats.grad, stats.lam_adv, stats.delta]
-    theirs = [truth.loss, truth.grad, truth.lam_adv, truth.delta]
     names, parameters = zip(*model.named_parameters(), strict=True)
-    ours += torch.autograd.grad(loss, parameters)
-    theirs += torch.autograd.grad(truth.loss, parameters)
+    ours = [loss, stats.grad, stats.lam_adv, stats.delta, *torch.autograd.grad(loss, parameters)]
+    theirs = [truth.loss, truth.grad, truth.lam_adv, truth.delta, *torch.autograd.grad(truth.loss, parameters)]
     assert "embedding.weight" in names
+    assert make is TextCNN or {"encoder.backwards.weight_hh_l0", "encoder.score.weight"} < set(names)
     assert (stats.lam_adv != stats.lam).sum() > 0
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_every_place_gives_the_models_own_logits():
-    model, ids = small(), sentences(*IDS_LENGTHS)
-    for at in ("word", "sentence", "embedding"):
-        g, f = model.split(at)
-        # Behind its word vectors the model's own forward pass sums in another order on a CPU.
-        bounds = CLOSE if at == "embedding" else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(f(g(ids), **f.context(ids)), model(ids), **bounds)
+@pytest.mark.parametrize("at", PLACES)
+def test_the_plans_of_a_step_agree_in_float32_under_dropout(at):
+    model, ids, mix = small(AttentionBiLSTM).train(), sentences(*LENGTHS), a_mix()
+    g, f = model.split(at)
+    results = []
+    for plan in ("auto", "merged", "both"):
+        torch.manual_seed(5)
+        loss = AMPLoss(step_size=0.05).step(f, g(ids), LABELS, mix=mix, context=f.context(ids, mix), plan=plan)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for one, *others in zip(*results, strict=True):
+        assert one.isfinite().all()
+        assert one.abs().max() > 0
+        for other in others:
+            torch.testing.assert_close(one, other, **CLOSE)
 
 
-def test_sentences_are_mixed_before_dropout():
-    model, ids, mix = small(dropout=0.5).train(), sentences(*IDS_LENGTHS), mixed_batch(torch.float32)
+@both
+def test_sentences_are_mixed_before_dropout_and_an_lstms_relu(make):
+    model, ids, mix = small(make, dropout=0.5).train(), sentences(*LENGTHS), a_mix()
     g, f = model.split("sentence")
+    assert (g(ids) < 0).any() == (make is AttentionBiLSTM)
     torch.manual_seed(5)
     loss = AMPLoss(mode="mixup").step(f, g(ids), LABELS, mix=mix, context=f.context(ids, mix))
     torch.manual_seed(5)
     truth = reference.amp(
-        lambda features: model.classifier(model.dropout(features)), model.encode(ids), LABELS, *mix, mode="mixup"
+        lambda features: model.classifier(model.dropout(features.relu())), model.encode(ids), LABELS, *mix, mode="mixup"
     )
     torch.testing.assert_close(loss, truth.loss)
 
 
 def test_each_number_of_the_word_vectors_may_be_mixed_for_itself():
-    model, ids, mix = small(), sentences(*IDS_LENGTHS), mixed_batch(torch.float32)
+    model, ids, mix = small(), sentences(*LENGTHS), a_mix()
     g, f = model.split("embedding")
     words = g(ids)
     assert words.shape == (6, 9, 12)
@@ -148,16 +213,20 @@ def test_each_number_of_the_word_vectors_may_be_mixed_for_itself():
     torch.testing.assert_close(f(mixed, **f.context(ids, mix)), expected)
 
 
-@pytest.mark.parametrize("at", ["word", "sentence", "embedding"])
-def test_the_parts_share_parameters_and_mode_with_the_model(at):
-    model = small()
+@both
+@pytest.mark.parametrize("at", PLACES)
+def test_the_parts_share_parameters_and_mode_with_the_model(make, at):
+    model = small(make)
     names = list(model.state_dict())
     _, f = model.split(at)
     assert list(model.state_dict()) == names
     own = dict(model.named_parameters())
     assert all(value is own[name] for name, value in f.named_parameters())
-    used = {name.partition(".")[0] for name, _ in f.named_parameters()}
-    assert used == ({"convolutions", "classifier"} if at == "embedding" else {"classifier"})
+    used = {name.partition(".")[0] for name, _ in f.named_parameters()} - {"classifier"}
+    if make is TextCNN:
+        assert used == ({"convolutions"} if at == "embedding" else set())
+    else:
+        assert used == ({"encoder"} if at != "sentence" else set())
     for mode in (True, False):
         model.train(mode)
         assert all(module.training == mode for module in f.modules())
@@ -166,7 +235,7 @@ def test_the_parts_share_parameters_and_mode_with_the_model(at):
 
 
 def test_a_part_compiles():
-    model, ids, mix = small(dropout=0.0).train(), sentences(*IDS_LENGTHS), mixed_batch(torch.float32)
+    model, ids, mix = small(dropout=0.0).train(), sentences(*LENGTHS), a_mix()
     g, f = model.split("word")
     given = {"mix": mix, "context": f.context(ids, mix)}
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
@@ -174,17 +243,17 @@ def test_a_part_compiles():
     torch.testing.assert_close(*losses)
 
 
-def test_an_unknown_place_is_refused():
-    with pytest.raises(ValueError, match=r"at must be one of 'word', 'sentence', 'embedding'; got 'words'"):
-        small().split("words")
-
-
 # Bad and extreme input
 
 
-def test_a_row_of_padding_and_an_empty_batch_give_finite_results():
-    model = small()
-    assert model.encode(torch.zeros(2, 3, dtype=torch.int64)).tolist() == [[0.0] * 21] * 2
+@both
+def test_a_sentence_without_words_and_an_empty_batch_give_finite_results(make):
+    model = small(make)
+    ids = F.pad(sentences(4), (0, 0, 0, 1))
+    assert (model.encode(ids)[1] == 0).all()
+    with torch.autograd.set_detect_anomaly(True):
+        model(ids).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert model(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4)
 
 
@@ -199,14 +268,16 @@ def test_the_padding_vector_stays_zero_in_training():
     assert model.embedding.weight[1:].isfinite().all()
 
 
-def test_given_vectors_are_copied_and_may_be_frozen():
+@both
+def test_given_vectors_are_copied_and_may_be_frozen(make):
     vectors = torch.randn(30, 5, dtype=torch.float64)
     kept = vectors.clone()
-    model = small(vectors=vectors, freeze=True)
+    model = small(make, vectors=vectors, freeze=True)
     assert torch.equal(vectors, kept)
     assert torch.equal(model.embedding.weight[1:], vectors[1:].float())
     assert model.embedding.weight[0].abs().max() == 0
     assert not model.embedding.weight.requires_grad
+    assert model.embedding_dim == 5
     model(sentences(3, 4)).sum().backward()
 
 
@@ -216,36 +287,43 @@ def test_random_vectors_are_uniform_on_a_quarter():
     assert abs(table.std() - 0.5 / 12**0.5) < 0.005
 
 
-def test_defaults_are_kims():
-    model = TextCNN(5, 2)
-    assert model.embedding.weight.shape == (5, 300)
-    assert [tuple(conv.weight.shape) for conv in model.convolutions] == [(100, 300, w) for w in (3, 4, 5)]
-    assert model.dropout.p == 0.5
-    assert model.classifier.weight.shape == (2, 300)
+def test_defaults_are_kims_and_the_papers():
+    cnn, lstm = TextCNN(5, 2), AttentionBiLSTM(5, 2)
+    assert cnn.embedding.weight.shape == lstm.embedding.weight.shape == (5, 300)
+    assert [tuple(conv.weight.shape) for conv in cnn.convolutions] == [(100, 300, w) for w in (3, 4, 5)]
+    assert (lstm.encoder.forwards.hidden_size, lstm.encoder.forwards.num_layers) == (512, 1)
+    assert cnn.dropout.p == lstm.dropout.p == 0.5
+    assert (cnn.classifier.weight.shape, lstm.classifier.weight.shape) == ((2, 300), (2, 1024))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "options", "message"),
     [
-        ({"maps": 0}, "maps must be at least 1, got 0"),
-        ({"embedding_dim": -1}, "embedding_dim must be at least 1, got -1"),
-        ({"widths": ()}, "widths must be positive"),
-        ({"widths": (3, 0)}, "widths must be positive"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"vectors": torch.zeros(29, 5)}, r"float tensor of shape \(30, D\), got .* \(29, 5\)"),
-        ({"vectors": torch.zeros(30, 5, dtype=torch.int64)}, "got torch.int64"),
+        (TextCNN, {"maps": 0}, "maps must be at least 1, got 0"),
+        (TextCNN, {"embedding_dim": -1}, "embedding_dim must be at least 1, got -1"),
+        (TextCNN, {"widths": ()}, "widths must be positive"),
+        (TextCNN, {"widths": (3, 0)}, "widths must be positive"),
+        (TextCNN, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (TextCNN, {"vectors": torch.zeros(29, 5)}, r"float tensor of shape \(30, D\), got .* \(29, 5\)"),
+        (TextCNN, {"vectors": torch.zeros(30, 5, dtype=torch.int64)}, "got torch.int64"),
+        (AttentionBiLSTM, {"hidden_size": 7}, "hidden_size counts both directions and must be even, got 7"),
+        (AttentionBiLSTM, {"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        (AttentionBiLSTM, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_bad_options_are_refused_by_name(options, message):
+def test_bad_options_are_refused_by_name(make, options, message):
     with pytest.raises(ValueError, match=message):
-        small(**options)
+        small(make, **options)
 
 
-def test_bad_ids_are_refused():
-    model = small()
+@both
+def test_bad_ids_and_places_are_refused(make):
+    model = small(make)
     with pytest.raises(TypeError, match=r"ids must be int64, got torch.float32"):
         model(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"shape \(B, T\) .* got \(3,\)"):
         model(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"got \(3, 0\)"):
         model(torch.zeros(3, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"at must be one of 'word', 'sentence', 'embedding'; got 'words'"):
+        model.split("words")

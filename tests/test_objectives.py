@@ -13,7 +13,7 @@ from fastamp.training import METHODS, RECIPES, TrainConfig, recipe, train
 from fastamp.training.batches import captured_length
 from fastamp.training.checkpoint import load_tensors
 from fastamp.training.curves import LEVELS, POINTS, loss_curves, mixed_losses
-from fastamp.training.objectives import CrossEntropy, Mixing, make_objective
+from fastamp.training.objectives import Mixing, Objective, make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater, _Captured
 
@@ -79,8 +79,8 @@ def test_options_of_a_run_reach_the_criterion():
 def test_double_softmax_takes_probabilities_for_logits():
     model, (ids, labels) = small_model(), small_batch()
     logits = model(ids)
-    plain, stats = CrossEntropy(model)(ids, labels)
-    double, _ = CrossEntropy(model, double_softmax=True)(ids, labels)
+    plain, stats = Objective(model)(ids, labels)
+    double, _ = Objective(model, double_softmax=True)(ids, labels)
     assert stats is None
     torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
     torch.testing.assert_close(double, F.cross_entropy(logits.softmax(1), labels))
@@ -113,9 +113,9 @@ def test_gradients_are_clipped_over_all_parameters_together():
     ids, labels = small_batch()
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    Updater(CrossEntropy(model), optimizer, None)(ids, labels)
+    Updater(Objective(model), optimizer, None)(ids, labels)
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    Updater(CrossEntropy(model), optimizer, norm / 2)(ids, labels)
+    Updater(Objective(model), optimizer, norm / 2)(ids, labels)
     assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(norm / 2, rel=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_full_batches_are_replayed_by_length_and_others_updated_by_eagerly(monke
     monkeypatch.setattr(CapturedUpdater, "_capture", captured)
     model, (ids, labels) = small_model(), small_batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    update = CapturedUpdater(CrossEntropy(model), optimizer, None, generator=torch.Generator(), pad_id=0, rows=6)
+    update = CapturedUpdater(Updater(Objective(model), optimizer, None), torch.Generator(), pad_id=0, rows=6)
     # The last batch of an epoch comes first where a run resumes there.
     before = model.classifier.bias.detach().clone()
     loss, _ = update(ids[:2], labels[:2])
@@ -157,7 +157,7 @@ def test_full_batches_are_replayed_by_length_and_others_updated_by_eagerly(monke
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_the_papers(name):
-    chosen = recipe(name, dataset="sst2", **({"vectors": "glove.txt"} if RECIPES[name].needs else {}))
+    chosen = recipe(name, dataset="sst2", **({"vectors": "glove.txt"} if RECIPES[name].vectors else {}))
     bert = name == "bert"
     assert (chosen.lr, chosen.batch_size, chosen.steps, chosen.l2) == ((1e-5, 24) if bert else (2e-4, 50)) + (
         8000,
@@ -197,7 +197,7 @@ def test_mixed_losses_are_those_of_every_pair():
 
 
 def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path):
-    config = TrainConfig(method="word-amp", steps=60, lr=1e-3, embedding_dim=16, threads=1, eval_every=30)
+    config = TrainConfig(method="word-amp", steps=6, lr=1e-3, embedding_dim=16, threads=1, eval_every=3)
     train(config, tmp_path / "run")
     state = torch.get_rng_state()
     curves = loss_curves(config, tmp_path / "run")

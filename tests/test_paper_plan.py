@@ -3,8 +3,8 @@
 import pytest
 
 from fastamp.paper.plan import METHODS, Run
-from fastamp.paper.progress import Active, Rates
-from fastamp.paper.runner import Options
+from fastamp.paper.runner import Active, Options, time_left
+from fastamp.paper.worker import Job
 
 
 def run_of(method: str, seed: int = 0) -> Run:
@@ -52,29 +52,24 @@ def test_a_method_is_what_its_name_says(method):
     assert tuple(getattr(config, name) for name in names) == _FIELDS[method]
 
 
-def done_line(run: Run, seconds: float, *, device: str = "cpu", resumed_from: int = 0) -> dict:
+def done_line(run: Run, seconds: float, *, resumed_from: int = 0) -> dict:
     result = {"steps": 60, "resumed_from": resumed_from}
-    names = {"model": run.model, "method": run.method, "config": {"device": device}}
-    return {"status": "done", **names, "result": result, "seconds": seconds}
+    return {"status": "done", "model": run.model, "method": run.method, "result": result, "seconds": seconds}
 
 
 def test_time_left_goes_by_the_rates_of_each_backbone_and_method():
     none, amp, other = run_of("none"), run_of("sent-amp"), run_of("word-amp")
-    records = [
-        {"status": "failed"},
-        done_line(none, 9.0),
-        done_line(none, 30.0),
-        done_line(amp, 5.0, resumed_from=50),
-        done_line(other, 1.0, device="cuda"),
-    ]
-    rates = Rates(records, "cpu")
-    assert rates.left([], {none: 60}, 1) == (30.0, 0)
-    assert rates.left([], {none: 60, run_of("none", 1): 60, amp: 20}, 2) == (35.0, 0)
-    assert rates.left([], {none: 60, amp: 2}, 8) == (30.0, 0)  # not less than the longest
-    assert rates.left([], {none: 60, other: 60}, 1) == (30.0, 1)
-    under_way = (other, Active(other.key, 20, 60, 50.0, 10.0))
-    assert rates.left([under_way], {run_of("word-amp", 1): 60}, 1) == (10.0, 0)
-    assert rates.left([(amp, Active(amp.key, 20, 60, 50.0, 999.0))], {}, 1) == (20.0, 0)
-    assert rates.left([(other, Active(other.key, 0, 60, None, None))], {}, 1) == (0.0, 1)
-    rates.keep(done_line(other, 6.0))
-    assert rates.left([], {other: 60}, 1) == (6.0, 0)
+    records = [{"status": "failed"}, done_line(none, 9.0), done_line(none, 30.0), done_line(amp, 5.0, resumed_from=50)]
+
+    def left(*runs: Run, active: tuple[Active, ...] = (), jobs: int = 1) -> tuple[float, int]:
+        jobs_waiting = [Job(run, Options(steps=60).config(run), None) for run in runs]
+        return time_left(records, active, jobs_waiting, jobs)
+
+    assert left(none) == (30.0, 0)
+    assert left(none, run_of("none", 1), amp, jobs=2) == (45.0, 0)
+    assert left(none, amp, jobs=8) == (30.0, 0)  # not less than the longest
+    assert left(none, other) == (60.0, 0)  # by the last that is done of the backbone
+    assert left(run_of("word-amp", 1), active=(Active(other, 20, 60, 50.0, 10.0),)) == (10.0, 0)
+    assert left(active=(Active(amp, 20, 60, 50.0, 999.0),)) == (20.0, 0)
+    assert left(active=(Active(other, 0, 60, None, None),)) == (30.0, 0)
+    assert left() == (0.0, 0)

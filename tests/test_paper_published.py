@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from fastamp.paper.plan import Cell
 from fastamp.paper.published import COLUMNS, PublishedCell, read_published
-from fastamp.paper.statistics import Cell
 
 
 def test_published_cells_need_not_be_in_the_plan(tmp_path):

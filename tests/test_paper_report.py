@@ -2,20 +2,19 @@
 
 import random
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("scipy")
 
-from fastamp.paper.plan import EXPERIMENTS, Run
+from fastamp.paper import plots, report
+from fastamp.paper.plan import EXPERIMENTS, Cell, Run
 from fastamp.paper.published import COLUMNS, PublishedCell, read_published
-from fastamp.paper.report import render, write
-from fastamp.paper.statistics import Cell
+from fastamp.paper.report import write
+from fastamp.paper.results import Results
 
 MACHINE = {"device": "cpu", "torch": "2.13.0", "fastamp": "0.1.0", "threads": 1}
-SETTINGS = {"format": 1, "steps": 20, "threads": 1, "commands": []}
 LAM = [i / 20 for i in range(21)]
 LEAST = "trec, least (selected on test)"
 
@@ -29,7 +28,6 @@ def done(method="none", seed=0, error=10.0, *, dataset="trec", model="cnn-rand",
     run = Run(dataset, model, method, ratio, seed)
     policy = {"mix/lam": 0.5, "mix/lam_shift": 0.001, "mix/mask": 0.9, "mix/grad_abs": 0.3}
     return {
-        "format": 1,
         "status": "done",
         "key": run.key,
         **vars(run),
@@ -57,8 +55,18 @@ def pair_of_methods(method="sent-amp", baseline="sent-mixup", gain=1.0, seeds=8,
     ]
 
 
-def ran(*names: str) -> dict:
-    return {**SETTINGS, "commands": [f"fastamp paper {name} --out results" for name in names]}
+def ran(name: str, **extent) -> dict:
+    """The request of a command without options but those given."""
+    fields = {field: getattr(EXPERIMENTS[name], field) for field in ("datasets", "models", "methods", "ratios")}
+    return {"experiment": name, "seeds": range(10), **fields, **extent}
+
+
+def results(records, *requests: dict) -> Results:
+    return Results({"eval_every": None, "overrides": {}, "data": {"trec": "a5"}, "requests": requests}, tuple(records))
+
+
+def render(records, *requests: dict, **more) -> str:
+    return report.render(results(records, *requests), **more)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -168,15 +176,13 @@ def test_claims_of_the_abstract_stand_beside_ours():
     assert "Clear readings: 1 better, 1 worse." in text
 
 
-def test_a_comparison_that_several_tables_have_is_adjusted_once():
+def test_a_comparison_that_several_tables_have_is_adjusted_once(monkeypatch):
     shared = (("sent-amp", "sent-mixup"),)
-    table = EXPERIMENTS["table2"]
-    experiments = {
-        "one": replace(table, comparisons=shared),
-        "two": replace(table, comparisons=(*shared, ("none", "sent-mixup"))),
-    }
+    for name, more in (("one", ()), ("two", (("none", "sent-mixup"),))):
+        table = replace(EXPERIMENTS["table2"], comparisons=(*shared, *more))
+        monkeypatch.setitem(EXPERIMENTS, name, table)
     records = [*pair_of_methods(), *(done("none", seed, 10.0 + 0.4 * seed) for seed in range(8))]
-    one, two = render(records, ran("one", "two"), experiments=experiments).split("## two:")
+    one, two = render(records, ran("one"), ran("two")).split("## two:")
     found = [row(part, "trec", "CNN-rand", "SentAMP", "SentMixup")[7:9] for part in (one, two)]
     assert found == [["0.008", "0.016"]] * 2  # of two comparisons, though the first table has one
     assert row(two, "trec", "CNN-rand", "Baseline")[7:9] == ["1.000 ‡", "1.000"]
@@ -191,35 +197,28 @@ def test_failed_runs_are_listed():
 
 
 def test_nothing_done_is_said():
-    assert render([failed()], SETTINGS).startswith("# Results\n\nRuns: 0 done, 1 failed")
-    assert "Runs: 0 done, 0 failed" in render([], SETTINGS)
+    assert render([failed()], ran("table2")).startswith("# Results\n\n- Runs: 0 done, 1 failed")
+    assert "Runs: 0 done, 0 failed" in render([])
 
 
-def test_header_names_machines_lengths_and_commands():
+def test_header_names_machines_lengths_and_data():
     other = done(seed=1, machine={**MACHINE, "device": "NVIDIA H100"})
-    longer = done(seed=2, result=result_of(1.0, steps=30))
-    text = render([done(), other, longer], ran("table2"))
+    text = render([done(), other], ran("table2"))
     assert "- Machine: NVIDIA H100, torch 2.13.0, fastamp 0.1.0, threads 1 (1 runs)" in text
-    assert "- Length: 20 steps (2 runs), 30 steps (1 runs). **Not the same for all runs.**" in text
-    assert "    fastamp paper table2 --out results" in text
+    assert "- Length: 20 steps\n" in text
+    assert '- data: `{"trec": "a5"}`' in text
 
 
-def test_commands_whose_runs_are_missing_are_marked():
-    commands = [
-        "fastamp paper table2 --datasets trec --models cnn-rand --methods none,sent-amp --seeds 0-2 --out results",
-        "fastamp paper table2 --datasets=trec --models=cnn-rand --methods none --seeds 2 --out results",
-        "fastamp paper table9 --seeds 3",
-        "fastamp paper table2 --models cnn-old",
-        "another",
-    ]
+def test_header_says_what_was_asked_for_and_how_many_runs_of_it_are_missing():
+    part = {"datasets": ["trec"], "models": ["cnn-rand"], "methods": ["none", "sent-amp"]}
     records = [done(), done(seed=1), done("sent-amp"), failed("sent-amp", 1)]
-    text = render(records, {**SETTINGS, "commands": commands})
-    lines = [line[4:] for line in text.splitlines() if line[:4] == "    "]
-    assert lines == [f"{commands[0]}  # unfinished: 3 of 6 runs missing", *commands[1:]]
-    assert "Commands: 1 of them unfinished, as marked:" in text
-    text = render(records, {**SETTINGS, "commands": commands[1:2]})
-    assert "Commands:\n" in text
-    assert "unfinished" not in text
+    lines = render(records, ran("table2", **part, seeds=[0, 1, 2]), ran("figure2", methods=["none"], seeds=[1]))
+    asked = [line for line in lines.splitlines() if line.startswith("- Asked for")]
+    assert asked == [
+        "- Asked for: table2: trec; cnn-rand; none, sent-amp; 100%; seeds 0, 1, 2. "
+        "**Unfinished: 3 of 6 runs are missing.**",
+        "- Asked for: figure2: trec; cnn-rand; none; 100%; seeds 1",
+    ]
 
 
 def test_header_says_what_the_vectors_cover():
@@ -236,13 +235,15 @@ def test_notes_say_what_the_intervals_leave_out_and_what_a_share_of_the_data_is_
     text = render([done()], ran("table2"))
     assert "do not contain its own sampling error" in text
     assert "dev data that select the step are not reduced" not in text
-    assert "dev data that select the step are not reduced" in render([done(ratio=0.1)], ran("table3"))
+    assert "dev data that select the step are not reduced" in render(
+        [done(model="lstm-glove", ratio=0.1)], ran("table3")
+    )
     assert "Folds share training sentences" in render([done(dataset="mr")], ran("table2"))
 
 
 def test_the_ablation_names_what_each_row_adds():
     methods = ("word-mixup", "sent-mixup", "sent-maxop", "sent-amp")
-    text = render([done(method, model="lstm-glove") for method in methods], ran("table2", "table5"))
+    text = render([done(method, model="lstm-glove") for method in methods], ran("table2"), ran("table5"))
     table2, table5 = text.split("## table5:")
     assert row(table2, "LSTM-glove", "SentMixup")
     labels = [fields[1] for fields in rows(table5) if fields[0] == "LSTM-glove"]
@@ -251,9 +252,10 @@ def test_the_ablation_names_what_each_row_adds():
 
 
 def test_seeds_that_are_folds_are_said_to_be():
-    assert "subj and mr: sets for ten-fold" in render([done(dataset="mr"), done(dataset="subj")], SETTINGS)
-    assert "ten-fold" not in render([done()], SETTINGS)
-    assert "A seed is a fold too" not in render([done(dataset="mr", config={"fold": 3})], SETTINGS)
+    assert "subj and mr: sets for ten-fold" in render([done(dataset="mr"), done(dataset="subj")], ran("table2"))
+    assert "ten-fold" not in render([done()], ran("table2"))
+    assert "A seed is a fold" in render([done(dataset="mr")], ran("table2"))
+    assert "A seed is a fold" not in render([done(dataset="mr", config={"fold": 3})], ran("table2"))
 
 
 def test_the_order_of_the_lines_does_not_matter():
@@ -268,31 +270,20 @@ def test_the_order_of_the_lines_does_not_matter():
     assert render(records, ran("table2")) == text
 
 
-@pytest.mark.parametrize("others", [(), ("figure2",)], ids=["alone", "beside another"])
-def test_a_table_holds_its_extent_and_what_was_asked_of_it(others):
-    records = [done(ratio=ratio) for ratio in (0.07, 0.1, 1.0)]  # of which the plan's table3 has neither
-    text = render(records, ran("table3 --models cnn-rand --ratios 0.07,0.1", *others))
-    assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table3", *others]
-    table = text.split("## table3:")[1]
-    assert row(table, "Data set")[3:6] == ["7%", "10%", "100%"]
-    assert row(table, "trec")[:3] == ["trec", "CNN-rand", "Baseline"]
-
-
-def test_of_several_tables_each_has_its_runs_and_the_rest_stands_last():
-    records = [done(model="lstm-glove"), done(model="lstm-glove", ratio=0.1), done(model="lstm-glove-fixed")]
-    text = render(records, ran("table2", "table3"))
-    assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table2", "table3", "other"]
-    assert row(text, "LSTM-glove, fixed vectors")[1:] == ["Baseline", "10.00 (1)", "8.50 (1)", "not at hand"]
-
-
-def test_without_commands_no_table_repeats_another():
-    text = render([done(), done("sent-amp"), done("sent-amp@eps=1")], SETTINGS)
-    assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["controls"]
+def test_a_table_holds_its_extent_and_what_was_asked_of_it():
+    records = [done(ratio=ratio) for ratio in (0.07, 0.1, 1.0)]  # of which the plan's table3 has no 0.07
+    asked = ran("table3", models=["cnn-rand"], ratios=[0.07, 0.1])
+    for more in ((), (ran("figure2"),)):
+        text = render(records, asked, *more)
+        assert re.findall(r"^## (\w+):", text, re.MULTILINE) == ["table3", *("figure2" for _ in more)]
+        table = text.split("## table3:")[1]
+        assert row(table, "Data set")[3:6] == ["7%", "10%", "100%"]
+        assert row(table, "trec")[:3] == ["trec", "CNN-rand", "Baseline"]
 
 
 def test_a_name_that_the_plan_does_not_have_is_shown_as_it_is():
-    text = render([{**done(), "method": "sent-new", "key": "trec/cnn-rand/sent-new/1/0"}], SETTINGS)
-    assert row(text, "CNN-rand")[1] == "sent-new"
+    record = {**done(), "method": "sent-new", "key": "trec/cnn-rand/sent-new/1/0"}
+    assert row(render([record], ran("table2", methods=["sent-new"])), "CNN-rand")[1] == "sent-new"
 
 
 def test_published_cells_stand_beside_ours(tmp_path):
@@ -323,46 +314,35 @@ def assert_images(folder, text, expected: set[str]) -> None:
     for name in expected:
         content = (folder / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
-        assert len(content) > 5000
+        assert len(content) > 1000
 
 
-def test_plots_are_written_beside_the_report(tmp_path):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where to write a report with small plots."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "DPI", 40)
+    return tmp_path
+
+
+def test_plots_are_written_beside_the_report(folder):
     records = [with_curves(record) for record in pair_of_methods(seeds=2)] + [done()]
-    path = write(tmp_path / "out", records, ran("figure2"))
+    path = write(folder, results(records, ran("figure2")))
     expected = {"errors", "differences", "curves-trec-cnn-rand", "policy-trec-cnn-rand"}
-    assert path == tmp_path / "out" / "report.md"
-    assert_images(path.parent, path.read_text(encoding="utf-8"), {f"figure2-{name}.png" for name in expected})
-
-
-def test_captions_say_what_the_points_are_and_which_gradients_do_not_compare(tmp_path):
-    pytest.importorskip("matplotlib")
-    text = write(tmp_path / "ours", [with_curves(done("sent-amp"))], ran("controls")).read_text(encoding="utf-8")
+    assert path == folder / "report.md"
+    text = path.read_text(encoding="utf-8")
+    assert_images(folder, text, {f"figure2-{name}.png" for name in expected})
     assert "of the model of least dev error: two random pairs of test sentences" in text
     assert "of one batch an evaluation" in text
     assert "of another loss" not in text
+
+
+def test_captions_say_which_gradients_do_not_compare(folder):
     official = done("sent-amp@official", config={"preset": "official"})
-    text = write(tmp_path / "official", [done("sent-amp"), official], ran("controls")).read_text(encoding="utf-8")
-    assert "of another loss" in text
+    assert "of another loss" in render([done("sent-amp"), official], ran("controls"), folder=folder)
 
 
-def test_ratios_are_drawn_as_a_curve(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_ratios_are_drawn_as_a_curve(folder):
     records = [done(seed=seed, ratio=ratio, error=seed / ratio) for seed in (0, 1) for ratio in (0.1, 1.0)]
-    path = write(tmp_path, records, ran("table3 --models cnn-rand"))
-    assert_images(tmp_path, path.read_text(encoding="utf-8"), {"table3-ratios.png"})
-
-
-def test_report_without_plots_needs_no_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    path = write(tmp_path, [done()], ran("table2"), plots=False)
-    assert "![" not in path.read_text(encoding="utf-8")
-    with pytest.raises(ImportError, match="plots need matplotlib"):
-        write(tmp_path, [done()], ran("table2"))
-
-
-def test_an_experiment_of_ones_own_is_shown():
-    mine = replace(EXPERIMENTS["table2"], title="Mine", comparisons=(("sent-amp", "none"),))
-    text = render(pair_of_methods(baseline="none"), ran("mine"), experiments={"mine": mine})
-    assert "## mine: Mine" in text
-    assert row(text, "trec", "CNN-rand", "SentAMP")[3:5] == ["Baseline", "**better**"]
+    text = render(records, ran("table3", models=["cnn-rand"]), folder=folder)
+    assert_images(folder, text, {"table3-ratios.png"})

@@ -7,36 +7,35 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from paper_runs import InThisProcess
+from runs import tiny_encoder
 
 from fastamp.paper import runner, worker
-from fastamp.paper.plan import METHODS, Method, Run
-from fastamp.paper.progress import Rates
+from fastamp.paper.plan import METHODS, Method, Request, Run
 from fastamp.paper.results import LINES, RUNS, claim, read
-from fastamp.paper.runner import Display, Options, execute_all
+from fastamp.paper.runner import Active, Display, Options, execute_all
 from fastamp.paper.worker import Job
-from fastamp.training import Listener, train
+from fastamp.training import train
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"embedding_dim": 8, "lr": 1e-3, "checkpoint_every": 5}
-OPTIONS = Options(steps=60, eval_every=5, overrides=SMALL)
+OPTIONS = Options(
+    steps=20, eval_every=10, overrides={"embedding_dim": 8, "lr": 1e-3, "checkpoint_every": 5, "clip_norm": 9.0}
+)
 
 
 def run_of(method: str, seed: int = 0) -> Run:
     return Run("questions", "cnn-rand", method, 1.0, seed)
 
 
-RUNS_ASKED = [run_of("none"), run_of("sent-amp")]
+ASKED = [run_of("none"), run_of("sent-amp")]
 
 
-def whole_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+def requested(*models: str, dataset: str = "questions") -> Request:
+    return Request("figure2", [dataset], models, ["none"], [1.0], [0])
 
 
 def numbers(folder: Path) -> dict[str, dict]:
@@ -58,8 +57,17 @@ def numbers(folder: Path) -> dict[str, dict]:
 
 
 def execute(folder: Path, runs, options=OPTIONS, **arguments):
-    with claim(folder, options.settings(runs), "a test") as writer:
+    with claim(folder, options.specification(requested("cnn-rand"))) as writer:
         return execute_all(runs, options, writer, **arguments)
+
+
+def copied(whole: Path, folder: Path, *keys: str) -> Path:
+    """A copy of a results folder, with the lines of these keys."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(whole / "settings.json", folder)
+    lines = (whole / LINES).read_text().splitlines(keepends=True)
+    (folder / LINES).write_text("".join(line for line in lines if json.loads(line)["key"] in keys))
+    return folder
 
 
 # Configurations
@@ -79,12 +87,9 @@ def test_vectors_and_encoders_go_to_the_models_that_use_them():
     assert [config.pretrained for config in configs] == [None, None, "encoder"]
 
 
-def test_what_a_model_needs_is_asked_for_by_name(monkeypatch):
-    with pytest.raises(ValueError, match=r"cnn-glove needs vectors: give --vectors"):
+def test_a_model_of_vectors_asks_for_them_by_name():
+    with pytest.raises(ValueError, match=r"cnn-glove needs vectors, a GloVe text file: give --vectors"):
         Options().config(Run("questions", "cnn-glove", "none", 1.0, 0))
-    monkeypatch.setattr(runner, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bert needs the package transformers"):
-        Options().config(Run("questions", "bert", "none", 1.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -97,17 +102,18 @@ def test_a_device_that_is_not_there_is_refused_before_any_run(device, message):
 
 
 def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path, encoder):
-    runs = [Run("questions", model, "none", 1.0, 0) for model in ("cnn-glove", "bert")]
-    settings = []
+    data = []
     for name, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
         folder = tmp_path / name
         shutil.copytree(encoder, folder)
         (folder / "README.md").write_text(text)
         (tmp_path / f"{name}.txt").write_text(text)
-        settings.append(Options(vectors=f"{folder}.txt", pretrained=str(folder)).settings(runs))
-    assert settings[0] == settings[1]
-    assert settings[0]["vectors"] != settings[2]["vectors"]
-    assert settings[0]["pretrained"] != settings[2]["pretrained"]
+        options = Options(vectors=f"{folder}.txt", pretrained=str(folder))
+        data.append(options.specification(requested("cnn-glove", "bert"))["data"])
+    assert data[0] == data[1]
+    assert data[0].keys() == {"questions", "vectors", "pretrained"}
+    assert data[0]["vectors"] != data[2]["vectors"]
+    assert data[0]["pretrained"] != data[2]["pretrained"]
 
 
 def test_the_digest_of_the_data_sees_the_case_of_the_texts(tmp_path):
@@ -117,8 +123,8 @@ def test_the_digest_of_the_data_sees_the_case_of_the_texts(tmp_path):
         for part in ("train", "test"):
             lines = "".join(f"{i % 6}\t{question}\n" for i in range(60))
             (tmp_path / "trec" / f"{part}.tsv").write_text("label\ttext\n" + lines)
-        run = Run("trec", "cnn-rand", "none", 1.0, 0)
-        digests.add(Options(data_dir=str(tmp_path)).settings([run])["data"]["trec"])
+        asked = requested("cnn-rand", dataset="trec")
+        digests.add(Options(data_dir=str(tmp_path)).specification(asked)["data"]["trec"])
     assert len(digests) == 3
 
 
@@ -140,11 +146,10 @@ def whole(tmp_path_factory) -> Path:
     """A folder of undisturbed runs in this process, one after the other, the first of which diverges."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_Worker", InThisProcess)
+        patch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
         patch.setitem(METHODS, "broken", Method("Diverges", {"method": "sent-amp", "lr": 1e30}))
-        progress = execute(folder, [run_of("broken"), *RUNS_ASKED])
+        progress = execute(folder, [run_of("broken"), *ASKED])
     assert (progress.total, progress.done, progress.failed, progress.active) == (3, 3, 1, ())
-    assert progress.steps_done == progress.steps == 3 * 60
     return folder
 
 
@@ -155,26 +160,22 @@ def test_a_run_that_diverges_is_recorded_as_failed_and_the_others_go_on(whole):
     assert failed["error"].startswith("DivergedError: the logits became NaN or infinite at step ")
     assert "lr is 1e+30" in failed["error"]
     assert "Traceback" in failed["traceback"]
-    assert [(line["key"], line["status"]) for line in done] == [(run.key, "done") for run in RUNS_ASKED]
+    assert [(line["key"], line["status"]) for line in done] == [(run.key, "done") for run in ASKED]
 
 
 @together
 def test_a_line_says_what_the_run_was_and_what_it_came_to(whole):
     line = read(whole).records[2]
-    assert [line[name] for name in ("dataset", "model", "method", "ratio", "seed")] == [
-        "questions",
-        "cnn-rand",
-        "sent-amp",
-        1.0,
-        0,
-    ]
-    assert line["config"] == OPTIONS.config(RUNS_ASKED[1]).to_dict()
-    assert [record["step"] for record in line["history"]] == list(range(5, 61, 5))
+    run = {"dataset": "questions", "model": "cnn-rand", "method": "sent-amp", "ratio": 1.0, "seed": 0}
+    assert {name: line[name] for name in run} == run
+    assert line["config"] == OPTIONS.config(ASKED[1]).to_dict()
+    assert [record["step"] for record in line["history"]] == [10, 20]
     assert all(0 < record["mix/lam_shift"] <= 2.001e-3 for record in line["history"])
     assert line["result"]["test_error"] == next(
         record["test_error"] for record in line["history"] if record["step"] == line["result"]["best_step"]
     )
     assert len(line["curves"]["lam"]) == len(line["curves"]["sentence"]["mean"]) == 21
+    assert line["machine"].keys() == {"device", "torch", "fastamp", "threads"}
     assert line["machine"]["threads"] == 1
     assert line["seconds"] > 0
     assert not (whole / RUNS).exists()
@@ -182,119 +183,117 @@ def test_a_line_says_what_the_run_was_and_what_it_came_to(whole):
 
 @together
 def test_finished_runs_are_not_repeated_and_failed_ones_on_request(whole, tmp_path):
-    for name in ("settings.json", LINES):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
-    leftover = tmp_path / RUNS / RUNS_ASKED[0].key
+    copied(whole, tmp_path, *(run.key for run in ASKED))
+    leftover = tmp_path / RUNS / ASKED[0].key
     leftover.mkdir(parents=True)
-    progress = execute(tmp_path, RUNS_ASKED)
-    assert (progress.done, progress.steps) == (2, 0)
+    before = (tmp_path / LINES).read_bytes()
+    progress = execute(tmp_path, ASKED)
+    assert (progress.done, progress.failed) == (2, 0)
     assert not (tmp_path / RUNS).exists()
-    assert (tmp_path / LINES).read_bytes() == (whole / LINES).read_bytes()
+    assert (tmp_path / LINES).read_bytes() == before
 
-    records = {line["key"]: line for line in read(tmp_path).records}
+    records = {line["key"]: line for line in read(whole).records}
     broken = run_of("broken")
-    assert [runner.is_kept(run, records, False) for run in (broken, *RUNS_ASKED)] == [True, True, True]
-    assert [runner.is_kept(run, records, True) for run in (broken, *RUNS_ASKED)] == [False, True, True]
+    assert [runner.is_kept(run, records, False) for run in (broken, *ASKED)] == [True, True, True]
+    assert [runner.is_kept(run, records, True) for run in (broken, *ASKED)] == [False, True, True]
     assert not runner.is_kept(run_of("none", seed=1), records, False)
 
 
 @together
-def test_a_worker_that_is_killed_fails_its_run_alone_and_the_number_of_jobs_changes_no_number(
+def test_a_process_that_is_killed_fails_its_run_alone_and_the_number_of_jobs_changes_no_number(
     whole, tmp_path, monkeypatch
 ):
     class KillOne(Display):
         killed = 0
 
-        def polled(self, progress):
+        def on_poll(self, progress):
             if not self.killed:
                 self.killed = multiprocessing.active_children()[0].pid
                 os.kill(self.killed, signal.SIGKILL)
 
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
-    progress = execute(tmp_path, RUNS_ASKED, jobs=2, display=KillOne())
+    progress = execute(tmp_path, ASKED, jobs=2, display=KillOne())
     assert (progress.done, progress.failed) == (2, 1)
     assert not multiprocessing.active_children()
     (failed,) = (line for line in read(tmp_path).records if line["status"] == "failed")
-    assert failed["error"] == "its process was killed by SIGKILL, perhaps for want of memory"
-    assert failed["machine"].keys() == {"device", "torch", "fastamp", "threads"}
-    progress = execute(tmp_path, RUNS_ASKED, jobs=2, retry_failed=True)
+    assert failed["error"] == "its process ended without a result; it was killed, perhaps for want of memory"
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+    progress = execute(tmp_path, ASKED, retry_failed=True)
     assert (progress.done, progress.failed) == (2, 0)
-    assert len(whole_lines(tmp_path)) == 3
+    assert len((tmp_path / LINES).read_text().splitlines()) == 3
     assert numbers(tmp_path) == numbers(whole)
 
 
-class Unreadable:
-    """Cannot be unpickled, as where a package is broken."""
+@together
+def test_every_run_has_a_process_of_its_own_whose_memory_goes_with_it(tmp_path, monkeypatch):
+    began = []
 
-    def __reduce__(self):
-        return int, ("unreadable",)
+    class Pool(InThisProcess):
+        open = 0
+
+        def submit(self, function, job):
+            Pool.open += 1
+            began.append(Pool.open)
+            return super().submit(function, job)
+
+        def shutdown(self):
+            Pool.open -= 1
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runner, "execute", lambda job: worker.record(job, "failed", 1.0, error="", traceback=""))
+    execute(tmp_path, [run_of("none", seed) for seed in range(4)], jobs=2)
+    assert began == [1, 2, 1, 2]
+    assert Pool.open == 0
 
 
 @together
-def test_a_job_that_the_worker_cannot_read_is_a_failed_run_with_its_traceback(tmp_path):
-    process = runner._Worker()
-    try:
-        job = Job(run_of("none"), OPTIONS.config(run_of("none")), tmp_path)
-        process.job, process.began = job, time.monotonic()
-        process.connection.send(Unreadable())
-        line = process.take()
-    finally:
-        process.end()
-    assert (line["key"], line["status"]) == (job.run.key, "failed")
-    assert line["error"] == "ValueError: invalid literal for int() with base 10: 'unreadable'"
-    assert "Traceback" in line["traceback"]
-
-
-@together
-def test_an_interrupt_ends_all_workers_at_once(tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_processes_at_once_and_the_runs_stay_to_do(tmp_path, monkeypatch):
     class Interrupt(Display):
-        def polled(self, progress):
-            assert [run.key for run in progress.active] == [run.key for run in RUNS_ASKED]
+        def on_poll(self, progress):
+            assert [active.run for active in progress.active] == ASKED
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
     with pytest.raises(KeyboardInterrupt):
-        execute(tmp_path, RUNS_ASKED, jobs=2, display=Interrupt())
+        execute(tmp_path, ASKED, jobs=2, display=Interrupt())
     assert not multiprocessing.active_children()
     assert read(tmp_path).records == ()
 
 
 @together
-def test_a_runner_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_lines(whole, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    under_way = folder / RUNS / RUNS_ASKED[1].key
-    code = f"""
+def test_a_runner_that_is_killed_leaves_no_process_and_goes_on_to_the_same_lines(whole, tmp_path, monkeypatch):
+    folder = copied(whole, tmp_path / "out", ASKED[0].key)
+    under_way = folder / RUNS / ASKED[1].key
+    script = tmp_path / "script.py"
+    script.write_text(f"""
 import multiprocessing, os, signal, sys, threading
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 from fastamp.training import loop
-from test_paper_runner import RUNS_ASKED, execute
+from test_paper_runner import ASKED, execute
 if __name__ == "__main__":
-    execute(Path({str(folder)!r}), RUNS_ASKED)
+    execute(Path({str(folder)!r}), ASKED)
 save_tensors = loop.save_tensors
 def save(path, value):
     save_tensors(path, value)
     if path == Path({str(under_way / "last.pt")!r}):
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         threading.Event().wait()
-loop.save_tensors = save  # of the worker, for which this is no main program
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code)
+loop.save_tensors = save  # of the run's process, for which this is no main program
+""")
     killed = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
-    # The worker holds this lock as long as it lives.
+    # The run's process holds this lock as long as it lives.
     with FileLock(under_way / worker.LOCK):
         pass
     assert (under_way / "last.pt").exists()
-    assert [line["key"] for line in read(folder).records] == [RUNS_ASKED[0].key]
+    assert [line["key"] for line in read(folder).records] == [ASKED[0].key]
     with open(folder / LINES, "a") as file:
-        file.write('{"format": 1, "key": "')
-    monkeypatch.setattr(runner, "_Worker", InThisProcess)
-    execute(folder, RUNS_ASKED)
-    assert [line["key"] for line in whole_lines(folder)] == [run.key for run in RUNS_ASKED]
-    resumed = read(folder).records[1]
-    assert resumed["status"] == "done", resumed
+        file.write('{"key": "')
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+    execute(folder, ASKED)
+    first, resumed = read(folder).records
+    assert (first["key"], resumed["key"], resumed["status"]) == (ASKED[0].key, ASKED[1].key, "done")
     assert resumed["result"]["resumed_from"] == 5
     assert numbers(folder) == numbers(whole)
     assert not (folder / RUNS).exists()
@@ -305,55 +304,56 @@ def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypa
     class Seen(Display):
         left = ()
 
-        def ended(self, line, progress):
+        def on_end(self, line, progress):
             self.left += (progress.unknown,)
 
-    for name in ("settings.json", LINES):
-        (tmp_path / name).write_bytes((whole / name).read_bytes())
-    monkeypatch.setattr(runner, "_Worker", InThisProcess)
+    copied(whole, tmp_path, ASKED[1].key)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
     display = Seen()
-    asked = [run_of(method, 1) for method in ("none", "word-amp", "word-mixup")]
-    progress = execute(tmp_path, asked, display=display)
-    assert display.left == (0, 0, 0)
+    progress = execute(tmp_path, [run_of("sent-amp", 1), run_of("word-amp")], display=display)
+    assert display.left == (0, 0)
     assert progress.seconds_left == 0
 
 
-def test_the_time_left_is_told_from_the_first_finished_run_of_the_nearest_kind():
-    def finished(model: str, method: str, loss: str, rate: int) -> dict:
-        fields = {"status": "done", "model": model, "method": method, "seconds": 1.0}
-        return {**fields, "config": {"device": "cpu", "method": loss}, "result": {"steps": rate, "resumed_from": 0}}
+def test_the_time_left_is_told_from_the_first_finished_run_of_the_nearest_kind(tmp_path):
+    finished = []
 
-    def left(rates: Rates, method: str, model: str = "cnn-rand") -> tuple[float, int]:
-        return rates.left([], {Run("trec", model, method, 1.0, 0): 120}, 1)
+    def finish(method: str, rate: int) -> None:
+        result = {"steps": rate, "resumed_from": 0}
+        finished.append({"status": "done", "model": "cnn-rand", "method": method, "seconds": 1.0, "result": result})
 
-    rates = Rates([], "cpu")
-    assert left(rates, "sent-amp") == (0.0, 1)
-    rates.keep(finished("cnn-rand", "none", "none", 60))
-    assert left(rates, "sent-amp") == (2.0, 0)
-    assert left(rates, "sent-amp", "lstm-rand") == (0.0, 1)
-    rates.keep(finished("cnn-rand", "sent-amp@alpha=0.2", "sent-amp", 40))
-    rates.keep(finished("cnn-rand", "word-amp", "word-amp", 10))
-    assert left(rates, "sent-amp") == (3.0, 0)
-    rates.keep(finished("cnn-rand", "sent-amp", "sent-amp", 30))
-    assert left(rates, "sent-amp") == (4.0, 0)
-    assert left(rates, "none") == (2.0, 0)
-    rates.keep({**finished("cnn-rand", "none", "none", 1), "config": {"device": "cuda", "method": "none"}})
-    assert left(rates, "none") == (2.0, 0)
+    def left(method: str, model: str = "cnn-rand", active: tuple[Active, ...] = ()) -> tuple[float, int]:
+        run = Run("trec", model, method)
+        job = Job(run, Options(steps=120).config(run), tmp_path)
+        return runner.time_left(finished, active, [job], 1)
+
+    assert left("sent-amp") == (0.0, 1)
+    finish("none", 60)
+    assert left("sent-amp") == (2.0, 0)
+    assert left("sent-amp", "lstm-rand") == (0.0, 1)
+    finish("sent-amp@alpha=0.2", 40)
+    finish("word-amp", 10)
+    assert left("sent-amp") == (3.0, 0)
+    assert left("sent-amp", active=(Active(Run("trec", "cnn-rand", "sent-amp"), 60, 120, 9.0, 20.0),)) == (9.0, 0)
+    finish("sent-amp", 30)
+    assert left("sent-amp") == (4.0, 0)
+    assert left("none") == (2.0, 0)
 
 
-# A worker's part, in this process
+def test_a_run_under_way_is_as_far_as_its_last_whole_evaluation(tmp_path):
+    job = Job(ASKED[0], OPTIONS.config(ASKED[0]), tmp_path)
+    assert runner.last_evaluation(job) == (ASKED[0], 0, 20, None, None)
+    record = {"step": 10, "dev_error": 50.0, "steps_per_s": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(f'{json.dumps(record)}\n{{"st\n{{"final": true}}\n{{"step": 2')
+    assert runner.last_evaluation(job) == (ASKED[0], 10, 20, 50.0, 3.0)
+
+
+# A run's process, in this one
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    """A saved BERT of two narrow layers, whose tokenizer knows few words."""
-    transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "what", "is", "the"]
-    narrow = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **narrow)).save_pretrained(path)
-    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
-    return path
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.mark.parametrize("method", ["word-amp", "nonlinear-mixup"])
@@ -367,45 +367,12 @@ def test_bert_is_run_from_a_folder(tmp_path, encoder, method):
     assert line["curves"] is None or line["curves"].keys() == {"lam", "word", "sentence"}
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the code under test catches it."""
-
-
-class KillAt(Listener):
-    def stepped(self, step, loss):
-        if step == 8:
-            raise Killed
-
-
-@pytest.mark.parametrize(("device", "resumed_from"), [("cpu", 5), ("cuda:3", 0)])
-def test_a_run_under_way_on_another_device_is_started_over(tmp_path, device, resumed_from):
-    run = run_of("sent-amp")
-    config = Options(steps=10, eval_every=5, overrides=SMALL).config(run)
-    with pytest.raises(Killed):
-        train(config, tmp_path, listener=KillAt())
-    described = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**described, "device": device}))
-    line = worker.execute(Job(run, config, tmp_path))
-    assert line["status"] == "done", line
-    assert line["result"]["resumed_from"] == resumed_from
-    assert [record["step"] for record in line["history"]] == [5, 10]
-
-
 def test_a_damaged_line_of_a_runs_metrics_is_a_failed_run_that_names_it_and_says_what_to_do(tmp_path):
-    run = run_of("none")
-    config = Options(steps=10, eval_every=5, overrides=SMALL).config(run)
+    config = OPTIONS.config(ASKED[0])
     train(config, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
-    line = worker.execute(Job(run, config, tmp_path))
+    line = worker.execute(Job(ASKED[0], config, tmp_path))
     assert line["status"] == "failed"
     assert f"{tmp_path / 'metrics.jsonl'}, line 2 is damaged (" in line["error"]
     assert line["error"].endswith("; --retry-failed makes the run again")
-
-
-def test_a_device_that_cannot_be_used_is_a_failed_run(tmp_path):
-    run = run_of("none")
-    line = worker.execute(Job(run, replace(OPTIONS.config(run), device="cuda:99"), tmp_path))
-    assert line["status"] == "failed"
-    assert line["error"].startswith("ValueError: device 'cuda:99' cannot be used")
-    assert line["machine"]["device"] == "cuda:99"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from runs import Kill, Killed, assert_same, assert_same_run, records, short, tiny_encoder, write_corpus
 
+from fastamp.cli import main
 from fastamp.data import Vocabulary
 from fastamp.training import METHODS, DivergedError, Listener, TrainConfig, checkpoint, loop, train
 from fastamp.training.batches import Batches, Examples, error_rate
@@ -27,39 +29,36 @@ def corpus(tmp_path) -> Path:
 # Resuming
 
 
-KILLING = """
-import os, signal
-from fastamp.cli.train import TrainDisplay
-def stepped(self, step, loss):
-    if step == 33:
-        os.kill(os.getpid(), signal.SIGKILL)
-TrainDisplay.stepped = stepped
-"""
-
-
-def test_a_run_killed_in_the_middle_resumes_to_the_same_weights_and_metrics(tmp_path):
-    def command(out: Path, before: str = "") -> list[str]:
-        options = "--method sent-amp --seed 3 --steps 100 --eval-every 30 --checkpoint-every 20 --threads 1"
-        options += " --embedding-dim 16 --lr 1e-3"
-        code = f"{before}\nfrom fastamp.cli import main; main()"
-        return [sys.executable, "-c", code, "train", *options.split(), "--out", str(out)]
-
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def test_a_run_killed_in_the_middle_resumes_by_the_same_command_to_the_same_weights_and_metrics(tmp_path, corpus):
+    config = short(corpus, method="sent-amp", seed=3)
+    options = "--dataset mr --method sent-amp --seed 3 --steps 14 --eval-every 3 --checkpoint-every 4 --threads 1"
+    options += " --batch-size 10 --embedding-dim 8 --lr 1e-3"
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    done = subprocess.run(command(killed, KILLING), env=environment, stdout=subprocess.DEVNULL)
-    assert done.returncode == -signal.SIGKILL
-    assert checkpoint.load_tensors(killed / "last.pt")["step"] == 20
-    output = subprocess.run(command(killed), env=environment, check=True, capture_output=True, text=True).stdout
-    assert "resuming at step 20 of 100" in output.splitlines()
-    subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert len(records(whole)) == 5
+    train(config, whole)
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from runs import short
+from fastamp.training import Listener, train
+class Kill(Listener):
+    def on_step(self, step, loss):
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+train(short(Path({str(corpus)!r}), method="sent-amp", seed=3), {str(killed)!r}, listener=Kill())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    assert checkpoint.load_tensors(killed / "last.pt")["at"]["step"] == 8
+    command = ["train", *options.split(), "--data-dir", str(corpus), "--out", str(killed)]
+    result = CliRunner().invoke(main, command)
+    assert "resuming at step 8 of 14" in result.output.splitlines(), result.output
     assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("method", ["none", "sent-amp", "word-amp", "nonlinear-mixup"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path, corpus, monkeypatch, method, when):
-    config = short(corpus, method=method)
+def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path, corpus, monkeypatch, when):
+    config = short(corpus, method="word-amp", steps=7)
     expected = train(config, tmp_path / "whole")
     operations = 0
     deadly = -1
@@ -81,7 +80,7 @@ def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path,
         monkeypatch.setattr(module, name, guarded(getattr(module, name)))
     train(config, tmp_path / "count")
     total = operations
-    assert total > 30
+    assert total > 20
     for deadly in range(1, total + 1, 2 if when == "before" else 3):
         out = tmp_path / f"{deadly}"
         operations = 0
@@ -96,6 +95,8 @@ def test_a_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path,
 @pytest.mark.parametrize(
     "options",
     [
+        {"method": "none"},
+        {"method": "sent-amp"},
         {"model": "bilstm", "method": "none", "clip_norm": 0.05},
         {"model": "bilstm", "method": "word-amp", "pass_dropout": "redrawn", "reweight": "moving"},
         {"model": "bert", "method": "word-amp"},
@@ -138,7 +139,7 @@ def test_a_finished_run_of_fewer_steps_continues_to_the_same_weights_and_metrics
     assert {record["step"] for record in ours} == {*range(3, 25, 3), *steps}
     assert (final["final"], final["steps"]) == (True, 24)
     ours_last, theirs_last = (checkpoint.load_tensors(tmp_path / name / "last.pt") for name in ("out", "whole"))
-    for part in ("config", "objective", "optimizer", "mixing", "batches", "rng"):
+    for part in ("objective", "optimizer", "mixing", "batches", "rng"):
         assert_same(ours_last[part], theirs_last[part], part)
     if 14 not in steps:
         assert ours == theirs
@@ -177,7 +178,7 @@ def test_a_torn_line_of_the_metrics_is_cut_off_on_resuming(tmp_path, corpus):
 
 def test_a_finished_run_reports_its_result_without_training(tmp_path, corpus):
     class Refuse(Listener):
-        def started(self, config, step):
+        def on_start(self, config, step):
             raise AssertionError
 
     config = short(corpus)
@@ -204,7 +205,7 @@ def test_training_leaves_global_random_state_and_threads_alone(tmp_path, corpus)
     assert threads == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("seed", [0, 7])
 def test_a_runs_sources_of_randomness_do_not_repeat_each_others_numbers(tmp_path, corpus, monkeypatch, seed):
     seeds = {"splits": seed}
 
@@ -229,20 +230,17 @@ def test_a_runs_sources_of_randomness_do_not_repeat_each_others_numbers(tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_the_questions(tmp_path, method):
-    config = TrainConfig(method=method, steps=400, lr=1e-3, threads=1, eval_every=200)
-    result = train(config, tmp_path / "out")
-    # About 4% of the labels cannot be told from the text.
-    assert 2 <= result.test_error <= 12
+def test_the_records_of_every_method_hold_its_facts(tmp_path, corpus, method):
+    train(short(corpus, method=method, steps=6), tmp_path / "out")
     *evaluations, final = records(tmp_path / "out")
-    assert [record["step"] for record in evaluations] == [200, 400]
+    assert [record["step"] for record in evaluations] == [3, 6]
     mixing = {key for record in evaluations for key in record if key.startswith("mix/")}
     adversarial = method.endswith(("-amp", "-maxop"))
     if method.startswith(("word-", "sent-")):
         names = {"mix/lam", "mix/lam_shift", "mix/mask"} | ({"mix/grad_abs", "mix/delta"} if adversarial else set())
         assert mixing == names
         for record in evaluations:
-            assert 0.3 < record["mix/lam"] < 0.7
+            assert 0.1 < record["mix/lam"] < 0.9
             assert (record["mix/lam_shift"] > 0) == adversarial
             assert record["mix/lam_shift"] <= 2e-3 + 1e-7
             assert not adversarial or record["mix/grad_abs"] > 0
@@ -253,6 +251,14 @@ def test_every_method_learns_the_questions(tmp_path, method):
     assert (final["best_step"], final["test_error"]) == (best["step"], best["test_error"])
     assert final["final_dev_error"] == evaluations[-1]["dev_error"]
     assert final["least_test_error"] == min(record["test_error"] for record in evaluations)
+
+
+# That every method has its loss is held by test_objectives and test_nonlinear_mixup.
+@pytest.mark.parametrize("method", ["none", "word-amp"])
+def test_a_model_learns_the_questions(tmp_path, method):
+    config = TrainConfig(method=method, steps=150, lr=5e-3, embedding_dim=50, threads=1, eval_every=150)
+    # About 4% of the labels cannot be told from the text.
+    assert 2 <= train(config, tmp_path / "out").test_error <= 15
 
 
 def test_best_checkpoint_is_the_model_of_least_dev_error(tmp_path, corpus):

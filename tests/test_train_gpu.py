@@ -36,7 +36,7 @@ def test_the_first_captured_losses_are_the_eager_ones(tmp_path, model):
         seen = losses[capture] = []
 
         class Watch(Listener):
-            def stepped(self, step, loss, seen=seen):
+            def on_step(self, step, loss, seen=seen):
                 seen.append(loss.item())
 
         fields = {"model": model, **SIZES[model], "steps": 30, "lr": 3e-3, "clip_norm": 1.0, "capture": capture}
@@ -54,7 +54,7 @@ def test_a_captured_run_resumes(tmp_path, method):
         pass
 
     class Stop(Listener):
-        def stepped(self, step, _):
+        def on_step(self, step, _):
             if step == 45:
                 raise StopError
 
@@ -69,7 +69,7 @@ def test_captured_steps_draw_new_coefficients(tmp_path):
     seen = []
 
     class Watch(Listener):
-        def evaluated(self, record):
+        def on_evaluate(self, record):
             seen.append(record["mix/lam"])
 
     train(config(method="sent-amp", capture=True), tmp_path / "run", listener=Watch())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -13,13 +14,11 @@ import click
 from fastamp.cli.interrupts import Interrupted, Recorded
 from fastamp.cli.names import Names
 from fastamp.data import DATASETS
-from fastamp.paper.commands import DEFAULT_SEEDS, parse_ratios, parse_seeds
 from fastamp.paper.display import RunsDisplay, overview
-from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment, Run
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Request
 from fastamp.paper.results import SETTINGS, claim, read
-from fastamp.paper.runner import Options, execute_all, is_kept, threads_for
-from fastamp.training import TrainConfig
-from fastamp.training.recipes import RECIPES
+from fastamp.paper.runner import Options, execute_all, is_kept
+from fastamp.training import RECIPES, TrainConfig
 
 # Fields of TrainConfig that other options set, and which.
 _ELSEWHERE = {"dataset": "datasets", "model": "models", "method": "methods", "seed": "seeds", "fraction": "ratios"}
@@ -29,6 +28,54 @@ _ELSEWHERE |= {
 }
 
 _NAMES = "NAME,..."
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from "5" (0 to 4), "0-9" or "3,7"; a ValueError for another text, or no seeds."""
+    seeds: list[int] = []
+    try:
+        if text.strip().isdecimal():
+            seeds += range(int(text))
+        else:
+            for part in text.split(","):
+                first, dash, last = part.strip().partition("-")
+                seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"{text!r} are no seeds; write 5 for 0 to 4, 0-9, or 3,7")
+    return tuple(dict.fromkeys(seeds))
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """Shares of the data from "0.03,0.1,1"; a ValueError for another text, or a number outside (0, 1]."""
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of numbers; write shares of the data, as in 0.03,0.1,1") from None
+    if not all(0 < ratio <= 1 for ratio in ratios):
+        raise ValueError(f"{text!r}: a share of the data is above 0 and at most 1")
+    return ratios
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Name and value from "FIELD=VALUE", the value as the field of TrainConfig is annotated; else a ValueError."""
+    name, equals, value = text.partition("=")
+    fields = get_type_hints(TrainConfig)
+    if not equals:
+        raise ValueError(f"{text!r} is no FIELD=VALUE")
+    if name in _ELSEWHERE:
+        raise ValueError(f"{name} is set by --{_ELSEWHERE[name]}")
+    if name not in fields:
+        taken = ", ".join(field for field in fields if field not in _ELSEWHERE)
+        raise ValueError(f"{name!r} is no field of TrainConfig; takes {taken}")
+    # A field that may be None is left at None by not setting it.
+    kinds = get_args(fields[name]) if get_origin(fields[name]) in (Union, types.UnionType) else (fields[name],)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    try:
+        return name, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, LookupError):
+        raise ValueError(f"{name} takes {kind.__name__}, not {value!r}") from None
 
 
 class _Read(click.ParamType):
@@ -51,46 +98,6 @@ class _Read(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class _Setting(click.ParamType):
-    """FIELD=VALUE, the value as the field of TrainConfig is annotated."""
-
-    name = "FIELD=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        name, equals, text = value.partition("=")
-        fields = get_type_hints(TrainConfig)
-        if not equals:
-            self.fail(f"{value!r} is no FIELD=VALUE", param, ctx)
-        if name in _ELSEWHERE:
-            self.fail(f"{name} is set by --{_ELSEWHERE[name]}", param, ctx)
-        if name not in fields:
-            taken = ", ".join(field for field in fields if field not in _ELSEWHERE)
-            self.fail(f"{name!r} is no field of TrainConfig; takes {taken}", param, ctx)
-        kinds = _kinds(fields[name])
-        for kind in kinds:
-            if kind in _READ:
-                try:
-                    return name, _READ[kind](text)
-                except (ValueError, LookupError):
-                    continue
-        self.fail(f"{name} takes {' or '.join(kind.__name__ for kind in kinds)}, not {text!r}", param, ctx)
-
-
-def _kinds(annotation: Any) -> tuple[type, ...]:
-    """The types of an annotation; a field that may be None is left at None by not setting it."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return tuple(kind for kind in kinds if kind is not type(None))
-
-
-_READ: dict[type, Callable[[str], Any]] = {
-    bool: lambda text: {"true": True, "false": False}[text.lower()],
-    int: int,
-    float: float,
-    str: str,
-}
-
 _OPTIONS = (
     click.option(
         "--datasets",
@@ -105,7 +112,7 @@ _OPTIONS = (
     click.option(
         "--seeds",
         type=_Read(parse_seeds, "N|A-B|A,B,..."),
-        default=DEFAULT_SEEDS,
+        default="10",
         help="A number of seeds from 0 on, a range 0-9, or a list 3,7.",
     ),
     click.option("--steps", type=click.IntRange(1), show_default="the recipe's", help="Updates of every run."),
@@ -132,7 +139,7 @@ _OPTIONS = (
     click.option(
         "--set",
         "overrides",
-        type=_Setting(),
+        type=_Read(parse_setting, "FIELD=VALUE"),
         multiple=True,
         help="Any other field of fastamp.training.TrainConfig, as in --set embedding_dim=50.",
     ),
@@ -146,18 +153,20 @@ _OPTIONS = (
 def command() -> None:
     """Make the paper's tables and figures.
 
-    A table's runs are added to a results folder, where tables share what they have in common; `report` turns it into
-    tables and plots. A command that was interrupted or killed goes on when it is given again, to the same numbers.
+    A table's runs are added to a results folder, where tables share what they have in common. All runs of a folder
+    are made with the same settings and data; a command with others is refused. `report` turns the folder into tables
+    and plots. A command that was interrupted or killed goes on when it is given again, to the same numbers.
     """
 
 
-def _add(name: str, experiment: Experiment) -> None:
+def _add(name: str) -> None:
     """The subcommand of an experiment."""
 
     @click.pass_obj
     def subcommand(text: str, **given: Any) -> None:
-        _run(experiment, text, **given)
+        _run(name, text, **given)
 
+    experiment = EXPERIMENTS[name]
     extent = f"By default {', '.join(experiment.datasets)} by {', '.join(experiment.models)}"
     methods = f"{len(experiment.methods)} methods"
     ratios = f" and {len(experiment.ratios)} shares of the data" if len(experiment.ratios) > 1 else ""
@@ -167,18 +176,14 @@ def _add(name: str, experiment: Experiment) -> None:
     command.command(name, cls=Recorded, short_help=experiment.title)(subcommand)
 
 
-for _name, _experiment in EXPERIMENTS.items():
-    _add(_name, _experiment)
+for _name in EXPERIMENTS:
+    _add(_name)
 
 
 def _run(
-    experiment: Experiment,
+    name: str,
     text: str,
     *,
-    datasets: Sequence[str] | None,
-    models: Sequence[str] | None,
-    methods: Sequence[str] | None,
-    ratios: Sequence[float] | None,
     seeds: Sequence[int],
     jobs: int,
     threads: int | None,
@@ -186,41 +191,48 @@ def _run(
     retry_failed: bool,
     dry_run: bool,
     out: Path,
-    **common: Any,
+    **given: Any,
 ) -> None:
-    done = ""
+    kept = ""
+    extent = {field: given.pop(field) or getattr(EXPERIMENTS[name], field) for field in _EXTENT}
+    request = Request(name, **extent, seeds=seeds)
+    runs = request.runs()
     try:
-        runs = list(experiment.runs(datasets=datasets, models=models, methods=methods, ratios=ratios, seeds=seeds))
-        options = Options(overrides=dict(overrides), threads=threads or threads_for(out, jobs), **common)
+        options = Options(overrides=dict(overrides), threads=threads or _threads(out, jobs), **given)
         for run in runs:
             options.config(run)  # refuses before anything is written
         if dry_run:
-            _list(runs, out, retry_failed)
+            records = {line["key"]: line for line in read(out).records} if (out / SETTINGS).exists() else {}
+            done = {run.key: records[run.key]["status"] for run in runs if is_kept(run, records, retry_failed)}
+            for run in runs:
+                click.echo(f"{run.key}: {done.get(run.key, 'to do')}")
+            click.echo(f"{len(runs) - len(done)} to do")
             return
-        with claim(out, options.settings(runs), text) as writer:
-            done = f"what is finished is in {out}, and runs under way are kept as of their last checkpoints; "
+        with claim(out, options.specification(request)) as writer:
+            kept = f"what is finished is in {out}, and runs under way are kept as of their last checkpoints; "
             for notice in (*options.notices(runs), *writer.notices):
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
                 progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {done}this goes on: {text}") from None
+        raise Interrupted(f"interrupted; {kept}this goes on: {text}") from None
     click.echo(f"{overview(progress)}, in {out}; for tables and plots: fastamp paper report {shlex.quote(str(out))}")
     if progress.failed:
         click.echo("what failed is recorded with its error, and tried again only with --retry-failed", err=True)
         raise click.exceptions.Exit(1)
 
 
-def _list(runs: Iterable[Run], out: Path, retry_failed: bool) -> None:
-    records = {line["key"]: line for line in read(out).records} if (out / SETTINGS).exists() else {}
-    left = 0
-    for run in {run.key: run for run in runs}.values():
-        kept = is_kept(run, records, retry_failed)
-        left += not kept
-        click.echo(f"{run.key}: {records[run.key]['status'] if kept else 'to do'}")
-    click.echo(f"{left} to do")
+_EXTENT = ("datasets", "models", "methods", "ratios")
+
+
+def _threads(folder: Path, jobs: int) -> int:
+    """CPU threads of a run where none are given: those of the results folder, else its share of the cores."""
+    if (folder / SETTINGS).exists():
+        return int(read(folder).specification["threads"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)
 
 
 @command.command("report", short_help="Tables and plots of a results folder")
@@ -243,8 +255,7 @@ def report_command(folder: Path, published: Path | None) -> None:
         results = read(folder)
         for notice in results.notices:
             click.echo(notice, err=True)
-        cells = None if published is None else read_published(published)
-        path = write(folder, results.records, results.settings, published=cells)
+        path = write(folder, results, None if published is None else read_published(published))
         click.echo(path.read_text(encoding="utf-8"))
         click.echo(f"written to {path}")
     except ImportError as error:

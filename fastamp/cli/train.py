@@ -49,7 +49,7 @@ class TrainDisplay(Listener):
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def started(self, config: TrainConfig, step: int) -> None:
+    def on_start(self, config: TrainConfig, step: int) -> None:
         """Shows the bar, or says where a resumed run goes on."""
         self.kept = step
         if self._console.is_terminal:
@@ -59,14 +59,14 @@ class TrainDisplay(Listener):
         elif step:
             self._line(f"resuming at step {step} of {config.steps}")
 
-    def stepped(self, step: int, loss: Tensor) -> None:
+    def on_step(self, step: int, loss: Tensor) -> None:
         """Moves the bar; every tenth step reads the loss."""
         if self._bar is None:
             return
         if step % 10 == 0:
             self._progress.update(self._bar, completed=step, facts=f"loss {loss.item():.3f}{self._rest}")
 
-    def evaluated(self, record: dict[str, Any]) -> None:
+    def on_evaluate(self, record: dict[str, Any]) -> None:
         """Shows the dev error."""
         self._rest = f"  dev error {record['dev_error']:.2f}%  {record['steps_per_s']:.1f} steps/s"
         facts = f"loss {record['train_loss']:.3f}{self._rest}"
@@ -75,7 +75,7 @@ class TrainDisplay(Listener):
         else:
             self._line(f"step {record['step']}  {facts}")
 
-    def saved(self, step: int) -> None:
+    def on_save(self, step: int) -> None:
         """Keeps the step."""
         self.kept = step
 

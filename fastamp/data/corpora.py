@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from fastamp.data import questions
-from fastamp.data.hub import read_hub
+from fastamp.data.sources import SOURCES, read
 from fastamp.data.splits import FOLDS, hold_out, leave_fold_out, stratified_subset
-from fastamp.data.tokens import clean_str, clean_str_sst
-from fastamp.data.tsv import read_tsv
+
+DATASETS = tuple(SOURCES)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenised sentences and their labels, of equal length.
-
-    Attributes:
-        sentences: tokens of every sentence.
-        labels: class of every sentence.
-        texts: the sentences as they were read, for another tokeniser; () where they are not at hand.
-    """
+    """Tokenised sentences, their labels, and the sentences as they were read, for another tokeniser."""
 
     sentences: tuple[tuple[str, ...], ...]
     labels: tuple[int, ...]
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of sentences."""
@@ -37,11 +29,7 @@ class Split:
 
     def take(self, indices: Sequence[int]) -> Split:
         """The sentences at `indices`, in that order."""
-        return Split(
-            tuple(self.sentences[i] for i in indices),
-            tuple(self.labels[i] for i in indices),
-            tuple(self.texts[i] for i in indices) if self.texts else (),
-        )
+        return Split(*(tuple(of[i] for i in indices) for of in (self.sentences, self.labels, self.texts)))
 
 
 @dataclass(frozen=True)
@@ -59,6 +47,11 @@ class Corpus:
         """Number of classes."""
         return len(self.label_names)
 
+    @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Train, dev and test."""
+        return self.train, self.dev, self.test
+
     def fingerprint(self) -> str:
         """SHA-256 of all sentences, labels and splits, to tell whether two runs saw the same data."""
         return self._digest(lambda split: [" ".join(tokens) for tokens in split.sentences])
@@ -69,34 +62,11 @@ class Corpus:
 
     def _digest(self, lines: Callable[[Split], Sequence[str]]) -> str:
         digest = hashlib.sha256()
-        for split in (self.train, self.dev, self.test):
+        for split in self.splits:
             for line, label in zip(lines(split), split.labels, strict=True):
                 digest.update(f"{label}\t{line}\n".encode())
             digest.update(b"\n")
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Source:
-    label_names: tuple[str, ...]
-    parts: tuple[str, ...] = ()  # of which there is data; none: generated
-    tokenise: Callable[..., list[str]] = clean_str
-
-
-_POLARITY = ("negative", "positive")
-_SOURCES = {
-    "questions": _Source(questions.LABELS),
-    "trec": _Source(questions.LABELS, ("train", "test")),
-    "sst1": _Source(
-        ("very negative", "negative", "neutral", "positive", "very positive"),
-        ("train", "dev", "test"),
-        clean_str_sst,
-    ),
-    "sst2": _Source(_POLARITY, ("train", "dev", "test"), clean_str_sst),
-    "subj": _Source(("subjective", "objective"), ("all",)),
-    "mr": _Source(_POLARITY, ("all",)),
-}
-DATASETS = tuple(_SOURCES)
 
 
 def load(
@@ -121,8 +91,8 @@ def load(
     is fixed by their number and the constant FOLD_SEED of `fastamp.data.splits`, whatever `seed` is.
 
     Where there is no dev file, 10% of the training examples are drawn as dev by `seed`. A `fraction` below 1 then
-    leaves, of the training examples only, a subset in which the classes keep their shares, drawn by `seed` too: each
-    class keeps at least one example, and the subset of a smaller fraction is part of that of a larger one.
+    leaves, of the training examples only, a subset in which the classes keep their shares, drawn by `seed` as well:
+    each class keeps at least one example, and the subset of a smaller fraction is part of that of a larger one.
 
     Args:
         name: one of `DATASETS`.
@@ -141,16 +111,14 @@ def load(
             out of range, a missing or malformed file, too few examples to hold some out, a class without a training
             example, or, with `data_dir` None, a hub that cannot be read.
     """
-    if name not in _SOURCES:
-        raise ValueError(f"unknown dataset {name!r}; takes one of {', '.join(DATASETS)}")
-    source = _SOURCES[name]
-    _check(name, fold, fraction)
+    check_part(name, fold, fraction)
+    source = SOURCES[name]
 
     def split(texts: Sequence[str], labels: Sequence[int]) -> Split:
         sentences = tuple(tuple(source.tokenise(text, lower=lower)) for text in texts)
         return Split(sentences, tuple(labels), tuple(texts))
 
-    parts = {part: split(texts, labels) for part, (texts, labels) in _read(name, source, data_dir).items()}
+    parts = {part: split(*examples) for part, examples in read(name, data_dir).items()}
     generator = torch.Generator().manual_seed(seed)
     try:
         if "all" in parts:
@@ -162,20 +130,22 @@ def load(
             train, parts["dev"] = train.take(kept), train.take(held)
     except ValueError as error:
         raise ValueError(f"dataset {name!r}: {error}") from None
-    present = set(train.labels)
     for label, label_name in enumerate(source.label_names):
-        if label not in present:
+        if label not in train.labels:
             raise ValueError(f"dataset {name!r}: no training example of class {label} ({label_name})")
     if fraction < 1:
         train = train.take(stratified_subset(train.labels, fraction, generator))
     return Corpus(name, source.label_names, train, parts["dev"], parts["test"])
 
 
-def _check(name: str, fold: int | None, fraction: float) -> None:
+def check_part(name: str, fold: int | None, fraction: float) -> None:
+    """Raises for a name, fold or fraction that `load` does not take."""
+    if name not in SOURCES:
+        raise ValueError(f"unknown dataset {name!r}; takes one of {', '.join(DATASETS)}")
     if fold is not None:
         if isinstance(fold, bool) or not isinstance(fold, int):
             raise TypeError(f"fold must be an int or None, got {fold!r}")
-        if _SOURCES[name].parts != ("all",):
+        if "all" not in SOURCES[name].sizes:
             raise ValueError(
                 f"dataset {name!r} has test examples of its own, and no folds; fold must be None, got {fold}"
             )
@@ -185,15 +155,3 @@ def _check(name: str, fold: int | None, fraction: float) -> None:
         raise TypeError(f"fraction must be a number, got {fraction!r}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-
-
-def _read(
-    name: str, source: _Source, data_dir: str | os.PathLike[str] | None
-) -> Mapping[str, tuple[Sequence[str], Sequence[int]]]:
-    """Texts and labels of every part."""
-    if not source.parts:
-        return dict(zip(("train", "dev", "test"), questions.generate(), strict=True))
-    if data_dir is None:
-        return read_hub(name)
-    folder = Path(data_dir) / name
-    return {part: read_tsv(folder / f"{part}.tsv", len(source.label_names)) for part in source.parts}

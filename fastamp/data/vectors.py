@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -91,19 +92,21 @@ def _read(path: Path, identity: tuple[int, ...], words: frozenset[str]) -> WordV
     dim = 0
     for number, line in enumerate(_lines(path), start=1):
         line = line.rstrip(b"\r\n ")
-        if number == 1:
-            dim = _width(path, line)
-        word, _, rest = line.partition(b" ")
-        if rest.count(b" ") != dim - 1:
-            word, rest = _split_word_with_spaces(path, number, line, dim)
+        dim = dim or _width(path, line)
+        if line.count(b" ") == dim and line[: line.find(b" ")] not in wanted:
+            continue
+        word, *fields = line.rsplit(b" ", dim)
+        # A number in the word's place is an overlong vector, not a word with spaces.
+        if len(fields) != dim or any(map(_is_number, word.split(b" ")[1:])):
+            found = line.count(b" ")
+            raise ValueError(f"{path}:{number}: {found} values where the first line has {dim}: {_shown(line)}")
         if word not in wanted:
             continue
         try:
-            text = word.decode("utf-8")
-            vector = [float(value) for value in rest.split(b" ")]
+            text, vector = word.decode("utf-8"), list(map(float, fields))
         except ValueError:
             raise ValueError(f"{path}:{number}: not a word and {dim} numbers: {_shown(line)}") from None
-        if not all(abs(value) < float("inf") for value in vector):
+        if not all(map(math.isfinite, vector)):
             raise ValueError(f"{path}:{number}: a value is not finite: {_shown(line)}")
         if text not in rows:
             rows[text] = len(values)
@@ -115,21 +118,13 @@ def _read(path: Path, identity: tuple[int, ...], words: frozenset[str]) -> WordV
     return WordVectors(rows, table, digest.hexdigest())
 
 
-def embedding_table(
-    vocabulary: Vocabulary, vectors: WordVectors, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """A table for `vocabulary`: zero for padding, vectors where there are, else U(-0.25, 0.25) as Kim does.
+def embedding_table(vocabulary: Vocabulary, vectors: WordVectors) -> Tensor:
+    """A table (V, D), float32, for V ids: zero for padding, vectors where there are, else U(-0.25, 0.25) as Kim does.
 
-    Args:
-        vocabulary: V ids.
-        vectors: vectors of width D.
-        generator: a CPU generator for the uncovered words; None takes the global one.
-
-    Returns:
-        (V, D), float32, on the CPU.
+    It is on the CPU; what is drawn is drawn by the global generator.
     """
     size = len(vocabulary)
-    table = torch.rand(size, vectors.dim, dtype=torch.float32, device="cpu", generator=generator) * 0.5 - 0.25
+    table = torch.rand(size, vectors.dim, dtype=torch.float32, device="cpu") * 0.5 - 0.25
     table[PAD] = 0
     found = [(size - len(vocabulary.words) + i, vectors.find(w)) for i, w in enumerate(vocabulary.words)]
     pairs = [(number, row) for number, row in found if row is not None]
@@ -172,17 +167,9 @@ def _width(path: Path, line: bytes) -> int:
     fields = line.split(b" ")
     if len(fields) == 2 and all(field.isdigit() for field in fields):
         raise ValueError(f"{path}:1: {_shown(line)} is the header of a word2vec file; takes GloVe text without it")
-    if len(fields) < 2 or not all(_is_number(field) for field in fields[1:]):
+    if len(fields) < 2 or not all(map(_is_number, fields[1:])):
         raise ValueError(f"{path}:1: not a word and its numbers: {_shown(line)}")
     return len(fields) - 1
-
-
-def _split_word_with_spaces(path: Path, number: int, line: bytes, dim: int) -> tuple[bytes, bytes]:
-    fields = line.split(b" ")
-    # A number in the word's place is an overlong vector, not a word with spaces.
-    if len(fields) <= dim or any(_is_number(field) for field in fields[1:-dim]):
-        raise ValueError(f"{path}:{number}: {len(fields) - 1} values where the first line has {dim}: {_shown(line)}")
-    return b" ".join(fields[:-dim]), b" ".join(fields[-dim:])
 
 
 def _is_number(field: bytes) -> bool:

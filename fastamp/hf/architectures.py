@@ -7,70 +7,41 @@ from typing import Any, NamedTuple
 import transformers
 from torch import nn
 
+_WORDS = ("attention_mask", "token_type_ids", "position_ids")
+
 
 class Architecture(NamedTuple):
     """Names of the parts of one architecture; all but `base` and `head_pooler` are paths inside the base model."""
 
     model: str  # the class in transformers
     base: str  # attribute of the base model
-    word: str  # module whose output is what inputs_embeds stands for; for images, the patch projection
-    layers: str
+    word: str = "embeddings.word_embeddings"  # its output is what inputs_embeds stands for; for images, the projection
+    layers: str = "encoder.layer"
     projection: str | None = None  # between embeddings and layers, where the config asks for it
-    conv: str | None = None  # runs after layer 0 and takes its input, too: no cut lies between them
+    conv: str | None = None  # runs after layer 0 and takes its input as well: no cut lies between them
     norm: str | None = None  # between the last layer and the base model's output
     norm_in_states: bool = False  # transformers reports hidden_states[n] after the norm
     pooler: str | None = None  # the base model's pooler, where the head takes its output
     head_pooler: str | None = None  # the same, where it belongs to the head
-    word_context: tuple[str, ...] = ()  # inputs that the rest takes after the word embeddings
+    word_context: tuple[str, ...] = _WORDS  # inputs that the rest takes after the word embeddings
     layer_context: tuple[str, ...] = ("attention_mask",)  # and after the embedding block
     counts_positions: bool = False  # position ids come from the input ids, not from the places
     images: bool = False
 
 
-_WORDS = ("attention_mask", "token_type_ids", "position_ids")
+_PLACES = ("attention_mask", "position_ids")
 
 # By config.model_type.
 ARCHITECTURES = {
-    "bert": Architecture(
-        "BertForSequenceClassification",
-        "bert",
-        "embeddings.word_embeddings",
-        "encoder.layer",
-        pooler="pooler",
-        word_context=_WORDS,
-    ),
-    "roberta": Architecture(
-        "RobertaForSequenceClassification",
-        "roberta",
-        "embeddings.word_embeddings",
-        "encoder.layer",
-        word_context=_WORDS,
-        counts_positions=True,
-    ),
+    "bert": Architecture("BertForSequenceClassification", "bert", pooler="pooler"),
+    "roberta": Architecture("RobertaForSequenceClassification", "roberta", counts_positions=True),
     "distilbert": Architecture(
-        "DistilBertForSequenceClassification",
-        "distilbert",
-        "embeddings.word_embeddings",
-        "transformer.layer",
-        word_context=("attention_mask", "position_ids"),
+        "DistilBertForSequenceClassification", "distilbert", layers="transformer.layer", word_context=_PLACES
     ),
     "deberta-v2": Architecture(
-        "DebertaV2ForSequenceClassification",
-        "deberta",
-        "embeddings.word_embeddings",
-        "encoder.layer",
-        conv="encoder.conv",
-        head_pooler="pooler",
-        word_context=_WORDS,
+        "DebertaV2ForSequenceClassification", "deberta", conv="encoder.conv", head_pooler="pooler"
     ),
-    "electra": Architecture(
-        "ElectraForSequenceClassification",
-        "electra",
-        "embeddings.word_embeddings",
-        "encoder.layer",
-        projection="embeddings_project",
-        word_context=_WORDS,
-    ),
+    "electra": Architecture("ElectraForSequenceClassification", "electra", projection="embeddings_project"),
     "modernbert": Architecture(
         "ModernBertForSequenceClassification",
         "model",
@@ -78,8 +49,8 @@ ARCHITECTURES = {
         "layers",
         norm="final_norm",
         norm_in_states=True,
-        word_context=("attention_mask", "position_ids"),
-        layer_context=("attention_mask", "position_ids"),  # rotary embeddings are applied in every layer
+        word_context=_PLACES,
+        layer_context=_PLACES,  # rotary embeddings are applied in every layer
     ),
     "vit": Architecture(
         "ViTForImageClassification",

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastamp.models.cut import MaskedRest, Rest, Split, cut_at
-from fastamp.models.words import PAD, check_dropout, check_ids, check_sizes, word_embedding
+from fastamp.models.words import PAD, WordModel, check_sizes
 
 
-class AttentionBiLSTM(nn.Module):
+class AttentionBiLSTM(WordModel):
     """LSTM of both directions with attention over time, as in Wang et al., EMNLP 2016, and Zhou et al., ACL 2016.
 
         H = BiLSTM(embedding(ids)),   α = softmax_t(wᵀ tanh(H_t)),   s = Σ_t α_t H_t,
@@ -22,23 +22,15 @@ class AttentionBiLSTM(nn.Module):
     On a GPU cuDNN's LSTM has a backward pass in train mode only, and torch.compile breaks its graph at an LSTM:
     compile f of the split at "sentence", or none.
 
-    `split` cuts it in two where it is to be mixed: at its words or at its sentences.
-
     Args:
-        vocab_size: number of ids V, the padding's 0 included.
+        vocab_size, embedding_dim, vectors, freeze: see `WordModel`.
         num_classes: number of classes C.
-        embedding_dim: width D of a word vector; `vectors` overrides it.
-        vectors: (V, D) float word vectors to start from; row 0 is taken as zero. None draws from
-            U(-0.25, 0.25) by the global generator.
-        freeze: do not train the word vectors.
         hidden_size: width of s: half of it is the forward direction's, half the backward one's.
         dropout: probability of dropping a feature before the classifier.
 
     Raises:
         ValueError: a size below 1, an odd hidden_size, a dropout outside [0, 1), or vectors of another shape.
     """
-
-    pad_id = PAD
 
     def __init__(
         self,
@@ -51,50 +43,28 @@ class AttentionBiLSTM(nn.Module):
         hidden_size: int = 1024,
         dropout: float = 0.5,
     ) -> None:
-        super().__init__()
-        check_sizes(
-            vocab_size=vocab_size, num_classes=num_classes, embedding_dim=embedding_dim, hidden_size=hidden_size
-        )
-        check_dropout(dropout)
-        self.embedding = word_embedding(vocab_size, embedding_dim, vectors, freeze=freeze)
-        self.embedding_dim = self.embedding.embedding_dim
+        super().__init__(vocab_size, embedding_dim, vectors, freeze)
         self.encoder = AttentionEncoder(self.embedding_dim, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(hidden_size, num_classes)
+        self.add_head(hidden_size, num_classes, dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, C), float32, of token ids (B, T), int64; see `encode`."""
         return self.classifier(self.dropout(self.encode(ids).relu()))
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Features of sentences, before the ReLU.
+        """Features of sentences before the ReLU, (B, hidden_size), float32; zero where a row holds no word.
 
         Args:
             ids: (B, T), int64, T at least 1; id 0 pads on the right.
-
-        Returns:
-            (B, hidden_size), float32; zero where a row holds no word.
-
-        Raises:
-            TypeError: ids that are not int64.
-            ValueError: ids of another shape.
         """
         return self.encoder(self.embed(ids), ids != PAD)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Word vectors (B, T, D), float32, of ids as `encode` takes them; the padding's is zero."""
-        check_ids(ids)
-        return self.embedding(ids)
-
     def split(self, at: str) -> Split:
-        """The model in two parts, with what is to be mixed between them; see `TextCNN.split` for the use.
+        """The model in two parts; see `Model.split`.
 
         Args:
             at: "word" and "embedding" mix the word vectors (B, T, D), under the union of both sentences' masks.
                 "sentence" mixes the features (B, hidden_size), before the ReLU.
-
-        Raises:
-            ValueError: another name.
         """
         head = {"dropout": self.dropout, "classifier": self.classifier}
 
@@ -115,15 +85,16 @@ class AttentionEncoder(nn.Module):
         hidden_size: of the output, even.
 
     Raises:
-        ValueError: an odd hidden_size.
+        ValueError: a hidden_size that is odd or below 1.
     """
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size)
         if hidden_size % 2:
             raise ValueError(f"hidden_size counts both directions and must be even, got {hidden_size}")
         # Two modules rather than a bidirectional one, which would begin the backward direction in the padding. Packed
-        # sequences keep to the words too, but need the lengths on the host, and are slower on a CPU in training.
+        # sequences keep to the words as well, but need the lengths on the host, and are slower on a CPU in training.
         self.forwards = nn.LSTM(width, hidden_size // 2, batch_first=True)
         self.backwards = nn.LSTM(width, hidden_size // 2, batch_first=True)
         self.score = nn.Linear(hidden_size, 1, bias=False)
@@ -143,10 +114,12 @@ class AttentionEncoder(nn.Module):
 
     def states(self, embedded: Tensor, mask: Tensor) -> Tensor:
         """States (B, T, hidden_size) of both directions, the forward one's first; any number at padding."""
-        turned = _turned(mask)
+        # The place in the row (B, T, 1) of what stands at t when its words are read from the last to the first.
+        place, length = torch.arange(mask.shape[1], device=mask.device), mask.sum(1, keepdim=True)
+        turned = torch.where(place < length, length - 1 - place, place)[:, :, None]
         forwards, _ = self.forwards(embedded)
-        backwards, _ = self.backwards(_reordered(embedded, turned))
-        return torch.cat([forwards, _reordered(backwards, turned)], 2)
+        backwards, _ = self.backwards(embedded.gather(1, turned.expand_as(embedded)))
+        return torch.cat([forwards, backwards.gather(1, turned.expand_as(backwards))], 2)
 
     def attention(self, states: Tensor, mask: Tensor) -> Tensor:
         """Weights (B, T) of states (B, T, hidden_size), each row's sum 1; exactly zero at padding."""
@@ -154,18 +127,6 @@ class AttentionEncoder(nn.Module):
         # The least finite number, not -inf: a row without a word would come out as NaN.
         weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(1)
         return weights.masked_fill(~mask, 0)
-
-
-def _turned(mask: Tensor) -> Tensor:
-    """(B, T) int64: the place in the row of what stands at t when its words are read from the last to the first."""
-    length = mask.sum(1, keepdim=True)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(place < length, length - 1 - place, place)
-
-
-def _reordered(sequence: Tensor, places: Tensor) -> Tensor:
-    """Rows of (B, T, D) at places (B, T), each in its own order."""
-    return sequence.gather(1, places[:, :, None].expand(-1, -1, sequence.shape[2]))
 
 
 class EmbeddingRest(MaskedRest):

@@ -12,11 +12,7 @@ from fastamp.models.words import PAD
 
 
 class Rest(nn.Module):
-    """f of a split: a model from a cut on. Its modules are the model's own, and so its mode is the model's.
-
-    Args:
-        **modules: what f uses of the model; the first one's mode is the model's.
-    """
+    """f of a split: a model from a cut on. Its modules are the model's own, and the first one's mode is its mode."""
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()
@@ -37,7 +33,7 @@ class Rest(nn.Module):
 
         Args:
             ids: (B, T), int64, of the unmixed rows.
-            mix: the mix of the batch. None: the context of the unmixed rows.
+            mix: the mix of the batch, without which it is the context of the unmixed rows.
         """
         return {}
 

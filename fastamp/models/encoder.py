@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastamp.data.files import blocks
+from fastamp.data.files import update_digest
 from fastamp.mixing import Mix
 from fastamp.models.cut import Rest, Split, cut_at
 from fastamp.models.words import check_ids, check_sizes
@@ -30,7 +31,7 @@ MAX_LENGTH = 256
 class TransformerClassifier(nn.Module):
     """A classification model of transformers that takes token ids alone.
 
-    What is padding is told from the ids, so that the logits of a sentence do not depend on how far its batch is padded.
+    What is padding is seen from the ids, so that the logits of a sentence do not depend on how far its batch is padded.
 
     Args:
         model: BertForSequenceClassification or another text model that `fastamp.hf.split` knows.
@@ -50,69 +51,24 @@ class TransformerClassifier(nn.Module):
             raise ValueError(f"the configuration of {type(model).__name__} has no pad_token_id")
         self.pad_id: int = pad_id
 
-    @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, num_classes: int) -> TransformerClassifier:
-        """A pre-trained encoder under a new classifier, whose weights are drawn from the global generator.
-
-        A classifier for as many classes that was saved with the encoder is kept.
-
-        Args:
-            name_or_dir: a folder, or a name on the Hugging Face hub, which needs the network or its cache.
-            num_classes: number of classes C.
-
-        Raises:
-            ImportError: transformers is not installed.
-            ValueError: num_classes below 1, or nothing that can be loaded there.
-        """
-        check_sizes(num_classes=num_classes)
-        _hf()
-        from transformers import AutoModelForSequenceClassification
-
-        return cls(
-            _loaded(
-                lambda name: AutoModelForSequenceClassification.from_pretrained(
-                    # Of a classifier with another number of classes only the encoder is taken.
-                    name,
-                    num_labels=num_classes,
-                    ignore_mismatched_sizes=True,
-                    dtype=torch.float32,
-                ),
-                name_or_dir,
-            )
-        )
-
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, C), float32.
-
-        Args:
-            ids: (B, T), int64, T at least 1, special tokens included; `pad_id` pads on the right.
-
-        Raises:
-            TypeError: ids that are not int64.
-            ValueError: ids of another shape.
-        """
+        """Logits (B, C), float32, of ids (B, T), int64, special tokens included; `pad_id` pads on the right."""
         return self.model(**self._inputs(ids)).logits
 
     def split(self, at: str) -> Split:
-        """The model in two parts, with what is to be mixed between them; see `TextCNN.split` for the use.
+        """The model in two parts; see `Model.split`.
 
         Args:
             at: "word" and "embedding" mix the word embeddings (B, T, D), before positions are added, under the union of
                 both sentences' masks. "sentence" mixes what the classification head takes, (B, 1, D): the last hidden
                 state of the first token, for BERT before its pooler.
-
-        Raises:
-            ValueError: another name.
         """
 
-        def parts(place: str) -> Split:
+        def words(place: str = "embeddings") -> Split:
             g, f = _hf().split(self.model, at=place)
             return Split(lambda ids: g(**self._inputs(ids)), EncoderRest(f, self._inputs))
 
-        def words() -> Split:
-            return parts("embeddings")
-
-        return cut_at({"word": words, "sentence": lambda: parts("last"), "embedding": words}, at)
+        return cut_at({"word": words, "sentence": lambda: words("last"), "embedding": words}, at)
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """What the model itself takes."""
@@ -154,25 +110,25 @@ class EncoderRest(Rest):
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """A pre-trained encoder that sentences are encoded for before a classifier is made of it; see `load`.
+    """A pre-trained encoder that sentences are encoded for before a classifier is made of it; see `load`."""
 
-    Attributes:
-        name: its folder, or its name on the Hugging Face hub.
-        tokenizer: transformers' own.
-        pad_id: the id that pads.
-        digest: tells whether another run read the same: of a folder the SHA-256 of its files, else name and commit.
-        positions: how many ids the model takes; None: any number.
-    """
-
-    name: str
-    tokenizer: Any
+    name: str  # its folder, or its name on the Hugging Face hub
+    tokenizer: Any  # transformers' own
     pad_id: int
-    digest: str
-    positions: int | None = None
+    digest: str  # tells whether another run read the same: of a folder the SHA-256 of its files, else name and commit
+    max_length: int  # of a sentence, in ids
 
     @classmethod
     def load(cls, name_or_dir: str | Path) -> PretrainedEncoder:
-        """Loads the tokenizer; arguments and errors as `TransformerClassifier.from_pretrained`."""
+        """Loads the tokenizer.
+
+        Args:
+            name_or_dir: a folder, or a name on the Hugging Face hub, which needs the network or its cache.
+
+        Raises:
+            ImportError: transformers is not installed.
+            ValueError: nothing that can be loaded there.
+        """
         _hf()
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
@@ -181,45 +137,52 @@ class PretrainedEncoder:
         tokenizer.padding_side = "right"
         if tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {name_or_dir} has no padding token")
-        config = _loaded(lambda name: cached_file(name, "config.json"), name_or_dir)
-        folder = Path(config).parent
-        digest = _digest(folder) if Path(name_or_dir).is_dir() else f"{name_or_dir}@{folder.name}"
-        positions = json.loads(Path(config).read_text()).get("max_position_embeddings")
-        if positions is not None:
-            positions -= tokenizer.pad_token_id + 1  # RoBERTa counts them from behind the padding's id
-        return cls(str(name_or_dir), tokenizer, tokenizer.pad_token_id, digest, positions)
+        config = Path(_loaded(lambda name: cached_file(name, "config.json"), name_or_dir))
+        digest = _digest(config.parent) if Path(name_or_dir).is_dir() else f"{name_or_dir}@{config.parent.name}"
+        # RoBERTa counts positions from behind the padding's id.
+        positions = json.loads(config.read_text()).get("max_position_embeddings") or math.inf
+        length = int(min(MAX_LENGTH, positions - tokenizer.pad_token_id - 1))
+        return cls(str(name_or_dir), tokenizer, tokenizer.pad_token_id, digest, length)
 
-    def encode(self, texts: Sequence[str], max_length: int = MAX_LENGTH) -> Tensor:
-        """Ids of sentences, special tokens included.
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Ids of sentences, special tokens included; the end of one longer than `max_length` is cut off.
 
         Args:
-            texts: N sentences.
-            max_length: of a sentence, in ids, and at most `positions`; the end of a longer one is cut off.
+            texts: N sentences, at least one.
 
         Returns:
-            (N, T), int64, on the CPU, padded on the right by `pad_id`; T is the longest sentence's length (at least 1).
-
-        Raises:
-            ValueError: max_length below 1.
+            (N, T), int64, on the CPU, padded on the right by `pad_id`; T is the longest sentence's length.
         """
-        check_sizes(max_length=max_length)
-        if self.positions is not None:
-            max_length = min(max_length, self.positions)
-        if not texts:
-            return torch.zeros(0, 1, dtype=torch.int64, device="cpu")
-        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        return encoded["input_ids"].cpu()  # where the default device put it
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        return self.tokenizer(list(texts), **options)["input_ids"].cpu()  # where the default device put it
 
     def classifier(self, num_classes: int) -> TransformerClassifier:
-        """`TransformerClassifier.from_pretrained` of this encoder.
+        """The encoder under a new classifier, whose weights are drawn from the global generator.
+
+        A classifier for as many classes that was saved with the encoder is kept.
 
         Raises:
-            ValueError: the model pads by another id than the tokenizer.
+            ValueError: num_classes below 1, a model that cannot be loaded, or one that pads by another id.
         """
-        model = TransformerClassifier.from_pretrained(self.name, num_classes)
-        if model.pad_id != self.pad_id:
-            raise ValueError(f"{self.name} pads by id {self.pad_id}, but its model takes {model.pad_id} for padding")
-        return model
+        check_sizes(num_classes=num_classes)
+        from transformers import AutoModelForSequenceClassification
+
+        model = _loaded(
+            lambda name: AutoModelForSequenceClassification.from_pretrained(
+                # Of a classifier with another number of classes only the encoder is taken.
+                name,
+                num_labels=num_classes,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            ),
+            self.name,
+        )
+        classifier = TransformerClassifier(model)
+        if classifier.pad_id != self.pad_id:
+            raise ValueError(
+                f"{self.name} pads by id {self.pad_id}, but its model takes {classifier.pad_id} for padding"
+            )
+        return classifier
 
 
 def _hf() -> Any:
@@ -267,6 +230,5 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-        for block in blocks(path):
-            digest.update(block)
+        update_digest(digest, path)
     return digest.hexdigest()

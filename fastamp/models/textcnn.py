@@ -10,25 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp.models.cut import MaskedRest, Rest, Split, cut_at
-from fastamp.models.words import PAD, check_dropout, check_ids, check_sizes, word_embedding
+from fastamp.models.words import PAD, WordModel, check_ids, check_sizes
 
 
-class TextCNN(nn.Module):
+class TextCNN(WordModel):
     """CNN of Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014.
 
     Word embeddings, convolutions of several widths, ReLU, maximum over time, dropout, a linear classifier.
     A window counts where its first word is one of the sentence, which is followed by as many zeros as the
     widest filter needs. So the logits of a sentence do not depend on how far its batch is padded.
 
-    `split` cuts it in two where it is to be mixed: at its words or at its sentences.
-
     Args:
-        vocab_size: number of ids V, the padding's 0 included.
+        vocab_size, embedding_dim, vectors, freeze: see `WordModel`.
         num_classes: number of classes C.
-        embedding_dim: width D of a word vector; `vectors` overrides it.
-        vectors: (V, D) float word vectors to start from; row 0 is taken as zero. None draws from
-            U(-0.25, 0.25) by the global generator.
-        freeze: do not train the word vectors.
         widths: widths of the filters, in words.
         maps: number of filters of each width.
         dropout: probability of dropping a feature before the classifier.
@@ -36,8 +30,6 @@ class TextCNN(nn.Module):
     Raises:
         ValueError: a size below 1, a dropout outside [0, 1), or vectors of another shape.
     """
-
-    pad_id = PAD
 
     def __init__(
         self,
@@ -51,45 +43,28 @@ class TextCNN(nn.Module):
         maps: int = 100,
         dropout: float = 0.5,
     ) -> None:
-        super().__init__()
-        check_sizes(vocab_size=vocab_size, num_classes=num_classes, embedding_dim=embedding_dim, maps=maps)
+        super().__init__(vocab_size, embedding_dim, vectors, freeze)
+        check_sizes(maps=maps)
         if not widths or min(widths) < 1:
             raise ValueError(f"widths must be positive integers, at least one, got {tuple(widths)}")
-        check_dropout(dropout)
         self.widths = tuple(widths)
-        self.embedding = word_embedding(vocab_size, embedding_dim, vectors, freeze=freeze)
-        self.embedding_dim = self.embedding.embedding_dim
         self.convolutions = nn.ModuleList(nn.Conv1d(self.embedding_dim, maps, width) for width in self.widths)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(maps * len(self.widths), num_classes)
+        self.add_head(maps * len(self.widths), num_classes, dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, C), float32, of token ids (B, T), int64; see `encode`."""
         return self.classifier(self.dropout(self.encode(ids)))
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Features of sentences, before dropout.
+        """Features of sentences before dropout, (B, maps * len(widths)), float32, non-negative.
 
         Args:
             ids: (B, T), int64, T at least 1; id 0 pads on the right.
-
-        Returns:
-            (B, maps * len(widths)), float32, non-negative.
-
-        Raises:
-            TypeError: ids that are not int64.
-            ValueError: ids of another shape.
         """
         return self.pool(self.windows(ids), ids != PAD)
 
     def split(self, at: str) -> Split:
-        """The model in two parts, with what is to be mixed between them.
-
-            g, f = model.split("word")
-            mix = criterion.sample(len(y), device=y.device)
-            loss = criterion.step(f, g(ids), y, mix=mix, context=f.context(ids, mix))
-
-        Both parts share the model's parameters and its mode. Split again after replacing one of its modules.
+        """The model in two parts; see `Model.split`.
 
         Args:
             at: "word" mixes the word vectors, under the union of both sentences' masks. Since the convolution is
@@ -97,13 +72,6 @@ class TextCNN(nn.Module):
                 "sentence" mixes the features, before dropout. "embedding" mixes the word vectors themselves, (B, T, D):
                 slower than "word" and the same where a row has one λ; what mixes each number of a row for itself
                 needs it.
-
-        Returns:
-            Split(g, f): g(ids) is the hidden state, f(mixed, **context) the logits (B, C), f.context(ids, mix) the
-            context.
-
-        Raises:
-            ValueError: another name.
         """
         head = {"dropout": self.dropout, "classifier": self.classifier}
         return cut_at(
@@ -120,11 +88,6 @@ class TextCNN(nn.Module):
         check_ids(ids)
         # The number of distinct words depends on the data: asking for it would stall an accelerator.
         return self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Word vectors (B, T, D), float32, of ids as `encode` takes them; the padding's is zero."""
-        check_ids(ids)
-        return self.embedding(ids)
 
     def convolve(self, embedded: Tensor) -> Tensor:
         """Filter responses before the non-linearity: affine in the word vectors.
@@ -159,19 +122,17 @@ class TextCNN(nn.Module):
         """
         length = ids.shape[1]
         words, positions = torch.unique(F.pad(ids, (0, max(self.widths) - 1)), return_inverse=True)
-        taps = [tap for conv in self._convolutions() for tap in conv.weight.unbind(2)]  # each (maps, D)
+        convolutions = [cast("nn.Conv1d", conv) for conv in self.convolutions]
+        taps = [tap for conv in convolutions for tap in conv.weight.unbind(2)]  # each (maps, D)
         products = F.linear(self.embedding(words), torch.cat(taps))  # (U, taps * maps)
         product = iter(products.unflatten(1, (len(taps), -1)).unbind(1))
         responses = []
-        for conv in self._convolutions():
+        for conv in convolutions:
             response = cast("Tensor", conv.bias)
             for tap in range(conv.kernel_size[0]):
                 response = response + F.embedding(positions[:, tap : tap + length], next(product))
             responses.append(response)
         return torch.cat(responses, 2)
-
-    def _convolutions(self) -> list[nn.Conv1d]:
-        return [cast("nn.Conv1d", conv) for conv in self.convolutions]
 
 
 def _convolved(convolutions: Iterable[nn.Module], embedded: Tensor) -> Tensor:
@@ -179,19 +140,6 @@ def _convolved(convolutions: Iterable[nn.Module], embedded: Tensor) -> Tensor:
     length, convs = embedded.shape[1], [cast("nn.Conv1d", conv) for conv in convolutions]
     padded = F.pad(embedded, (0, 0, 0, max(conv.kernel_size[0] for conv in convs) - 1)).transpose(1, 2)
     return torch.cat([conv(padded)[:, :, :length] for conv in convs], 1).transpose(1, 2)
-
-
-class EmbeddingRest(MaskedRest):
-    """f of `TextCNN.split("embedding")`."""
-
-    dropout: nn.Dropout
-    classifier: nn.Linear
-    convolutions: nn.ModuleList
-
-    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, C) of word vectors (B, T, D), zero where padded, under a mask (B, T), bool."""
-        windows = _convolved(self.convolutions, embedded)
-        return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
 
 
 class WordRest(MaskedRest):
@@ -203,6 +151,16 @@ class WordRest(MaskedRest):
     def forward(self, windows: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, C) of filter responses (B, T, F) under a mask (B, T), bool."""
         return self.classifier(self.dropout(TextCNN.pool(windows, mask)))
+
+
+class EmbeddingRest(WordRest):
+    """f of `TextCNN.split("embedding")`."""
+
+    convolutions: nn.ModuleList
+
+    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, C) of word vectors (B, T, D), zero where padded, under a mask (B, T), bool."""
+        return super().forward(_convolved(self.convolutions, embedded), mask)
 
 
 class SentenceRest(Rest):

@@ -12,8 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastamp.paper.progress import Progress
-from fastamp.paper.runner import Display
+from fastamp.paper.runner import Display, Progress
 
 
 def duration(seconds: float) -> str:
@@ -65,26 +64,22 @@ class RunsDisplay(Display):
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
-    def polled(self, progress: Progress) -> None:
-        """Draws anew."""
-        if self._console.is_terminal:
-            self._live.update(_drawn(progress))
+    def on_poll(self, progress: Progress) -> None:
+        """Draws the runs under way."""
+        if not self._console.is_terminal:
+            return
+        steps = sum(run.step / run.steps for run in progress.active)
+        bar, runs = Table.grid(padding=(0, 1)), Table.grid(padding=(0, 2))
+        bar.add_row(ProgressBar(total=progress.total, completed=progress.done + steps, width=40), overview(progress))
+        runs.add_column(no_wrap=True, overflow="fold")  # a key is whole, and what stands beside it breaks
+        for run in progress.active:
+            error = "" if run.dev_error is None else f"dev error {run.dev_error:.2f}%"
+            runs.add_row(Text(f"  {run.run.key}"), f"step {run.step}/{run.steps}", error)
+        self._live.update(Group(bar, runs))
 
-    def ended(self, line: Mapping[str, Any], progress: Progress) -> None:
+    def on_end(self, line: Mapping[str, Any], progress: Progress) -> None:
         """Says what a run came to."""
         if self._console.is_terminal:
             self._console.print(Text(outcome(line)))
-            self._live.update(_drawn(progress))
         else:
             click.echo(f"{outcome(line)}; {overview(progress)}")
-
-
-def _drawn(progress: Progress) -> Group:
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total=max(progress.steps, 1), completed=progress.steps_done, width=40), overview(progress))
-    runs = Table.grid(padding=(0, 2))
-    runs.add_column(no_wrap=True, overflow="fold")  # a key is whole, and what stands beside it breaks
-    for run in progress.active:
-        error = "" if run.dev_error is None else f"dev error {run.dev_error:.2f}%"
-        runs.add_row(Text(f"  {run.key}"), f"step {run.step}/{run.steps}", error)
-    return Group(bar, runs)

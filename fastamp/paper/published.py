@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastamp.data import DATASETS
-from fastamp.paper.plan import EXPERIMENTS, METHODS, Experiment
-from fastamp.paper.statistics import Cell
+from fastamp.data.files import read_table
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Cell
 from fastamp.training.recipes import RECIPES
 
 CITATION = "Liu et al., EMNLP 2021, https://aclanthology.org/2021.emnlp-main.238/"
@@ -29,12 +28,8 @@ class PublishedCell:
     cell: Cell
 
 
-def read_published(
-    path: str | os.PathLike[str], experiments: Mapping[str, Experiment] = EXPERIMENTS
-) -> dict[PublishedCell, float]:
-    r"""Reads the paper's cells from a file that you make from its tables.
-
-    UTF-8, tab-separated, no quoting; the first line is the header, every other line a cell:
+def read_published(path: str | os.PathLike[str]) -> dict[PublishedCell, float]:
+    """Reads the paper's cells from a file that you make from its tables, tab-separated as in `data.files.read_table`.
 
         experiment<TAB>dataset<TAB>model<TAB>method<TAB>ratio<TAB>error
         table2<TAB>trec<TAB>cnn-rand<TAB>sent-amp<TAB>1<TAB>50.0
@@ -43,10 +38,6 @@ def read_published(
     table consists of is partly inferred there. The ratio is a share in (0, 1], the error a percentage of misclassified
     sentences: 100 - accuracy.
 
-    Args:
-        path: the file.
-        experiments: whose names are known.
-
     Returns:
         the errors by cell, in the order of the file.
 
@@ -54,47 +45,32 @@ def read_published(
         ValueError: the file is missing, unreadable, empty or malformed, holds a name that is not known or a cell twice;
             names the file and the line.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
-    if lines[-1] == "":
-        lines.pop()
-    header = "\t".join(COLUMNS)
-    if not lines or lines[0] != header:
-        raise ValueError(f"{path}:1: the header must be {header!r}, got {(lines or [''])[0][:80]!r}")
     cells: dict[PublishedCell, float] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            cell, error_rate = _parse(line, experiments)
-            if cell in cells:
-                raise ValueError("the same cell as on a line before")
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-        cells[cell] = error_rate
+
+    def add(experiment: str, dataset: str, model: str, method: str, ratio: str, error: str) -> None:
+        place = Cell(
+            _known("dataset", dataset, DATASETS),
+            _known("model", model, RECIPES),
+            _known("method", method, METHODS),
+            _number("ratio", ratio),
+        )
+        cell, percent = PublishedCell(_known("experiment", experiment, EXPERIMENTS), place), _number("error", error)
+        if not 0 < place.ratio <= 1:
+            raise ValueError(f"ratio must be in (0, 1], got {place.ratio:g}")
+        if not 0 <= percent <= 100:
+            raise ValueError(f"error must be in [0, 100], got {percent:g}")
+        if cell in cells:
+            raise ValueError("the same cell as on a line before")
+        cells[cell] = percent
+
+    read_table(path, COLUMNS, add)
     return cells
 
 
-def _parse(line: str, experiments: Mapping[str, Experiment]) -> tuple[PublishedCell, float]:
-    fields = line.split("\t")
-    if len(fields) != len(COLUMNS):
-        raise ValueError(f"{len(fields)} tab-separated columns; takes {len(COLUMNS)} ({', '.join(COLUMNS)})")
-    name, dataset, model, method, *numbers = fields
-    if name not in experiments:
-        raise ValueError(f"unknown experiment {name!r}; takes {', '.join(experiments)}")
-    names = {"dataset": (dataset, DATASETS), "model": (model, RECIPES), "method": (method, METHODS)}
-    for column, (value, known) in names.items():
-        if value not in known:
-            raise ValueError(f"unknown {column} {value!r}; takes {', '.join(known)}")
-    ratio, error_rate = (_number(column, text) for column, text in zip(COLUMNS[-2:], numbers, strict=True))
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio:g}")
-    if not 0 <= error_rate <= 100:
-        raise ValueError(f"error must be in [0, 100], got {error_rate:g}")
-    return PublishedCell(name, Cell(dataset, model, method, ratio)), error_rate
+def _known(column: str, name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise ValueError(f"unknown {column} {name!r}; takes {', '.join(names)}")
+    return name
 
 
 def _number(column: str, text: str) -> float:

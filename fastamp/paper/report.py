@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastamp.paper.commands import read_commands
+from fastamp.paper import plots
 from fastamp.paper.display import duration
-from fastamp.paper.plan import EXPERIMENTS, Experiment
+from fastamp.paper.plan import Request
 from fastamp.paper.published import CITATION, LOW_RESOURCE_REDUCTION_UP_TO, REDUCTION_UP_TO, PublishedCell
+from fastamp.paper.results import Results
 from fastamp.paper.statistics import ENOUGH_PAIRS, by_cell, finished, paired
 from fastamp.paper.views import (
     LEAST,
@@ -23,7 +24,7 @@ from fastamp.paper.views import (
     TOO_FEW,
     UNEVEN,
     Comparison,
-    Run,
+    Line,
     View,
     compare,
     comparison_table,
@@ -40,122 +41,74 @@ CROSS_VALIDATED = ("subj", "mr")
 
 
 def write(
-    folder: str | os.PathLike[str],
-    records: Iterable[Run],
-    settings: Mapping[str, Any],
-    *,
-    experiments: Mapping[str, Experiment] = EXPERIMENTS,
-    published: Mapping[PublishedCell, float] | None = None,
-    plots: bool = True,
+    folder: str | os.PathLike[str], results: Results, published: Mapping[PublishedCell, float] | None = None
 ) -> Path:
-    """Writes report.md and its plots into a results folder.
-
-    Args:
-        folder: where to; made if there is none.
-        records: lines of results.jsonl, in any order.
-        settings: settings.json.
-        experiments: which there are.
-        published: the paper's cells, from `published.read_published`.
-        plots: False draws none, and needs no matplotlib.
-
-    Returns:
-        the path of report.md.
+    """Writes report.md and its plots into a folder that is there, and returns report.md's path.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    folder, records = Path(folder), list(records)
-    folder.mkdir(parents=True, exist_ok=True)
-    images: dict[str, list[tuple[str, str]]] = {}
-    if plots:
-        from fastamp.paper import plots as plotting
-
-        shown = views(finished(records), settings, experiments)
-        compared = compare(shown)
-        for view in shown:
-            images[view.name] = plotting.draw(view, compared[view.name], folder)
-    path = folder / FILE
-    text = render(records, settings, experiments=experiments, published=published, images=images)
-    path.write_text(text, encoding="utf-8")
+    path = Path(folder) / FILE
+    path.write_text(render(results, published, path.parent), encoding="utf-8")
     return path
 
 
-def render(
-    records: Iterable[Run],
-    settings: Mapping[str, Any],
-    *,
-    experiments: Mapping[str, Experiment] = EXPERIMENTS,
-    published: Mapping[PublishedCell, float] | None = None,
-    images: Mapping[str, Sequence[tuple[str, str]]] | None = None,
-) -> str:
-    """The report in Markdown: the same for the same records in any order.
+def render(results: Results, published: Mapping[PublishedCell, float] | None = None, folder: Path | None = None) -> str:
+    """The report in Markdown: the same for the same records in any order; with plots where there is a folder.
 
     Args:
-        records: lines of results.jsonl.
-        settings: settings.json.
-        experiments: which there are; shown are those that were run.
-        published: the paper's cells, to stand beside ours.
-        images: (file, caption) of the plots, by experiment.
+        results: what `results.read` gives.
+        published: the paper's cells, from `published.read_published`.
+        folder: where plots go.
     """
-    records = list(records)
-    runs = finished(records)
-    failed = sorted((record["key"], record["error"]) for record in records if record["status"] == "failed")
-    shown = views(runs, settings, experiments)
+    runs = finished(results.records)
+    failed = sorted((record["key"], record["error"]) for record in results.records if record["status"] == "failed")
+    shown = views(runs, results.specification["requests"])
     compared = compare(shown)
-    blocks = ["# Results", *_header(runs, failed, settings, experiments)]
+    blocks = ["# Results", "\n".join(f"- {line}" for line in _header(runs, len(failed), results.specification))]
     if shown:
         blocks += ["## The paper's claims", _claims(runs), "## How to read the tables", _notes(runs)]
     for view in shown:
-        blocks += _section(view, compared[view.name], published, (images or {}).get(view.name, ()))
+        blocks += _section(view, compared[view.name], published)
+        if folder is not None:
+            images = plots.draw(view, compared[view.name], folder)
+            blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
     if failed:
         blocks += ["## Failed runs", "\n".join(f"- `{key}`: {error}" for key, error in failed)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _header(
-    runs: Sequence[Run],
-    failed: Sequence[tuple[str, str]],
-    settings: Mapping[str, Any],
-    experiments: Mapping[str, Experiment],
-) -> list[str]:
+def _header(runs: Sequence[Line], failed: int, specification: Mapping[str, Any]) -> list[str]:
     spent = duration(sum(run["seconds"] for run in runs))
+    machines = (
+        f"{m['device']}, torch {m['torch']}, fastamp {m['fastamp']}, threads {m['threads']}"
+        for m in (run["machine"] for run in runs)
+    )
     lines = [
-        f"Runs: {len(runs)} done, {len(failed)} failed; {spent} of runs, side by side or not, of what was interrupted "
-        "the last part"
+        f"Runs: {len(runs)} done, {failed} failed; {spent} of runs, side by side or not, of what was interrupted "
+        "the last part",
+        *(f"Machine: {line}" for line in _tally(machines)),
+        *(f"Length: {line}" for line in _tally(f"{run['result']['steps']} steps" for run in runs)),
+        *_coverage(runs),
     ]
-    if not runs:
-        return [lines[0]]
-    lines = [f"- {lines[0]}", *(f"- Machine: {line}" for line in _tally(map(_machine, runs)))]
-    steps = _tally(f"{run['result']['steps']} steps" for run in runs)
-    lines.append(f"- Length: {', '.join(steps)}" + (". **Not the same for all runs.**" if len(steps) > 1 else ""))
-    lines += _coverage(runs)
-    for name, value in settings.items():
-        if name not in ("format", "commands", "steps") and value not in (None, {}, []):
-            lines.append(f"- {name}: `{json.dumps(value, ensure_ascii=False, sort_keys=True)}`")
-    blocks = ["\n".join(lines)]
-    if settings.get("commands"):
-        unfinished = _unfinished(runs, settings, experiments)
-        some = f" {len(unfinished)} of them unfinished, as marked:" if unfinished else ""
-        texts = [command + unfinished.get(command, "") for command in settings["commands"]]
-        blocks += [f"Commands:{some}", "\n".join(f"    {text}" for text in texts)]
-    return blocks
-
-
-def _unfinished(
-    runs: Iterable[Run], settings: Mapping[str, Any], experiments: Mapping[str, Experiment]
-) -> dict[str, str]:
-    """A remark on every command of which runs are missing, by its text."""
+    for name in ("eval_every", "overrides", "data"):
+        if specification[name] not in (None, {}):
+            lines.append(f"{name}: `{json.dumps(specification[name], ensure_ascii=False, sort_keys=True)}`")
     done = {run["key"] for run in runs}
-    remarks = {}
-    for command in read_commands(settings["commands"], experiments):
-        asked = command.runs(experiments[command.experiment])
+    for request in specification["requests"]:
+        asked = Request(**request).runs()
         missing = sum(run.key not in done for run in asked)
-        if missing:
-            remarks[command.text] = f"  # unfinished: {missing} of {len(asked)} runs missing"
-    return remarks
+        extent = "; ".join(
+            ", ".join(ratio_label(value) if field == "ratios" else value for value in request[field])
+            for field in ("datasets", "models", "methods", "ratios")
+        )
+        seeds = ", ".join(map(str, request["seeds"]))
+        unfinished = f". **Unfinished: {missing} of {len(asked)} runs are missing.**" if missing else ""
+        lines.append(f"Asked for: {request['experiment']}: {extent}; seeds {seeds}{unfinished}")
+    return lines
 
 
-def _coverage(runs: Iterable[Run]) -> list[str]:
+def _coverage(runs: Iterable[Line]) -> list[str]:
     """How much of each data set the pre-trained vectors cover, over its runs that have some."""
     found: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
@@ -163,7 +116,7 @@ def _coverage(runs: Iterable[Run]) -> list[str]:
             shares = run["result"]["types_covered"], run["result"]["tokens_covered"]
             found.setdefault(run["dataset"], []).append(shares)
     return [
-        f"- Pre-trained vectors cover, of {dataset}: "
+        f"Pre-trained vectors cover, of {dataset}: "
         + " and ".join(
             f"{_range(values, decimals)}% of its {what}"
             for values, decimals, what in zip(zip(*shares, strict=True), (1, 2), ("words", "tokens"), strict=True)
@@ -172,14 +125,8 @@ def _coverage(runs: Iterable[Run]) -> list[str]:
     ]
 
 
-def _range(values: Iterable[float], decimals: int) -> str:
-    values = list(values)
+def _range(values: Sequence[float], decimals: int) -> str:
     return " to ".join(dict.fromkeys(f"{value:.{decimals}f}" for value in (min(values), max(values))))
-
-
-def _machine(run: Run) -> str:
-    machine = run["machine"]
-    return f"{machine['device']}, torch {machine['torch']}, fastamp {machine['fastamp']}, threads {machine['threads']}"
 
 
 def _tally(values: Iterable[str]) -> list[str]:
@@ -188,7 +135,7 @@ def _tally(values: Iterable[str]) -> list[str]:
     return [value + (f" ({n} runs)" if len(counts) > 1 else "") for value, n in sorted(counts.items())]
 
 
-def _claims(runs: Sequence[Run]) -> str:
+def _claims(runs: Sequence[Line]) -> str:
     """The abstract's claims, and the same numbers here."""
     values = by_cell(runs)
     found = [
@@ -219,7 +166,7 @@ def _claims(runs: Sequence[Run]) -> str:
     )
 
 
-def _notes(runs: Sequence[Run]) -> str:
+def _notes(runs: Sequence[Line]) -> str:
     notes = [
         "Errors are percentages of misclassified test sentences: lower is better. They are those of the model at the "
         "step of least dev error.",
@@ -255,19 +202,14 @@ def _notes(runs: Sequence[Run]) -> str:
             + (
                 "Every run tests on the fold that its settings name."
                 if fixed
-                else "A seed is a fold too (seed mod 10): s holds the folds' differences, the comparisons do not. "
+                else "A seed is a fold as well (seed mod 10): s holds the folds' differences, the comparisons do not. "
                 "Folds share training sentences, so seeds are not independent, and intervals and p too confident."
             )
         )
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _section(
-    view: View,
-    found: Sequence[Comparison],
-    published: Mapping[PublishedCell, float] | None,
-    images: Sequence[tuple[str, str]],
-) -> list[str]:
+def _section(view: View, found: Sequence[Comparison], published: Mapping[PublishedCell, float] | None) -> list[str]:
     blocks = [f"## {view.name}: {view.experiment.title}"]
     absent = [
         f"{field} {', '.join(f'{value:g}' if field == 'ratio' else value for value in missing)}"
@@ -281,5 +223,4 @@ def _section(
         blocks += ["### Comparisons", comparison_table(view, found)]
     if view.experiment.columns == "ratio":
         blocks += [f"### Test error, {LEAST_LABEL}", error_table(view, metric=LEAST)]
-    blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
     return blocks

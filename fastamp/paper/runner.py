@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections import deque
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastamp.data import load
-from fastamp.data.files import blocks
-from fastamp.paper.plan import METHODS, Run
-from fastamp.paper.progress import Progress, Rates, last_evaluation
-from fastamp.paper.results import SETTINGS, ResultsWriter, read
-from fastamp.paper.worker import Job, record, work
+from fastamp.data.files import file_digest
+from fastamp.paper.plan import METHODS, Request, Run
+from fastamp.paper.results import ResultsWriter
+from fastamp.paper.worker import Job, execute, prepare, record
 from fastamp.training.config import TrainConfig, unused_fields, usable_device
 from fastamp.training.recipes import RECIPES, recipe
 from fastamp.training.task import Task
@@ -34,22 +32,15 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """What a command says of all its runs.
-
-    Attributes:
-        steps, eval_every: None takes the recipe's.
-        overrides: fields of TrainConfig, given to the runs that use them; those that make a method what it is win.
-        data_dir, vectors, pretrained: as in TrainConfig, given to the models that use them.
-        device: as in torch.device.
-        threads: CPU threads of a run.
+    """What a command says of all its runs: fields of `TrainConfig`, given to the runs that use them.
 
     Raises:
         ValueError: a device that this machine does not have.
     """
 
-    steps: int | None = None
+    steps: int | None = None  # None takes the recipe's
     eval_every: int | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # other fields; those that make a method what it is win
     data_dir: str | None = None
     vectors: str | None = None
     pretrained: str | None = None
@@ -64,31 +55,15 @@ class Options:
 
         Raises:
             TypeError: a field of another type.
-            ValueError: a value out of range, fields that do not go together, or something missing that the model
-                needs.
+            ValueError: a value out of range, fields that do not go together, or vectors that are missing.
         """
-        backbone = RECIPES[run.model]
-        if backbone.needs is not None and getattr(self, backbone.needs) is None:
-            raise ValueError(f"{run.model} needs {backbone.needs}: give --{backbone.needs}, or choose by --models")
-        if run.model == "bert" and find_spec("transformers") is None:
-            raise ValueError("bert needs the package transformers: pip install fastamp[hf], or choose by --models")
-        fields = {
-            "data_dir": self.data_dir,
-            "steps": self.steps,
-            "eval_every": self.eval_every,
-            "device": self.device,
-            "threads": self.threads,
-            **{name: value for name, value in self.overrides.items() if name not in _unused(run)},
-            **METHODS[run.method].fields,
-            "dataset": run.dataset,
-            "fraction": run.ratio,
-            "seed": run.seed,
-        }
-        if backbone.needs is not None:
-            fields[backbone.needs] = getattr(self, backbone.needs)
-        if run.model == "bert":
-            fields["pretrained"] = self.pretrained
-        return recipe(run.model, **fields)
+        shared = {name: getattr(self, name) for name in ("data_dir", "steps", "eval_every", "device", "threads")}
+        given = {"vectors": self.vectors, "pretrained": self.pretrained, **self.overrides}
+        used = {name: value for name, value in given.items() if name not in _unused(run)}
+        if not RECIPES[run.model].vectors:
+            used.pop("vectors", None)
+        own = {**METHODS[run.method].fields, "dataset": run.dataset, "fraction": run.ratio, "seed": run.seed}
+        return recipe(run.model, **{**shared, **used, **own})
 
     def notices(self, runs: Collection[Run]) -> list[str]:
         """Sentences for the user on overrides that none of the runs uses; other runs in the folder may."""
@@ -98,8 +73,8 @@ class Options:
             if all(name in _unused(run) for run in runs)
         ]
 
-    def settings(self, runs: Iterable[Run]) -> dict[str, Any]:
-        """What the runs share, as a results folder keeps it.
+    def specification(self, request: Request) -> dict[str, Any]:
+        """What a results folder says of these runs, see `Results`.
 
         Reads the data, and makes the model, of every data set and backbone: what a run would fail at must not take the
         folder.
@@ -107,23 +82,19 @@ class Options:
         Raises:
             ValueError: data, vectors or an encoder that are missing, malformed or do not fit the other options.
         """
-        configs = {(run.dataset, run.model): self.config(run) for run in runs}
-        vectors = encoder = None
-        for config in configs.values():
+        data = {}
+        for config in {(run.dataset, run.model): self.config(run) for run in request.runs()}.values():
             task = Task.load(config, torch.device("cpu"))
             task.model(config)
-            vectors = vectors or config.vectors
-            encoder = encoder or task.encoder
-        datasets = dict.fromkeys(dataset for dataset, _ in configs)
-        return {
-            "steps": self.steps,
-            "eval_every": self.eval_every,
-            "threads": self.threads,
-            "overrides": dict(self.overrides),
-            "data": {name: load(name, data_dir=self.data_dir).text_fingerprint() for name in datasets},
-            "vectors": None if vectors is None else _file_digest(vectors),
-            "pretrained": None if encoder is None else encoder.digest,
-        }
+            if config.dataset not in data:
+                data[config.dataset] = load(config.dataset, data_dir=self.data_dir).text_fingerprint()
+            if config.vectors is not None and "vectors" not in data:
+                data["vectors"] = file_digest(config.vectors)
+            if task.encoder is not None:
+                data["pretrained"] = task.encoder.digest
+        asked = {name: value if isinstance(value, str) else list(value) for name, value in vars(request).items()}
+        same = {name: getattr(self, name) for name in ("steps", "eval_every", "device", "threads")}
+        return {**same, "overrides": dict(self.overrides), "data": data, "requests": [asked]}
 
 
 def _unused(run: Run) -> dict[str, str]:
@@ -131,145 +102,36 @@ def _unused(run: Run) -> dict[str, str]:
     return unused_fields(RECIPES[run.model].fields["model"], METHODS[run.method].fields["method"])
 
 
-def _file_digest(path: str) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    for block in blocks(Path(path)):
-        digest.update(block)
-    return digest.hexdigest()
+class Active(NamedTuple):
+    """A run under way, as its last evaluation tells; step 0 and None before the first."""
+
+    run: Run
+    step: int
+    steps: int
+    dev_error: float | None
+    rate: float | None  # updates a second
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a command has come."""
+
+    total: int  # number of runs asked for
+    done: int  # how many of them are in the results, those that failed included
+    failed: int
+    active: tuple[Active, ...] = ()
+    seconds_left: float = 0.0  # of the runs of whose backbone a rate is known
+    unknown: int = 0  # how many other runs are left
 
 
 class Display:
-    """Hears of progress; override what is of interest."""
+    """Shows progress; override what is of interest."""
 
-    def polled(self, progress: Progress) -> None:
+    def on_poll(self, progress: Progress) -> None:
         """A second has passed, or a run has ended."""
 
-    def ended(self, line: Mapping[str, Any], progress: Progress) -> None:
+    def on_end(self, line: Mapping[str, Any], progress: Progress) -> None:
         """A run's record was added to the results."""
-
-
-class _Worker:
-    """A process and the run that it works at."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other,), daemon=True)
-        self.process.start()
-        other.close()  # so that the connection ends with the process
-        self.job: Job
-        self.began: float
-
-    def give(self, job: Job) -> None:
-        """Starts a run."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        self.job, self.began = job, time.monotonic()
-        with suppress(OSError):  # of a process that is gone, as `take` will find
-            self.connection.send(job)
-
-    def take(self) -> dict[str, Any]:
-        """The record of the run, which has ended, or whose process has."""
-        try:
-            line: dict[str, Any] = self.connection.recv()
-            if "key" in line:
-                return line
-        except (EOFError, OSError):
-            self.process.join()
-            line = {"error": f"its process {_end(self.process.exitcode or 0)}", "traceback": ""}
-        return record(self.job, "failed", time.monotonic() - self.began, **line)
-
-    def end(self) -> None:
-        """Ends the process at once."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _end(code: int) -> str:
-    """How a process ended, by its exit code."""
-    if code >= 0:
-        return f"ended with code {code}"
-    name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-
-
-class _Execution:
-    """A command's runs and how far they are."""
-
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        options: Options,
-        writer: ResultsWriter,
-        jobs: int,
-        retry_failed: bool,
-        display: Display,
-    ) -> None:
-        self.writer, self.jobs, self.display = writer, jobs, display
-        kept = [writer.records[run.key] for run in runs if is_kept(run, writer.records, retry_failed)]
-        self.waiting = deque(
-            Job(run, options.config(run), writer.run_folder(run.key))
-            for run in runs
-            if not is_kept(run, writer.records, retry_failed)
-        )
-        _remove_leftovers(writer, {job.run.key for job in self.waiting})
-        # What an earlier command left of a run is not this command's work.
-        self.before = {job.run.key: last_evaluation(job).step for job in self.waiting}
-        self.progress = Progress(
-            total=len(runs),
-            done=len(kept),
-            failed=sum(line["status"] == "failed" for line in kept),
-            steps=sum(job.config.steps - self.before[job.run.key] for job in self.waiting),
-        )
-        self.ended_steps = 0
-        self.workers: list[_Worker] = []
-        self.rates = Rates(writer.records.values(), options.device)
-
-    def finish(self) -> Progress:
-        """Runs all, `jobs` at a time."""
-        try:
-            while self.waiting or self.workers:
-                while self.waiting and len(self.workers) < self.jobs:
-                    self.workers.append(_Worker())
-                    self.workers[-1].give(self.waiting.popleft())
-                ready = wait([worker.connection for worker in self.workers], POLL_SECONDS)
-                for worker in [worker for worker in self.workers if worker.connection in ready]:
-                    self._end_run(worker)
-                self._measure()
-                self.display.polled(self.progress)
-        finally:
-            for worker in self.workers:
-                worker.end()
-        return self.progress
-
-    def _end_run(self, worker: _Worker) -> None:
-        line, job = worker.take(), worker.job
-        self.writer.append(line)
-        _remove(job.folder)
-        failed = line["status"] == "failed"
-        # What broke a run may have broken its process too: a CUDA error stays until the process ends.
-        if failed or not self.waiting:
-            worker.end()
-            self.workers.remove(worker)
-        else:
-            worker.give(self.waiting.popleft())
-        self.ended_steps += job.config.steps - self.before[job.run.key]
-        self.progress.done += 1
-        self.progress.failed += failed
-        self.rates.keep(line)
-        self._measure()
-        self.display.ended(line, self.progress)
-
-    def _measure(self) -> None:
-        active = tuple(last_evaluation(worker.job) for worker in self.workers)
-        under_way = sum(max(run.step - self.before[run.key], 0) for run in active)
-        self.progress.active, self.progress.steps_done = active, self.ended_steps + under_way
-        runs = [worker.job.run for worker in self.workers]
-        waiting = {job.run: job.config.steps - self.before[job.run.key] for job in self.waiting}
-        self.progress.seconds_left, self.progress.unknown = self.rates.left(
-            list(zip(runs, active, strict=True)), waiting, self.jobs
-        )
 
 
 def execute_all(
@@ -281,38 +143,62 @@ def execute_all(
     retry_failed: bool = False,
     display: Display | None = None,
 ) -> Progress:
-    """Runs what a results folder does not hold yet, every run in one of `jobs` processes.
+    """Runs what a results folder does not hold yet, `jobs` at a time, each in a process of its own.
 
     A run that raises, or whose process is killed, is recorded as failed and the others go on. Numbers do not depend
-    on `jobs`. When this process is killed its workers end too, and the same call goes on: runs that are in the
-    results are not repeated, one that was under way resumes from its checkpoint. Its folder is removed once its line
-    is written.
-
-    Args:
-        runs: what to run; of several with the same key one is run.
-        options: what is common to them.
-        writer: the results folder.
-        jobs: number of processes.
-        retry_failed: run again what is recorded as failed; a new line then stands for it.
-        display: hears of progress.
+    on `jobs`. When this process is killed the others end too, and the same call goes on: runs that are in the results
+    are not repeated, unless they failed and `retry_failed` is set; one that was under way resumes from its checkpoint.
+    Its folder is removed once its line is written.
 
     Returns:
         the progress at the end.
 
     Raises:
         ValueError, TypeError: a run whose configuration is refused; nothing was run.
-        OSError: the results could not be written; the workers are ended.
+        OSError: the results could not be written; the processes are ended.
     """
-    unique = list({run.key: run for run in runs}.values())
-    return _Execution(unique, options, writer, jobs, retry_failed, display or Display()).finish()
+    runs, display = list(runs), display or Display()
+    ended = {run.key for run in runs if is_kept(run, writer.records, retry_failed)}
+    waiting = deque(Job(run, options.config(run), writer.run_folder(run.key)) for run in runs if run.key not in ended)
+    for key in ended:
+        _remove(writer.run_folder(key))  # which a kill may have left
+    others = multiprocessing.active_children()
+    running: dict[Future[dict[str, Any]], tuple[Job, ProcessPoolExecutor, float]] = {}
 
+    def progress() -> Progress:
+        active = tuple(last_evaluation(job) for job, _, _ in running.values())
+        failed = sum(writer.records[key]["status"] == "failed" for key in ended)
+        left = time_left(writer.records.values(), active, waiting, jobs)
+        return Progress(len(runs), len(ended), failed, active, *left)
 
-def threads_for(folder: Path, jobs: int) -> int:
-    """CPU threads of a run where none are given: those of the results folder, else its share of the cores."""
-    if (folder / SETTINGS).exists():
-        return int(read(folder).settings["threads"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                job = waiting.popleft()
+                job.folder.mkdir(parents=True, exist_ok=True)
+                # A process for each run: its memory, and whatever it broke, goes with it. Spawned: a forked one could
+                # not use CUDA.
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare)
+                running[pool.submit(execute, job)] = job, pool, time.monotonic()
+            for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
+                job, pool, began = running.pop(future)
+                pool.shutdown()
+                try:
+                    line = future.result()
+                except BrokenProcessPool:
+                    error = "its process ended without a result; it was killed, perhaps for want of memory"
+                    line = record(job, "failed", time.monotonic() - began, error=error, traceback="")
+                writer.append(line)
+                _remove(job.folder)
+                ended.add(job.run.key)
+                display.on_end(line, progress())
+            display.on_poll(progress())
+    finally:
+        for process in {*multiprocessing.active_children()} - {*others}:
+            process.kill()
+        for _, pool, _ in running.values():
+            pool.shutdown()
+    return progress()
 
 
 def is_kept(run: Run, records: Mapping[str, Mapping[str, Any]], retry_failed: bool) -> bool:
@@ -321,16 +207,44 @@ def is_kept(run: Run, records: Mapping[str, Mapping[str, Any]], retry_failed: bo
     return line is not None and not (retry_failed and line["status"] == "failed")
 
 
+def last_evaluation(job: Job) -> Active:
+    """How far a run is."""
+    path = job.folder / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for line in reversed(lines):
+        with suppress(ValueError):  # a damaged line: the run's record will tell
+            last = json.loads(line)
+            if "step" in last:
+                return Active(job.run, last["step"], job.config.steps, last["dev_error"], last["steps_per_s"])
+    return Active(job.run, 0, job.config.steps, None, None)
+
+
+def time_left(
+    records: Iterable[Mapping[str, Any]], active: Iterable[Active], waiting: Iterable[Job], jobs: int
+) -> tuple[float, int]:
+    """Seconds left of the runs of known rate, and the number of the others.
+
+    A run's rate is that of the nearest kind: of runs of the same backbone and method; else of one that differs in α or
+    ε; else of the backbone. Of a kind it is that of the last run that is done, evaluations and all else included, or
+    of one under way.
+    """
+    rates = {kind: at.rate for at in active if at.rate for kind in _kinds(at.run.model, at.run.method)}
+    for line in records:
+        if line["status"] == "done" and (steps := line["result"]["steps"] - line["result"]["resumed_from"]):
+            rates |= dict.fromkeys(_kinds(line["model"], line["method"]), steps / line["seconds"])
+    left = [*((at.run, at.steps - at.step) for at in active), *((job.run, job.config.steps) for job in waiting)]
+    known = [(steps, [rates[kind] for kind in _kinds(run.model, run.method) if kind in rates]) for run, steps in left]
+    seconds = [steps / near[0] for steps, near in known if near]
+    return max([sum(seconds) / jobs, *seconds], default=0.0), len(left) - len(seconds)
+
+
+def _kinds(model: str, method: str) -> tuple[tuple[str, str], ...]:
+    """What else runs about as fast, the nearest first; α, ε and the like are named behind an "@"."""
+    return (model, method), (model, f"{method.partition('@')[0]}@"), (model, "")
+
+
 def _remove(folder: Path) -> None:
     """Removes a run's folder and the folders above that it leaves empty; what cannot go is left for the next time."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         os.removedirs(folder.parent)
-
-
-def _remove_leftovers(writer: ResultsWriter, waiting: Container[str]) -> None:
-    """Removes the folders of runs whose line is written."""
-    for key in writer.records:
-        folder = writer.run_folder(key)
-        if key not in waiting and folder.exists():
-            _remove(folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from fastamp.paper.plan import Cell
 
 CONFIDENCE = 0.95
 ENOUGH_PAIRS = 6  # the fewest that can differ at p < 0.05: 2 / 2^5 = 0.0625, 2 / 2^6 = 0.031
@@ -20,24 +22,8 @@ _EXACT = 13
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is averaged over seeds; its fields are `plan.Run`'s."""
-
-    dataset: str
-    model: str
-    method: str
-    ratio: float = 1.0
-
-
-@dataclass(frozen=True)
 class Summary:
-    """Errors of a cell, in percent.
-
-    Attributes:
-        n: number of seeds.
-        mean: over the seeds.
-        std: sample standard deviation over the seeds (n - 1 degrees of freedom); None for one seed.
-    """
+    """Errors of a cell, in percent: number of seeds, mean, and sample standard deviation (None for one seed)."""
 
     n: int
     mean: float
@@ -75,7 +61,7 @@ class Paired:
 
     @property
     def clear(self) -> bool:
-        """Whether the signed-rank test sees a difference, too; else a reading that is not noise is a hint."""
+        """Whether the signed-rank test sees a difference as well; else a reading that is not noise is a hint."""
         return self.reading in ("better", "worse") and self.p < 1 - CONFIDENCE
 
     @property
@@ -85,37 +71,22 @@ class Paired:
 
 
 def finished(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The runs that are done, sorted by cell and seed.
-
-    Args:
-        records: what `results.read` gives, one of every run.
-    """
+    """The runs that are done, sorted by cell and seed, of what `results.read` gives."""
     done = (record for record in records if record["status"] == "done")
     return sorted(done, key=lambda r: (r["dataset"], r["model"], r["method"], r["ratio"], r["seed"]))
 
 
-def cell(record: Mapping[str, Any]) -> Cell:
-    """The cell that a run belongs to."""
-    return Cell(record["dataset"], record["model"], record["method"], record["ratio"])
-
-
 def by_cell(runs: Iterable[Mapping[str, Any]], metric: str = "test_error") -> dict[Cell, dict[int, float]]:
-    """A metric of runs that are done, by cell and seed.
-
-    Args:
-        runs: what `finished` gives.
-        metric: a field of `TrainResult`.
-    """
+    """A metric of runs that are done, a field of `TrainResult`, by cell and seed."""
     values: dict[Cell, dict[int, float]] = {}
     for run in runs:
-        values.setdefault(cell(run), {})[run["seed"]] = run["result"][metric]
+        cell = Cell(*(run[field.name] for field in fields(Cell)))
+        values.setdefault(cell, {})[run["seed"]] = run["result"][metric]
     return values
 
 
 def summary(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of at least one value."""
-    if not values:
-        raise ValueError("values must hold at least one")
     return Summary(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 

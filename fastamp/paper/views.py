@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastamp.data import DATASETS
-from fastamp.paper.commands import read_commands
-from fastamp.paper.plan import METHODS, Experiment
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Cell, Experiment
 from fastamp.paper.published import PublishedCell
-from fastamp.paper.statistics import Cell, Paired, adjusted, by_cell, paired, summary
+from fastamp.paper.statistics import Paired, adjusted, by_cell, paired, summary
 from fastamp.training.recipes import RECIPES
 
-Run = Mapping[str, Any]  # a line of results.jsonl
+Line = Mapping[str, Any]  # of results.jsonl
 
-OTHER = "other"
 MISSING = "–"
 NOT_AT_HAND = "not at hand"
 UNEVEN = "†"
@@ -25,20 +23,22 @@ LEAST = "least_test_error"
 LEAST_LABEL = "least (selected on test)"
 SIGNIFICANT = 0.05
 
+# What there is of a field of `Cell`, in the order of tables.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "dataset": DATASETS,
+    "model": tuple(RECIPES),
+    "method": tuple(METHODS),
+    "ratio": (),
+}
+
 
 @dataclass(frozen=True)
 class View:
-    """An experiment, and those of its runs that are done.
-
-    Attributes:
-        name: of the experiment; "other" holds runs outside every experiment's extent.
-        experiment: its extent is that of the plan and what else was asked for.
-        runs: what `statistics.finished` gave.
-    """
+    """An experiment, and those of its runs that are done."""
 
     name: str
-    experiment: Experiment
-    runs: tuple[Run, ...]
+    experiment: Experiment  # its extent is that of the plan and what else was asked for
+    runs: tuple[Line, ...]
 
     def present(self, field: str) -> list[Any]:
         """The values of a field of `Cell` that any run has, in the plan's order."""
@@ -49,17 +49,16 @@ class View:
         """The name of a method in this table."""
         return self.experiment.labels.get(method) or method_label(method)
 
-    def ordered(self) -> list[Cell]:
-        """The extent's cells of which any run is done, by data set, model, ratio and method."""
-        there = by_cell(self.runs)
-        cells = (
-            Cell(dataset, model, method, ratio)
+    def places(self) -> list[Cell]:
+        """Where in the table any run is done, by data set, model and ratio; their method is ""."""
+        there = {(run["dataset"], run["model"], run["ratio"]) for run in self.runs}
+        return [
+            Cell(dataset, model, "", ratio)
             for dataset in self.present("dataset")
             for model in self.present("model")
             for ratio in self.present("ratio")
-            for method in self.present("method")
-        )
-        return [cell for cell in cells if cell in there]
+            if (dataset, model, ratio) in there
+        ]
 
 
 @dataclass(frozen=True)
@@ -72,77 +71,26 @@ class Comparison:
     q: float
 
 
-def views(runs: Sequence[Run], settings: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> list[View]:
-    """The experiments to show.
-
-    They are those that `settings["commands"]` made; each has the runs within its extent, to which what its commands
-    asked for is added. If no command is known, they are those with runs that no other shows. Runs that are left over
-    are shown together.
-
-    Args:
-        runs: what `statistics.finished` gave.
-        settings: of the folder.
-        experiments: by name.
-    """
-    commands = read_commands(settings.get("commands", ()), experiments)
-    extents = {
-        name: _extended(experiment, [command.extent for command in commands if command.experiment == name])
-        for name, experiment in experiments.items()
-        if not commands or any(command.experiment == name for command in commands)
-    }
-    held = {name: [run for run in runs if _holds(extent, run)] for name, extent in extents.items()}
-    if not commands:
-        keys = {name: {run["key"] for run in those} for name, those in held.items()}
-        order = list(keys)
-        for name in order:
-            # One of several that hold the same runs stays: the first in the plan's order.
-            if any(
-                keys[name] < keys[other] or (keys[name] == keys[other] and order.index(other) < order.index(name))
-                for other in order
-            ):
-                del held[name]
-    found = [View(name, extents[name], tuple(those)) for name, those in held.items() if those]
-    shown = {run["key"] for view in found for run in view.runs}
-    rest = {(run["dataset"], run["model"], run["method"]) for run in runs if run["key"] not in shown}
-    if rest:
-        # With the runs at other ratios, for a curve over the ratios to be whole.
-        those = tuple(run for run in runs if (run["dataset"], run["model"], run["method"]) in rest)
-        comparisons = dict.fromkeys(pair for experiment in experiments.values() for pair in experiment.comparisons)
-        empty = Experiment("Runs outside the extent of the experiments", (), (), (), (), comparisons=tuple(comparisons))
-        columns = "ratio" if len({run["ratio"] for run in those}) > 1 else "dataset"
-        there = {f"{field}s": tuple(run[field] for run in those) for field in _KNOWN}
-        found.append(View(OTHER, replace(_extended(empty, [there]), columns=columns), those))
+def views(runs: Sequence[Line], requests: Sequence[Mapping[str, Any]]) -> list[View]:
+    """The experiments that a folder's requests ask for, each with the runs that are done within its extent."""
+    found = []
+    for name, planned in EXPERIMENTS.items():
+        asked = [request for request in requests if request["experiment"] == name]
+        experiment = _extended(planned, asked)
+        held = (run for run in runs if all(run[field] in getattr(experiment, f"{field}s") for field in _KNOWN))
+        if asked and (those := tuple(held)):
+            found.append(View(name, experiment, those))
     return found
 
 
-# What there is of a field of `Cell`, in the order of tables.
-_KNOWN: dict[str, tuple[Any, ...]] = {
-    "dataset": DATASETS,
-    "model": tuple(RECIPES),
-    "method": tuple(METHODS),
-    "ratio": (),
-}
-
-
-def _holds(experiment: Experiment, run: Run) -> bool:
-    return all(run[field] in getattr(experiment, f"{field}s") for field in _KNOWN)
-
-
-def _extended(experiment: Experiment, extents: Sequence[Mapping[str, Sequence[Any]]]) -> Experiment:
+def _extended(experiment: Experiment, requests: Iterable[Mapping[str, Any]]) -> Experiment:
     """The experiment with more names behind its own, in the order of their registries."""
-
-    def both(field: str) -> tuple[Any, ...]:
-        own, known = getattr(experiment, f"{field}s"), _KNOWN[field]
-        more = {value for extent in extents for value in extent.get(f"{field}s", ())} - {*own}
-        return (*own, *(value for value in known if value in more), *sorted(more - {*known}))
-
-    return replace(
-        experiment,
-        datasets=both("dataset"),
-        models=both("model"),
-        methods=both("method"),
-        ratios=tuple(sorted(both("ratio"))),
-    )
+    extent: dict[str, Any] = {}
+    for field, known in _KNOWN.items():
+        own = getattr(experiment, f"{field}s")
+        more = {value for request in requests for value in request[f"{field}s"]} - {*own}
+        extent[f"{field}s"] = (*own, *(value for value in known if value in more), *sorted(more - {*known}))
+    return replace(experiment, **{**extent, "ratios": tuple(sorted(extent["ratios"]))})
 
 
 def model_label(name: str) -> str:
@@ -179,44 +127,42 @@ def error_table(
         published: the paper's cells, or None where they are not at hand.
         metric: a field of `TrainResult`; what stands beside the error is left out for others.
     """
-    by_ratio = view.experiment.columns == "ratio"
-    ours = metric == "test_error"
-    values = by_cell(view.runs, metric)
-    least = by_cell(view.runs, LEAST) if ours and not by_ratio else {}
-    several = len(view.present("ratio")) > 1
-    columns: list[Any] = view.present("ratio" if by_ratio else "dataset")
+    by_ratio, ours = view.experiment.columns == "ratio", metric == "test_error"
+    values, least = by_cell(view.runs, metric), by_cell(view.runs, LEAST)
     printed = {c.cell: error for c, error in (published or {}).items() if c.experiment == view.name} if ours else {}
-    most = max(len(seeds) for seeds in values.values())
-
-    header = ["Data set"] if by_ratio else ["Training data"] if several else []
-    header += ["Model", "Method"]
-    left = len(header)
-    for column in columns:
-        label = ratio_label(column) if by_ratio else column
-        header += [label, *([f"{label}, {LEAST_LABEL}"] if least else []), *([f"{label}, paper"] if printed else [])]
+    columns: list[tuple[str, Any, Callable[[Cell], str]]] = []
+    for value in view.present("ratio" if by_ratio else "dataset"):
+        label = ratio_label(value) if by_ratio else value
+        columns.append((label, value, lambda cell: _errors(values.get(cell))))
+        if ours and not by_ratio:
+            columns.append((f"{label}, {LEAST_LABEL}", value, lambda cell: _errors(least.get(cell))))
+        if printed:
+            columns.append((f"{label}, paper", value, lambda c: f"{printed[c]:.2f}" if c in printed else MISSING))
     if ours and not printed:
-        header.append("paper")
-
+        columns.append(("paper", columns[0][1], lambda cell: NOT_AT_HAND))
+    most = max(map(len, values.values()))
+    several = len(view.present("ratio")) > 1
+    left = [*(["Data set"] if by_ratio else ["Training data"] if several else []), "Model", "Method"]
     rows = []
     for outer in view.present("dataset" if by_ratio else "ratio"):
+        first = [outer] if by_ratio else [ratio_label(outer)] if several else []
         for model in view.present("model"):
             for method in view.present("method"):
-                cells = [Cell(outer, model, method, c) if by_ratio else Cell(c, model, method, outer) for c in columns]
-                counts = {len(values[c]) for c in cells if c in values}
-                if not counts:
-                    continue
-                row = [outer] if by_ratio else [ratio_label(outer)] if several else []
-                row += [model_label(model), view.label(method) + (f" {UNEVEN}" if counts != {most} else "")]
-                for c in cells:
-                    row += [_cell(of[c].values()) if c in of else MISSING for of in (values, least) if of]
-                    if printed:
-                        row.append(f"{printed[c]:.2f}" if c in printed else MISSING)
-                rows.append([*row, NOT_AT_HAND] if ours and not printed else row)
-    return markdown(header, rows, left)
+                cells = [
+                    Cell(outer, model, method, v) if by_ratio else Cell(v, model, method, outer) for _, v, _ in columns
+                ]
+                counts = {len(values[cell]) for cell in cells if cell in values}
+                if counts:
+                    name = view.label(method) + (f" {UNEVEN}" if counts != {most} else "")
+                    shown = (show(cell) for (_, _, show), cell in zip(columns, cells, strict=True))
+                    rows.append([*first, model_label(model), name, *shown])
+    return markdown([*left, *(label for label, _, _ in columns)], rows, len(left))
 
 
-def _cell(errors: Iterable[float]) -> str:
-    found = summary(list(errors))
+def _errors(by_seed: Mapping[int, float] | None) -> str:
+    if by_seed is None:
+        return MISSING
+    found = summary(list(by_seed.values()))
     return f"{found.mean:.2f} ({found.n})" if found.std is None else f"{found.mean:.2f} ± {found.std:.2f} ({found.n})"
 
 
@@ -230,7 +176,7 @@ def compare(shown: Iterable[View]) -> dict[str, list[Comparison]]:
     for view in shown:
         values = by_cell(view.runs)
         by_view[view.name] = []
-        for place in dict.fromkeys(replace(c, method="") for c in view.ordered()):
+        for place in view.places():
             for method, baseline in view.experiment.comparisons:
                 sides = replace(place, method=method), replace(place, method=baseline)
                 pair = pairs.get(sides) or paired(*(values.get(side, {}) for side in sides))

@@ -42,13 +42,7 @@ class Examples:
 
 
 class Batches:
-    """Endless shuffled batches, an epoch after another; the last batch of an epoch may be smaller.
-
-    Args:
-        examples: what to draw from.
-        batch_size: rows of a batch.
-        seed: of the shuffling.
-    """
+    """Endless shuffled batches, an epoch after another; the last batch of an epoch may be smaller."""
 
     def __init__(self, examples: Examples, batch_size: int, seed: int) -> None:
         self._examples = examples
@@ -88,12 +82,7 @@ class Batches:
 def error_rate(model: Callable[[Tensor], Tensor] | nn.Module, examples: Examples) -> float:
     """Percent of misclassified examples; examples in order of length waste no work on padding."""
     wrong = torch.zeros((), dtype=torch.int64, device=examples.ids.device)
-    parts = zip(
-        examples.ids.split(EVAL_BATCH),
-        examples.labels.split(EVAL_BATCH),
-        examples.lengths.split(EVAL_BATCH),
-        strict=True,
-    )
-    for ids, labels, lengths in parts:
+    split = (of.split(EVAL_BATCH) for of in (examples.ids, examples.labels, examples.lengths))
+    for ids, labels, lengths in zip(*split, strict=True):
         wrong += (model(ids[:, : int(lengths.max())]).argmax(1) != labels).sum()
     return 100 * int(wrong) / len(examples.labels)

@@ -13,8 +13,7 @@ from typing import IO, Any
 import torch
 
 # What zipfile and torch.load raise on a file that is not, or no longer, a checkpoint.
-_DAMAGE = (ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError)
-
+_DAMAGE = (ValueError, TypeError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 START_OVER = "delete it to start over"
 
@@ -84,12 +83,9 @@ def load_tensors(path: Path, advice: str = START_OVER) -> dict[str, Any]:
             wrong = archive.testzip()  # torch.load does not look at the checksums
         if wrong is not None:
             raise ValueError(f"wrong checksum of {wrong}")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGE as error:
         raise damaged(f"checkpoint {path}", error, advice) from None
-    if not isinstance(value, dict):
-        raise damaged(f"checkpoint {path}", "no dictionary", advice)
-    return value
 
 
 class MetricsLog:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from fastamp.data import DATASETS
+from fastamp.data.corpora import check_part
 
 MODELS = ("textcnn", "bilstm", "bert")
 METHODS = (
@@ -27,6 +28,16 @@ PRESETS = ("default", "paper", "official")
 PASS_DROPOUTS = ("shared", "redrawn")
 REWEIGHTS = ("none", "moving")
 DEFAULT_EMBEDDING_DIM = 300
+
+_NAMES = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "method": METHODS,
+    "preset": PRESETS,
+    "pass_dropout": (*PASS_DROPOUTS, None),
+    "reweight": (*REWEIGHTS, None),
+}
+_ABOVE_ZERO = ("lr", "alpha", "clip_norm")
 
 
 def usable_device(name: str) -> torch.device:
@@ -142,57 +153,16 @@ class TrainConfig:
     capture: bool = False
 
     def __post_init__(self) -> None:
-        for name, taken in (("dataset", DATASETS), ("model", MODELS), ("method", METHODS), ("preset", PRESETS)):
+        for name, taken in _NAMES.items():
             if getattr(self, name) not in taken:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; takes one of {', '.join(taken)}")
-        for name, taken in (("pass_dropout", PASS_DROPOUTS), ("reweight", REWEIGHTS)):
-            if getattr(self, name) not in (None, *taken):
-                raise ValueError(f"{name} must be one of {', '.join(taken)}, or None; got {getattr(self, name)!r}")
-        for name in ("data_dir", "vectors", "pretrained"):
-            if not isinstance(getattr(self, name), str | None):
-                raise TypeError(f"{name} must be a str or None, got {getattr(self, name)!r}")
-        if not isinstance(self.device, str):
-            raise TypeError(f"device must be a str, got {self.device!r}")
-        for name in ("lower", "freeze_vectors", "capture"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        self._check_int("seed", low=0, high=2**32 - 1)
-        for name in ("steps", "batch_size", "hidden_size", "eval_every", "checkpoint_every"):
-            self._check_int(name, low=1)
-        for name in ("embedding_dim", "threads"):
-            if getattr(self, name) is not None:
-                self._check_int(name, low=1)
-        if self.fold is not None:
-            self._check_int("fold", low=0, high=9)
-        for name in ("fraction", "lr", "l2", "alpha", "step_size", "dropout", "clip_norm"):
-            self._check_number(name)
-        for name in ("fraction", "lr", "alpha", "clip_norm"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0, got 0")
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; takes one of {', '.join(map(str, taken))}")
+        for name, hint in get_type_hints(TrainConfig).items():
+            self._check(name, get_args(hint) or (hint,))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.dropout >= 1:
             raise ValueError(f"dropout must be below 1, got {self.dropout}")
-        if self.fraction > 1:
-            raise ValueError(f"fraction must be at most 1, got {self.fraction}")
-        self._check_together()
-
-    def _check_int(self, name: str, *, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} must be {bounds}, got {value}")
-
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        if name == "clip_norm" and value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
-
-    def _check_together(self) -> None:
+        check_part(self.dataset, self.fold, self.fraction)
         for name, purpose in unused_fields(self.model, self.method).items():
             if getattr(self, name) != getattr(TrainConfig, name):  # the class has the default
                 raise ValueError(f"{name} is for {purpose}")
@@ -202,6 +172,22 @@ class TrainConfig:
             raise ValueError("freeze_vectors needs vectors")
         if self.capture and self.device.partition(":")[0] != "cuda":
             raise ValueError(f"capture needs a cuda device, got device {self.device!r}")
+
+    def _check(self, name: str, kinds: tuple[type, ...]) -> None:
+        """Holds a field to its types, and a number to its bounds."""
+        value = getattr(self, name)
+        taken = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
+            shown = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} must be {shown}, got {value!r}")
+        if bool in kinds or str in kinds or value is None or name in ("seed", "fold", "fraction"):
+            return
+        if float in kinds and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if name in _ABOVE_ZERO and value == 0:
+            raise ValueError(f"{name} must be above 0, got 0")
+        if int in kinds and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, fit for JSON."""

@@ -79,14 +79,10 @@ def best_model(config: TrainConfig, run: str | os.PathLike[str], task: Task) -> 
 
 
 def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Figure 2's curves of a finished run's best model.
+    """Figure 2's curves of the best model of a finished run, which is in the folder `run`.
 
     Sentences and pairs are the same for every run whose tokeniser gives the same test set the same lengths. The single
     pairs have two labels each. The global generators are left as they were.
-
-    Args:
-        config: the run.
-        run: its folder.
 
     Returns:
         `lam`, L values from 0 to 1, and for the mixing of words ("word") and of sentences ("sentence") each

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater
 
-FORMAT = 3  # of last.pt
+FORMAT = 4  # of last.pt
 
 
 def seed_for(purpose: str, seed: int) -> int:
@@ -49,49 +49,36 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to; errors are percentages of misclassified sentences.
+    """What a run came to; errors are percentages of misclassified sentences."""
 
-    Attributes:
-        best_step: the first step of least dev error.
-        best_dev_error: dev error at that step.
-        test_error: test error at that step: the result to report.
-        final_dev_error: dev error after the last step.
-        final_test_error: test error after the last step.
-        least_test_error: least test error over all evaluations. It selects the model by test data, as the
-            published code does, and is not an estimate of the error on new data.
-        steps: number of updates.
-        steps_per_s: updates a second, evaluations and checkpoints excluded.
-        types_covered: percent of the corpus's words that have a pre-trained vector; None without vectors.
-        tokens_covered: the same for its tokens.
-        resumed_from: the step that this call began at: 0, or a checkpoint's, or `steps` if all was done.
-    """
-
-    best_step: int
-    best_dev_error: float
-    test_error: float
-    final_dev_error: float
+    best_step: int  # the first step of least dev error
+    best_dev_error: float  # dev error at that step
+    test_error: float  # test error at that step: the result to report
+    final_dev_error: float  # after the last step
     final_test_error: float
+    # Least test error over all evaluations. It selects the model by test data, as the published code does, and is not
+    # an estimate of the error on new data.
     least_test_error: float
-    steps: int
-    steps_per_s: float
-    types_covered: float | None
-    tokens_covered: float | None
-    resumed_from: int
+    steps: int  # number of updates
+    steps_per_s: float  # updates a second, evaluations and checkpoints excluded
+    types_covered: float | None  # percent of the corpus's words that have a pre-trained vector; None without vectors
+    tokens_covered: float | None  # the same for its tokens
+    resumed_from: int  # the step that this call began at: 0, or a checkpoint's, or `steps` if all was done
 
 
 class Listener:
-    """Hears of a run's progress; override what is of interest."""
+    """Is called as a run goes on; override what is of interest."""
 
-    def started(self, config: TrainConfig, step: int) -> None:
+    def on_start(self, config: TrainConfig, step: int) -> None:
         """Training begins, or goes on, at `step`."""
 
-    def stepped(self, step: int, loss: Tensor) -> None:
+    def on_step(self, step: int, loss: Tensor) -> None:
         """A step is done; reading `loss`, a 0-d tensor, waits for the device."""
 
-    def evaluated(self, record: dict[str, Any]) -> None:
+    def on_evaluate(self, record: dict[str, Any]) -> None:
         """A record was added to metrics.jsonl."""
 
-    def saved(self, step: int) -> None:
+    def on_save(self, step: int) -> None:
         """last.pt was written; a run that ends now goes on from `step`."""
 
 
@@ -116,7 +103,7 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
     Args:
         config: the run.
         out: its folder; made if there is none.
-        listener: hears of progress.
+        listener: is called as it goes on.
 
     Returns:
         the result.
@@ -159,7 +146,9 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     described = out / "config.json"
     if described.exists():
         there = load_json(described)
-        differences = _differences(config, there)
+        steps = there.get("steps")
+        longer = isinstance(steps, int) and steps < config.steps  # which is the same run
+        differences = config.differences({**there, "steps": config.steps} if longer else there)
         digests = there.get("data") or {}
         differences += [name for name, digest in task.fingerprint().items() if digest != digests.get(name)]
         if differences:
@@ -173,13 +162,6 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {"fastamp": fastamp.__version__, "torch": torch.__version__}
     save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
-
-
-def _differences(config: TrainConfig, there: Mapping[str, Any]) -> list[str]:
-    """As `TrainConfig.differences`, but that more steps are the same run."""
-    steps = there.get("steps")
-    longer = isinstance(steps, int) and steps < config.steps
-    return config.differences({**there, "steps": config.steps} if longer else there)
 
 
 class _Run:
@@ -197,33 +179,28 @@ class _Run:
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=config.lr, weight_decay=config.l2, fused=True, capturable=config.capture
         )
-        self.update = (
-            CapturedUpdater(
-                self.objective,
-                self.optimizer,
-                config.clip_norm,
-                generator=self.mixing,
-                pad_id=task.pad_id,
-                rows=min(config.batch_size, len(task.train.labels)),
-            )
-            if config.capture
-            else Updater(self.objective, self.optimizer, config.clip_norm)
-        )
+        self.update = Updater(self.objective, self.optimizer, config.clip_norm)
+        if config.capture:
+            # Not the first batch's number of rows: a resumed run may begin with the last batch of an epoch.
+            rows = min(config.batch_size, len(task.train.labels))
+            self.update = CapturedUpdater(self.update, self.mixing, task.pad_id, rows)
         self.batches = Batches(task.train, config.batch_size, seed_for("shuffling", config.seed))
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last evaluation
-        self.step = self.offset = self.resumed_from = 0
-        self.evaluated: dict[str, Any] = {"step": 0}  # the last record
-        self.best: dict[str, Any] = {"dev_error": math.inf}  # the record of least dev error
-        self.least_test_error = math.inf
-        self.seconds = self.window_seconds = 0.0
+        self.resumed_from = 0
+        self.at: dict[str, Any] = {
+            "step": 0,
+            "evaluated": {"step": 0},  # the last record
+            "best": {"dev_error": math.inf},  # the record of least dev error
+            "least_test_error": math.inf,
+            "seconds": 0.0,  # of training, up to the last evaluation
+            "window_seconds": 0.0,  # and since
+            "offset": 0,  # of the end of the metrics
+        }
 
     def state(self) -> dict[str, Any]:
         """What last.pt holds."""
         return {
             "format": FORMAT,
-            "config": self.config.to_dict(),
-            "data": self.task.fingerprint(),
-            "step": self.step,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "mixing": self.mixing.get_state(),
@@ -231,12 +208,7 @@ class _Run:
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "loss_sum": self.loss_sum,
-            "evaluated": self.evaluated,
-            "best": self.best,
-            "least_test_error": self.least_test_error,
-            "seconds": self.seconds,
-            "window_seconds": self.window_seconds,
-            "metrics_offset": self.offset,
+            "at": self.at,
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -246,9 +218,6 @@ class _Run:
                 f"checkpoint {path} has format {state.get('format')!r}, of another version of fastamp; takes {FORMAT}: "
                 "give another folder, or delete this one to start over"
             )
-        differences = _differences(self.config, state.get("config", {}))
-        if differences or state.get("data") != self.task.fingerprint():
-            raise ValueError(f"{path} is of another run; different: {', '.join(differences) or 'data'}")
         try:
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -258,19 +227,16 @@ class _Run:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng_device"], self.device)
             self.loss_sum.copy_(state["loss_sum"])
-            self.step = self.resumed_from = state["step"]
-            self.offset = state["metrics_offset"]
-            self.evaluated, self.best = state["evaluated"], state["best"]
-            self.least_test_error = state["least_test_error"]
-            self.seconds, self.window_seconds = state["seconds"], state["window_seconds"]
+            self.at = {name: state["at"][name] for name in self.at}
+            self.resumed_from = self.at["step"]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"checkpoint {path}", error, START_OVER) from None
 
     def finish(self, listener: Listener) -> TrainResult:
         """Trains to the end."""
-        if self.step < self.config.steps:
-            metrics = MetricsLog(self.out / "metrics.jsonl", self.offset)
-            listener.started(self.config, self.step)
+        if self.at["step"] < self.config.steps:
+            metrics = MetricsLog(self.out / "metrics.jsonl", self.at["offset"])
+            listener.on_start(self.config, self.at["step"])
             try:
                 self._train(metrics, listener)
             finally:
@@ -278,71 +244,68 @@ class _Run:
         return self._result()
 
     def _train(self, metrics: MetricsLog, listener: Listener) -> None:
-        config = self.config
+        config, at = self.config, self.at
         self.objective.train()
         batches = iter(self.batches)
         began = time.perf_counter()
-        while self.step < config.steps:
-            self.step += 1
-            last = self.step == config.steps
-            evaluate = last or self.step % config.eval_every == 0
+        for step in range(at["step"] + 1, config.steps + 1):
+            at["step"] = step
             ids, labels = next(batches)
             try:
                 loss, stats = self.update(ids, labels)
             except NonFiniteError as error:  # where rows are mixed, which is told before the loss is
-                raise DivergedError(
-                    f"the logits became NaN or infinite at step {self.step}; lr is {config.lr}"
-                ) from error
+                raise DivergedError(f"the logits became NaN or infinite at step {step}; lr is {config.lr}") from error
             self.loss_sum += loss
-            listener.stepped(self.step, loss)
-            checkpoint = last or self.step % config.checkpoint_every == 0
+            listener.on_step(step, loss)
+            last = step == config.steps
+            evaluate = last or step % config.eval_every == 0
+            checkpoint = last or step % config.checkpoint_every == 0
             if not (evaluate or checkpoint):
                 continue
             self._check_finite()
-            now = time.perf_counter()
-            self.window_seconds += now - began
+            at["window_seconds"] += time.perf_counter() - began
             if evaluate:
                 self._evaluate(stats, metrics, listener)
             if checkpoint:
-                self.offset = metrics.sync()
+                at["offset"] = metrics.sync()
                 if last:
                     # Behind the offset, so that more steps cut it off.
                     result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
                     metrics.append({"final": True, **result})
                     metrics.sync()
                 save_tensors(self.out / "last.pt", self.state())
-                listener.saved(self.step)
+                listener.on_save(step)
             began = time.perf_counter()
 
     def _check_finite(self) -> None:
         loss = self.loss_sum.item()
-        weights = torch.stack([p.isfinite().all() for p in self.parameters]).all().item()
-        if not (math.isfinite(loss) and weights):
-            what = "a weight is not finite" if math.isfinite(loss) else f"the training loss became {loss}"
-            raise DivergedError(
-                f"{what} between steps {self.evaluated['step'] + 1} and {self.step}; lr is {self.config.lr}"
-            )
+        if math.isfinite(loss) and torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            return
+        what = "a weight is not finite" if math.isfinite(loss) else f"the training loss became {loss}"
+        begin, end = self.at["evaluated"]["step"] + 1, self.at["step"]
+        raise DivergedError(f"{what} between steps {begin} and {end}; lr is {self.config.lr}")
 
     def _evaluate(self, stats: fastamp.MixStats | None, metrics: MetricsLog, listener: Listener) -> None:
-        steps = self.step - self.evaluated["step"]
+        at = self.at
+        steps = at["step"] - at["evaluated"]["step"]
         self.objective.eval()
         record = {
-            "step": self.step,
+            "step": at["step"],
             "train_loss": self.loss_sum.item() / steps,
             "dev_error": error_rate(self.model, self.task.dev),
             "test_error": error_rate(self.model, self.task.test),
-            "steps_per_s": steps / self.window_seconds,
+            "steps_per_s": steps / at["window_seconds"],
             **_mixing_facts(stats),
         }
         self.objective.train()
-        self.seconds += self.window_seconds
-        self.window_seconds = 0.0
+        at["seconds"] += at["window_seconds"]
+        at["window_seconds"] = 0.0
         self.loss_sum.zero_()
-        self.evaluated = record
-        self.least_test_error = min(self.least_test_error, record["test_error"])
+        at["evaluated"] = record
+        at["least_test_error"] = min(at["least_test_error"], record["test_error"])
         metrics.append(record)
-        if record["dev_error"] < self.best["dev_error"]:
-            self.best = record
+        if record["dev_error"] < at["best"]["dev_error"]:
+            at["best"] = record
             # Before last.pt: a resumed run either has this file already or comes by here once more.
             save_tensors(
                 self.out / "best.pt",
@@ -354,19 +317,19 @@ class _Run:
                     "record": record,
                 },
             )
-        listener.evaluated(record)
+        listener.on_evaluate(record)
 
     def _result(self) -> TrainResult:
-        covered = self.task.coverage
+        at, covered = self.at, self.task.coverage
         return TrainResult(
-            best_step=self.best["step"],
-            best_dev_error=self.best["dev_error"],
-            test_error=self.best["test_error"],
-            final_dev_error=self.evaluated["dev_error"],
-            final_test_error=self.evaluated["test_error"],
-            least_test_error=self.least_test_error,
-            steps=self.step,
-            steps_per_s=self.step / self.seconds,
+            best_step=at["best"]["step"],
+            best_dev_error=at["best"]["dev_error"],
+            test_error=at["best"]["test_error"],
+            final_dev_error=at["evaluated"]["dev_error"],
+            final_test_error=at["evaluated"]["test_error"],
+            least_test_error=at["least_test_error"],
+            steps=at["step"],
+            steps_per_s=at["step"] / at["seconds"],
             types_covered=None if covered is None else covered.types,
             tokens_covered=None if covered is None else covered.tokens,
             resumed_from=self.resumed_from,

@@ -16,43 +16,19 @@ _LEVELS = {"word": "word", "sent": "sentence"}
 
 
 class Objective(nn.Module):
-    """A model and the loss that it is trained on.
+    """A model and the loss that it is trained on: cross-entropy, or what a subclass makes of it.
 
     Args:
         model: ids (B, T) to scores (B, C), whose largest is the prediction.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
-        """The loss of a batch.
-
-        Args:
-            ids: (B, T), int64.
-            labels: (B,), int64.
-
-        Returns:
-            The loss, (), and the facts of the step where rows are mixed by AMPLoss.
-        """
-        raise NotImplementedError
-
-
-class CrossEntropy(Objective):
-    """Cross-entropy of the model's logits.
-
-    Args:
-        model: as in `Objective`.
         double_softmax: take the softmax of the logits for the logits, as the published code's baseline does.
     """
 
     def __init__(self, model: nn.Module, *, double_softmax: bool = False) -> None:
-        super().__init__(model)
-        self.double_softmax = double_softmax
+        super().__init__()
+        self.model, self.double_softmax = model, double_softmax
 
-    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        """See `Objective`."""
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
+        """The loss (), and the facts of the step where rows are mixed by AMPLoss, of ids (B, T) and labels (B,)."""
         scores = self.model(ids)
         return F.cross_entropy(scores.softmax(1) if self.double_softmax else scores, labels), None
 
@@ -99,17 +75,15 @@ def make_objective(model: nn.Module, config: TrainConfig, generator: torch.Gener
     if isinstance(model, NonlinearMixup):
         return Nonlinear(model)
     if config.method in ("none", "double-softmax"):
-        return CrossEntropy(model, double_softmax=config.method == "double-softmax")
+        return Objective(model, double_softmax=config.method == "double-softmax")
     level, _, mode = config.method.partition("-")
-    return Mixing(model, _LEVELS[level], _criterion(config, mode, generator))
-
-
-def _criterion(config: TrainConfig, mode: str, generator: torch.Generator) -> fastamp.AMPLoss:
     options: dict[str, Any] = {"alpha": config.alpha, "step_size": config.step_size, "mode": mode}
     if config.pass_dropout is not None:
         options["dropout"] = config.pass_dropout
     if config.reweight is not None:
         options["reweight"] = None if config.reweight == "none" else config.reweight
-    if config.preset != "default":
-        return fastamp.AMPLoss.preset(config.preset, generator=generator, **options)
-    return fastamp.AMPLoss(generator=generator, **options)
+    if config.preset == "default":
+        criterion = fastamp.AMPLoss(generator=generator, **options)
+    else:
+        criterion = fastamp.AMPLoss.preset(config.preset, generator=generator, **options)
+    return Mixing(model, _LEVELS[level], criterion)

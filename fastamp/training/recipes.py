@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastamp.training.config import TrainConfig
@@ -11,31 +11,25 @@ from fastamp.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a backbone is trained.
-
-    Attributes:
-        label: the paper's name for it.
-        fields: fields of `TrainConfig`.
-        needs: the field that has no default and must be given: "vectors", or None.
-    """
+    """How a backbone is trained: the paper's name for it, fields of `TrainConfig`, and whether it needs vectors."""
 
     label: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    needs: str | None = None
+    fields: Mapping[str, Any]
+    vectors: bool = False
 
 
 # Adam with L2 1e-8 throughout. What the paper leaves open is TrainConfig's default.
 _CNN = {"model": "textcnn", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
-_LSTM = {"model": "bilstm", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
+_LSTM = {**_CNN, "model": "bilstm"}
 _BERT = {"model": "bert", "batch_size": 24, "lr": 1e-5, "l2": 1e-8, "steps": 8000, "pretrained": "bert-base-uncased"}
 
 RECIPES: dict[str, Recipe] = {
     "cnn-rand": Recipe("CNN-rand", _CNN),
-    "cnn-glove": Recipe("CNN-glove", _CNN, needs="vectors"),
-    "cnn-glove-fixed": Recipe("CNN-glove, fixed vectors", {**_CNN, "freeze_vectors": True}, needs="vectors"),
+    "cnn-glove": Recipe("CNN-glove", _CNN, vectors=True),
+    "cnn-glove-fixed": Recipe("CNN-glove, fixed vectors", {**_CNN, "freeze_vectors": True}, vectors=True),
     "lstm-rand": Recipe("LSTM-rand", _LSTM),
-    "lstm-glove": Recipe("LSTM-glove", _LSTM, needs="vectors"),
-    "lstm-glove-fixed": Recipe("LSTM-glove, fixed vectors", {**_LSTM, "freeze_vectors": True}, needs="vectors"),
+    "lstm-glove": Recipe("LSTM-glove", _LSTM, vectors=True),
+    "lstm-glove-fixed": Recipe("LSTM-glove, fixed vectors", {**_LSTM, "freeze_vectors": True}, vectors=True),
     "bert": Recipe("BERT", _BERT),
 }
 
@@ -52,12 +46,11 @@ def recipe(name: str, **fields: Any) -> TrainConfig:
 
     Raises:
         TypeError: a field that TrainConfig does not have, or a value of another type.
-        ValueError: an unknown name, a missing field that the recipe needs, or a value out of range.
+        ValueError: an unknown name, missing vectors, or a value out of range.
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; takes one of {', '.join(RECIPES)}")
-    chosen = RECIPES[name]
     given = {key: value for key, value in fields.items() if value is not None}
-    if chosen.needs is not None and chosen.needs not in given:
-        raise ValueError(f"{name} needs {chosen.needs}")
-    return TrainConfig(**{**chosen.fields, **_BY_DATASET.get(given.get("dataset", ""), {}), **given})
+    if RECIPES[name].vectors and "vectors" not in given:
+        raise ValueError(f"{name} needs vectors, a GloVe text file: give --vectors, or choose another model")
+    return TrainConfig(**{**RECIPES[name].fields, **_BY_DATASET.get(given.get("dataset", ""), {}), **given})

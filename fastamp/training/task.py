@@ -37,17 +37,17 @@ class Task:
         test that have one, as if the whole file were the vocabulary.
         """
         corpus = _corpus(config, config.fraction)
-        splits = (corpus.train, corpus.dev, corpus.test)
+        vocabulary = vectors = covered = encoder = None
         if config.model == "bert":
             encoder = PretrainedEncoder.load(str(config.pretrained))
-            train, dev, test = (
-                Examples.of(encoder.encode(split.texts), split.labels, device, pad_id=encoder.pad_id)
-                for split in splits
-            )
-            return cls(corpus, None, None, None, encoder, train, dev.by_length(), test.by_length())
-        vocabulary, vectors, covered = _words(config, corpus)
-        train, dev, test = (Examples.of(vocabulary.encode(s.sentences), s.labels, device) for s in splits)
-        return cls(corpus, vocabulary, vectors, covered, None, train, dev.by_length(), test.by_length())
+            ids, pad_id = [encoder.encode(split.texts) for split in corpus.splits], encoder.pad_id
+        else:
+            vocabulary, vectors, covered = _words(config, corpus)
+            ids, pad_id = [vocabulary.encode(split.sentences) for split in corpus.splits], PAD
+        train, dev, test = (
+            Examples.of(of, split.labels, device, pad_id=pad_id) for of, split in zip(ids, corpus.splits, strict=True)
+        )
+        return cls(corpus, vocabulary, vectors, covered, encoder, train, dev.by_length(), test.by_length())
 
     @property
     def pad_id(self) -> int:
@@ -61,14 +61,14 @@ class Task:
             config: the run.
             generator: of what the model draws itself, as Non-linear Mixup does; not needed to evaluate it.
         """
-        if config.method != "nonlinear-mixup":
-            return self._backbone(config, self.corpus.num_classes)
         classes = self.corpus.num_classes
-        backbone = self._backbone(config, NonlinearMixup.outputs(classes))
+        if config.method != "nonlinear-mixup":
+            return self._backbone(config, classes)
+        backbone, length = self._backbone(config, NonlinearMixup.outputs(classes)), self.train.ids.shape[1]
         return NonlinearMixup(
             backbone,
             num_classes=classes,
-            length=captured_length(self.train.ids.shape[1]) if config.capture else self.train.ids.shape[1],
+            length=captured_length(length) if config.capture else length,
             width=backbone.embedding_dim,
             alpha=config.alpha,
             generator=generator,
@@ -77,8 +77,7 @@ class Task:
     def _backbone(self, config: TrainConfig, outputs: int) -> TextCNN | AttentionBiLSTM | TransformerClassifier:
         if self.encoder is not None:
             return self.encoder.classifier(outputs)
-        if self.vocabulary is None:
-            raise ValueError("a model over words needs a vocabulary")
+        assert self.vocabulary is not None
         options: dict[str, Any] = {
             "embedding_dim": config.embedding_dim or DEFAULT_EMBEDDING_DIM,
             "vectors": None if self.vectors is None else embedding_table(self.vocabulary, self.vectors),
@@ -94,8 +93,7 @@ class Task:
         data = self.corpus.fingerprint()
         if self.encoder is not None:
             # It reads the texts, of which the corpus's tokens keep neither case nor all characters.
-            corpus = self.corpus
-            texts = [text for split in (corpus.train, corpus.dev, corpus.test) for text in split.texts]
+            texts = [text for split in self.corpus.splits for text in split.texts]
             data = hashlib.sha256("\n".join([data, *texts]).encode()).hexdigest()
         return {
             "dataset files": data,
@@ -119,16 +117,14 @@ def _words(config: TrainConfig, corpus: Corpus) -> tuple[Vocabulary, WordVectors
     vocabulary = Vocabulary.build(corpus.train.sentences)
     if config.vectors is None:
         return vocabulary, None, None
-    # All words of the data set, whatever part of it is trained on: the file is then read once for all runs.
+    # All words of the data set, whatever part of it is trained on: the file is then read once for all its runs.
     vectors = read_vectors(config.vectors, _all_words(_corpus(config, 1.0)))
     if config.embedding_dim not in (None, vectors.dim):
         raise ValueError(f"embedding_dim is {config.embedding_dim}, but {config.vectors} has width {vectors.dim}")
     known = [word for word in _all_words(corpus) if word in vocabulary or vectors.find(word) is not None]
-    covered = coverage(
-        (sentence for split in (corpus.train, corpus.dev, corpus.test) for sentence in split.sentences), vectors
-    )
-    return Vocabulary(known), vectors, covered
+    sentences = (sentence for split in corpus.splits for sentence in split.sentences)
+    return Vocabulary(known), vectors, coverage(sentences, vectors)
 
 
 def _all_words(corpus: Corpus) -> tuple[str, ...]:
-    return Vocabulary.build(*(split.sentences for split in (corpus.train, corpus.dev, corpus.test))).words
+    return Vocabulary.build(*(split.sentences for split in corpus.splits)).words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ class Updater:
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
         """Updates the parameters by a batch.
@@ -43,7 +42,7 @@ class Updater:
         loss, stats = self.objective(ids, labels)
         loss.backward()
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm)
         self.optimizer.step()
         return loss.detach(), stats
 
@@ -59,30 +58,20 @@ class _Captured(NamedTuple):
 class CapturedUpdater(Updater):
     """The same on a CUDA device, by replaying a graph for every length of batch: no launch waits for Python.
 
-    Batches are padded to `captured_length`, which does not change what a model of fastamp.models makes
-    of them. A batch of another number of rows than `rows`, as the last of an epoch, is updated by eagerly.
+    Batches are padded to `captured_length`, which does not change what a model of fastamp.models makes of them.
 
     Args:
-        objective, optimizer, clip_norm: as in `Updater`; the optimiser must be capturable.
+        eager: updates by batches of another number of rows, as the last of an epoch; its optimiser must be capturable.
         generator: what the objective draws λ and partners from, on the device.
         pad_id: the id that pads.
-        rows: number of rows of a batch whose step is captured. Not that of the first batch: a resumed run may begin
-            with the last one of an epoch.
+        rows: number of rows of a batch whose step is captured.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float | None,
-        *,
-        generator: torch.Generator,
-        pad_id: int,
-        rows: int,
-    ) -> None:
-        super().__init__(objective, optimizer, clip_norm)
+    def __init__(self, eager: Updater, generator: torch.Generator, pad_id: int, rows: int) -> None:
+        super().__init__(eager.objective, eager.optimizer, eager.clip_norm)
         self.generator, self.pad_id, self.rows = generator, pad_id, rows
         self._captured: dict[int, _Captured] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
         """See `Updater`; what is returned is overwritten by the next update."""
@@ -98,48 +87,42 @@ class CapturedUpdater(Updater):
         return captured.loss, captured.stats
 
     def _capture(self, ids: Tensor, labels: Tensor) -> _Captured:
-        before = self._state()
+        restore = self._kept()
+        # One stream for all graphs, or they would not share their pool's memory; torch's own for captures is of
+        # whichever device was captured on first.
+        self._stream = self._stream or torch.cuda.Stream(ids.device)
         # Libraries set themselves up in their first calls, which must not be captured.
-        stream = torch.cuda.Stream(ids.device)
-        stream.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 super().__call__(ids, labels)
-        torch.cuda.current_stream(ids.device).wait_stream(stream)
-        self._restore(before)
+        torch.cuda.current_stream(ids.device).wait_stream(self._stream)
+        restore()
         self.optimizer.zero_grad()  # the graph's own gradients are made in its memory
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         pool = next((other.graph.pool() for other in self._captured.values()), None)
-        # torch's own stream for captures is of whichever device was captured on first.
         with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, stream=self._stream):
             loss, stats = super().__call__(ids, labels)
         return _Captured(graph, ids, labels, loss, stats)
 
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        # One for all graphs, or they would not share their pool's memory.
-        return torch.cuda.Stream(self.generator.device)
+    def _kept(self) -> Callable[[], None]:
+        """Keeps weights, moments and generators; what is returned puts them back."""
+        tensors = [*self.objective.parameters(), *self.objective.buffers()]
+        values = [tensor.detach().clone() for tensor in tensors]
+        states = self.optimizer.state
+        moments = {p: {name: value.clone() for name, value in state.items()} for p, state in states.items()}
+        mixing, device = self.generator.get_state(), torch.cuda.get_rng_state(self.generator.device)
 
-    def _tensors(self) -> list[Tensor]:
-        return [*self.objective.parameters(), *self.objective.buffers()]
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+            for parameter, state in states.items():
+                for name, value in state.items():
+                    # A first warm-up makes the state, which begins at zero.
+                    value.copy_(moments[parameter][name] if parameter in moments else torch.zeros_like(value))
+            self.generator.set_state(mixing)
+            torch.cuda.set_rng_state(device, self.generator.device)
 
-    def _state(self) -> tuple[list[Tensor], dict[Tensor, dict[str, Tensor]], Tensor, Tensor]:
-        moments = {
-            parameter: {name: value.clone() for name, value in state.items()}
-            for parameter, state in self.optimizer.state.items()
-        }
-        tensors = [tensor.detach().clone() for tensor in self._tensors()]
-        return tensors, moments, self.generator.get_state(), torch.cuda.get_rng_state(self.generator.device)
-
-    @torch.no_grad()
-    def _restore(self, before: tuple[list[Tensor], dict[Tensor, dict[str, Tensor]], Tensor, Tensor]) -> None:
-        tensors, moments, mixing, device = before
-        for tensor, value in zip(self._tensors(), tensors, strict=True):
-            tensor.copy_(value)
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                # A first warm-up makes the state, which begins at zero.
-                value.copy_(moments[parameter][name] if parameter in moments else torch.zeros_like(value))
-        self.generator.set_state(mixing)
-        torch.cuda.set_rng_state(device, self.generator.device)
+        return restore
