@@ -30,7 +30,7 @@ def test_two_processes_train_as_one_draw_different_lambdas_and_may_be_sharded(tm
         [*command, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=250, env=environment
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    for mix_at in ("embeddings", 1, "logits"):
+    for mix_at in (1, "logits"):
         model = hf_models.build("bert")
         trainer = AMPTrainer(
             model,
