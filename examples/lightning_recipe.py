@@ -50,7 +50,7 @@ class AMPClassifier(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], index: int) -> None:
-        """Plain cross-entropy: Lightning has put the criterion, too, into eval mode."""
+        """Plain cross-entropy: Lightning has put the criterion into eval mode as well."""
         ids, labels = batch
         logits = self.model(ids)
         self.log("val_loss", self.criterion(logits, labels), sync_dist=True)

@@ -20,7 +20,7 @@ from fastamp.hf.trainer import MixedPass, forward_of
 
 def by_ddp(folder: str) -> None:
     """Two optimizer steps, each over 2 processes x 2 accumulated batches x 4 rows; weights are left for the parent."""
-    for mix_at in ("embeddings", 1, "logits"):
+    for mix_at in (1, "logits"):
         model = hf_models.build("bert")
         args = hf_models.arguments(
             folder,
@@ -79,7 +79,6 @@ def by_fsdp2() -> None:
     lam = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
     for name, layer, mix_at in (
         ("bert", "BertLayer", "embeddings"),
-        ("bert", "BertLayer", 1),
         ("modernbert", "ModernBertEncoderLayer", 1),
         ("vit", "ViTLayer", "embeddings"),
     ):

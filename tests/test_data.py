@@ -238,7 +238,7 @@ def test_vectors_are_read_once_for_a_file_and_its_words(tmp_path):
     assert read_vectors(path, ["the"]).rows.keys() == {"the"}
 
 
-def test_changed_vectors_are_read_anew(tmp_path):
+def test_changed_vectors_are_read_again(tmp_path):
     path = write(tmp_path / "v", "the 1 2 3\n")
     assert read_vectors(path, ["the"]).table.tolist() == [[1, 2, 3]]
     write(path, "the 4 5 6\n")  # of the same length

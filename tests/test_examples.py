@@ -40,17 +40,22 @@ def run(name: str, *options: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_script_runs_by_every_method(method: str) -> None:
-    output = run("trainer_trec", "--dataset", "questions", "--method", method, "--epochs", "0.2")
+    output = run("trainer_trec", "--dataset", "questions", "--method", method, "--epochs", "0.1")
     assert re.search(rf"{method}: dev error \d+\.\d%, test error \d+\.\d%", output)
     assert ("mix/lam_shift" in output) == (method != "none")
 
 
 @pytest.mark.skipif(not (DATA / "trec").is_dir(), reason=NO_TREC)
-def test_the_trainer_script_learns_trec() -> None:
-    output = run("trainer_trec", "--data-dir", str(DATA), "--method", "word-amp", "--epochs", "1", "--lr", "3e-3")
+def test_the_trainer_script_reads_trec() -> None:
+    run("trainer_trec", "--data-dir", str(DATA), "--method", "none", "--epochs", "0.02")
+
+
+def test_the_trainer_script_learns() -> None:
+    options = ("--dataset", "questions", "--method", "word-amp", "--epochs", "2", "--lr", "5e-3")
+    output = run("trainer_trec", *options, "--batch-size", "25")
     error = re.search(r"test error (\d+\.\d)%", output)
     assert error is not None
-    assert float(error[1]) < 60  # guessing the largest class: 77
+    assert float(error[1]) < 65  # guessing the largest class: 76
 
 
 @pytest.mark.skipif(not (DATA / "trec").is_dir(), reason=NO_TREC)

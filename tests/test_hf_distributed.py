@@ -28,7 +28,7 @@ def test_two_processes_train_as_one_draw_different_lambdas_and_may_be_sharded(tm
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
-    for mix_at in ("embeddings", 1, "logits"):
+    for mix_at in (1, "logits"):
         model = hf_models.build("bert")
         trainer = AMPTrainer(
             model,

@@ -294,7 +294,7 @@ def test_resuming_without_the_state_of_the_criterion_warns(tmp_path: Path) -> No
 
     run(save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / "mixing_state.pt").unlink()
-    with pytest.warns(UserWarning, match=r"no state of the criterion in .*mixing_state.pt: its generator starts anew"):
+    with pytest.warns(UserWarning, match=r"no state of the criterion in .*mixing_state.pt: its generator starts over"):
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -331,7 +331,7 @@ def test_a_head_replaced_between_two_trainings_is_trained(tmp_path: Path, monkey
     monkeypatch.setattr(MixedPass, "__init__", lambda self, *args: made.append(args[1]) or init(self, *args))
     trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
     trainer.train()
-    assert len(made) == 1  # for both steps: another would be compiled anew
+    assert len(made) == 1  # for both steps: another would be compiled again
     trainer.model.classifier = torch.nn.Linear(16, 3).double()
     before = trainer.model.classifier.weight.detach().clone()
     trainer.optimizer = None

@@ -6,11 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from fastamp.data.sources import SOURCES, read
 from fastamp.data.splits import FOLDS, hold_out, leave_fold_out, stratified_subset
+
+T = TypeVar("T")
 
 DATASETS = tuple(SOURCES)
 
@@ -29,7 +32,11 @@ class Split:
 
     def take(self, indices: Sequence[int]) -> Split:
         """The sentences at `indices`, in that order."""
-        return Split(*(tuple(of[i] for i in indices) for of in (self.sentences, self.labels, self.texts)))
+
+        def taken(of: Sequence[T]) -> tuple[T, ...]:
+            return tuple(of[i] for i in indices)
+
+        return Split(taken(self.sentences), taken(self.labels), taken(self.texts))
 
 
 @dataclass(frozen=True)

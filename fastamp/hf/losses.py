@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from fastamp.loss import AMPLoss
 from fastamp.mixing import MixStats
@@ -98,14 +98,7 @@ class SentLoss(TrainerCallback):
             means.pop("mix/grad_abs", None)  # plain Mixup at a layer does not compute ∇λ
         return means
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the means to the log of a training step, for the history and for callbacks that come later."""
         if logs is not None and "loss" in logs and LOG_KEYS[0] not in logs:
             means = self.pop_logs()
@@ -115,9 +108,7 @@ class SentLoss(TrainerCallback):
 
     # Checks and checkpoints
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check the arguments and the model; when training resumes, restore the criterion."""
         self._is_callback, self.reached = True, False
         check_counts(self.criterion)
@@ -129,7 +120,7 @@ class SentLoss(TrainerCallback):
             self._restore(args, state.global_step)
         check_generators(self.criterion)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """RuntimeError if the criterion took no part in the training: nothing else would show that."""
         if not self.reached:
             raise RuntimeError(
@@ -137,7 +128,7 @@ class SentLoss(TrainerCallback):
                 "callbacks=[loss]; a Trainer whose own compute_loss does not call that function cannot train with it"
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the criterion's generator and window beside the Trainer's checkpoint, on every process its own."""
         folder = _checkpoint(args, state.global_step)
         if self._has_state() and os.path.isdir(folder):
@@ -169,11 +160,11 @@ class SentLoss(TrainerCallback):
                 raise ValueError(
                     f"{path} holds the state of another criterion than {self.criterion!r}: {error}. Resume with the "
                     "generator, reweight and weight that the checkpoint was made with, or delete the file to start the "
-                    "criterion anew"
+                    "criterion over"
                 ) from error
             return
         warnings.warn(
-            f"no state of the criterion in {', '.join(paths)}: its generator starts anew. It is saved where "
+            f"no state of the criterion in {', '.join(paths)}: its generator starts over. It is saved where "
             "callbacks=[loss] was given; pass TrainingArguments(resume_from_checkpoint=...) if it lies elsewhere",
             UserWarning,
             stacklevel=2,
@@ -205,7 +196,7 @@ def sent_loss(criterion: AMPLoss) -> SentLoss:
             weights the divisor is still the number of rows.
 
     Returns:
-        A callable (outputs, labels, num_items_in_batch) that is a TrainerCallback, too.
+        A callable (outputs, labels, num_items_in_batch) that is a TrainerCallback as well.
 
     Raises:
         TypeError, ValueError: no AMPLoss, or one whose reduction or ignore_index the Trainer does not count by.
@@ -307,7 +298,7 @@ def check_generators(criterion: AMPLoss) -> None:
     if len(set(states)) < len(states):
         raise ValueError(
             "the criterion's generator has the same state in two processes, which would mix with the same λ: seed it "
-            "with the process's number, too, or leave it out: from the default generator every process draws its own"
+            "with the process's number as well, or leave it out: from the default generator every process draws its own"
         )
 
 

@@ -18,7 +18,7 @@ _NOT_INPUTS = ("labels", "num_items_in_batch", *_PLAIN)
 
 
 class _Part(nn.Module):
-    """A part of a model: its modules are the model's own; its mode is the model's, too."""
+    """A part of a model: its modules and its mode are the model's own."""
 
     origin: Any
 

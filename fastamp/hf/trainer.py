@@ -89,7 +89,7 @@ class AMPTrainerMixin:
     A training step is one call of the (wrapped) model, whose forward pass is g, then `AMPLoss.step` on f of
     `split(model, mix_at)`; so DistributedDataParallel, FSDP2, torch.compile and autocast see one forward pass, as
     always. Evaluation and prediction run the model as it is, with plain cross-entropy. Logs, checkpoints and label
-    smoothing are as in `sent_loss`; reporters see the logs, too.
+    smoothing are as in `sent_loss`; reporters see the logs as well.
 
     A training step that mixes at a layer has no logits of the rows as they are: the outputs of
     `compute_loss(..., return_outputs=True)` are then "loss" and "mixing_sums" and nothing else. `log` is collective: of
@@ -127,7 +127,7 @@ class AMPTrainerMixin:
         trainer.add_callback(self._loss)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; a criterion with a state of its own is restored, too."""
+        """As Trainer.train; a criterion with a state of its own is restored as well."""
         self._loss.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         # Modules of the model may have been replaced since the last call, and a pass holds those that it was made of.
         self._pass = self._loss.mixed_pass = None

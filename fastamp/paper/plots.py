@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,21 +186,18 @@ def _draw_curves(view: View, runs: Sequence[Line], path: Path) -> Image | None:
     levels = [level for level in ("word", "sentence") if any(level in run["curves"] for run in runs)]
     if not levels:
         return None
-    columns: dict[str, Callable[[Mapping[str, Any]], Sequence[float]]] = {
-        "a random pair": lambda curves: curves["pairs"][0],
-        "another random pair": lambda curves: curves["pairs"][1],
-        "mean over test sentences": lambda curves: curves["mean"],
-    }
+    titles = ("a random pair", "another random pair", "mean over test sentences")
     looks = _looks(view, _methods(view, runs))
     height = 0.9 + 2.9 * len(levels) + 0.2 * len(looks) / 3
-    figure, panels = _panels(10.5, height, len(levels), len(columns), sharex=True)
+    figure, panels = _panels(10.5, height, len(levels), len(titles), sharex=True)
     for level, row in zip(levels, panels, strict=True):
-        for (title, values), panel in zip(columns.items(), row, strict=True):
+        for column, (title, panel) in enumerate(zip(titles, row, strict=True)):
             for method, look in looks.items():
                 points: dict[float, list[float]] = {}
                 for run in runs:
                     if run["method"] == method and level in run["curves"]:
-                        for lam, loss in zip(run["curves"]["lam"], values(run["curves"][level]), strict=True):
+                        curve = [*run["curves"][level]["pairs"], run["curves"][level]["mean"]][column]
+                        for lam, loss in zip(run["curves"]["lam"], curve, strict=True):
                             points.setdefault(lam, []).append(loss)
                 _band(panel, points, look)
             panel.set_title(f"{level}s mixed: {title}", fontsize=9)

@@ -52,8 +52,7 @@ class Results:
 def read(folder: str | os.PathLike[str]) -> Results:
     """Reads a results folder, even while runs are added to it; changes nothing.
 
-    A last line without its end is being written, or its writer was killed: it is left out, and a notice says so. A run
-    that failed and was tried again has several lines, and the newest counts.
+    A last line without its end is left out, and a notice says so. Of a run that was tried again the newest line counts.
 
     Raises:
         ValueError: no results folder, one of another format, a damaged line, or a second line of a run that is done.
@@ -105,13 +104,7 @@ def _lines(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 class ResultsWriter:
-    """A results folder that belongs to this process; `claim` makes one.
-
-    Attributes:
-        path: the folder.
-        records: the newest line of every key.
-        notices: sentences for the user on what was mended.
-    """
+    """A results folder that belongs to this process; `claim` makes one. `notices` tell the user what was mended."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.notices = path, list[str]()
@@ -155,14 +148,10 @@ class ResultsWriter:
 
 @contextmanager
 def claim(folder: str | os.PathLike[str], specification: Mapping[str, Any]) -> Iterator[ResultsWriter]:
-    """Makes a results folder this process's own, or refuses one of another specification.
+    """Makes a results folder this process's own, or refuses one of another specification; see `Results`.
 
     Requests are added to those of the folder, and so are digests of data that its runs did not read. All else must be
     the same.
-
-    Args:
-        folder: made if there is none.
-        specification: as in `Results`.
 
     Raises:
         ValueError: another process works in the folder, it has another specification, or it is damaged.

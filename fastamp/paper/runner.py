@@ -51,12 +51,7 @@ class Options:
         usable_device(self.device)
 
     def config(self, run: Run) -> TrainConfig:
-        """The configuration of a run.
-
-        Raises:
-            TypeError: a field of another type.
-            ValueError: a value out of range, fields that do not go together, or vectors that are missing.
-        """
+        """The configuration of a run; errors as of `recipe`."""
         shared = {name: getattr(self, name) for name in ("data_dir", "steps", "eval_every", "device", "threads")}
         given = {"vectors": self.vectors, "pretrained": self.pretrained, **self.overrides}
         used = {name: value for name, value in given.items() if name not in _unused(run)}

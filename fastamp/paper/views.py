@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from fastamp.data import DATASETS
@@ -48,17 +49,6 @@ class View:
     def label(self, method: str) -> str:
         """The name of a method in this table."""
         return self.experiment.labels.get(method) or method_label(method)
-
-    def places(self) -> list[Cell]:
-        """Where in the table any run is done, by data set, model and ratio; their method is ""."""
-        there = {(run["dataset"], run["model"], run["ratio"]) for run in self.runs}
-        return [
-            Cell(dataset, model, "", ratio)
-            for dataset in self.present("dataset")
-            for model in self.present("model")
-            for ratio in self.present("ratio")
-            if (dataset, model, ratio) in there
-        ]
 
 
 @dataclass(frozen=True)
@@ -176,9 +166,9 @@ def compare(shown: Iterable[View]) -> dict[str, list[Comparison]]:
     for view in shown:
         values = by_cell(view.runs)
         by_view[view.name] = []
-        for place in view.places():
-            for method, baseline in view.experiment.comparisons:
-                sides = replace(place, method=method), replace(place, method=baseline)
+        for dataset, model, ratio in product(*(view.present(field) for field in ("dataset", "model", "ratio"))):
+            for methods in view.experiment.comparisons:
+                sides = Cell(dataset, model, methods[0], ratio), Cell(dataset, model, methods[1], ratio)
                 pair = pairs.get(sides) or paired(*(values.get(side, {}) for side in sides))
                 if pair is not None:
                     pairs[sides] = pair

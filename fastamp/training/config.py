@@ -182,11 +182,12 @@ class TrainConfig:
             raise TypeError(f"{name} must be {shown}, got {value!r}")
         if bool in kinds or str in kinds or value is None or name in ("seed", "fold", "fraction"):
             return
-        if float in kinds and not (math.isfinite(value) and value >= 0):
+        number: Any = value
+        if float in kinds and not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
         if name in _ABOVE_ZERO and value == 0:
             raise ValueError(f"{name} must be above 0, got 0")
-        if int in kinds and value < 1:
+        if int in kinds and number < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
