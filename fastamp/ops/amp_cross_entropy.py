@@ -164,7 +164,7 @@ def stats_of(rows: Tensor, lam: Tensor, wanted: bool) -> MixStats | None:
 # Closed form
 
 TAME_LOGIT = 32.0
-ROW_FIELDS, LOSS_FIELD = 11, 0  # of a kernel's buffer: see kernels/amp/rows.py
+ROW_FIELDS, LOSS_FIELD = 12, 0  # of a kernel's buffer: see kernels/amp/rows.py
 
 
 def closed_form(

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# amp_cross_entropy, rows in registers
-REGISTER_WORDS = 4096  # longest row; of 8192 words 20 to 90 accesses spill on sm_80, sm_90 and sm_100
-WORDS_PER_WARP = 256  # 8 a lane: 16 bytes of bf16, 94-120 registers, 25-31%; twice as many words: 168-192, 12-19%
-WORDS_PER_WARP_HEAVY = 128  # where MinOp may reject, two losses and gradients: 56-128 registers; twice: 92-191
-MAX_WARPS = 16
-SINGLE_PROGRAM_WORDS = 1024  # largest batch that one program holds whole: 186-202 registers by 8 warps, one program
-SINGLE_PROGRAM_ROWS = 64
-ROW_GROUP_WORDS = 128  # rows of few classes that one warp takes together: 62-127 registers
-ROW_GROUP_ROWS = 32
+# amp_cross_entropy, rows of few classes, one to a lane
+FEW_CLASSES = 16  # words
+FEW_ROWS = 64  # of a program; a batch of no more is one program, which sums it
+FEW_WARPS = 2
+# amp_cross_entropy, a row to a program that holds it whole
+REGISTER_WORDS = 4096
+WORDS_PER_WARP = 1024  # 32 a lane
+WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass
+LEAST_WORDS = 64  # two a lane: a sum then is one of numbers that all lanes have rounded alike
+SEARCH_ROWS = 1024  # of so many a program looks for the row whose partner its own is; of more it is told
 # amp_cross_entropy, longer rows by loops, and their gradient
-LOOP_WORDS = 2048  # by 8 warps 91 registers and 25%; by 4 warps 166; half the tile by 8: 48 and 62%, loads of 8 bytes
-PAIR_WORDS = 2048  # by 16 warps 96 registers and 25%; by 8 warps 158 and 12%
-PAIR_WORDS_HEAVY = 1024  # every class has target mass, or float64: 100 registers and 25%; by 8 warps 142 and 12%
-PAIR_WARPS = 16
-GRAD_WORDS = 512  # by 2 warps 40 registers and 75%; by one 50% at most, for there can be 32 programs
-TOTAL_BLOCK = 1024  # one program: whatever is enough to read 4096 losses in four turns
+LOOP_WORDS = 2048
+LOOP_WARPS = 4
+PAIR_WARPS = 8
+GRAD_WORDS = 2048
+GRAD_WORDS_PER_WARP = 1024
+TOTAL_BLOCK = 1024
+TOTAL_TURNS = 4
 RESCALE_BLOCK = 4096
-# select_cross_entropy: as the rows above, by at most 8 warps
-SELECT_WARPS = 8
+# select_cross_entropy, by loops beyond few classes
+SELECT_WORDS = 2048
+SELECT_WORDS_PER_WARP = 1024
 # linear_head
 HEAD_CLASSES = 16
 HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
@@ -65,7 +68,7 @@ class Config(NamedTuple):
     in_registers: bool  # whole rows in registers, or a loop over tiles
 
 
-def forward_config(batch: int, classes: int, itemsize: int, policy: Any) -> Config:
+def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dense_target: bool) -> Config:
     """The launch of the forward.
 
     Args:
@@ -73,38 +76,32 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any) -> Conf
         classes: C.
         itemsize: bytes of the compute dtype, 4 or 8.
         policy: what the kernel is compiled for.
+        dense_target: probabilities, or labels that are smoothed.
     """
     block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
+    if words <= FEW_CLASSES:
+        return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     if words > REGISTER_WORDS:
-        return Config(1, LOOP_WORDS * 4 // itemsize, max(1, LOOP_WORDS // WORDS_PER_WARP), False)
-    # A batch that one program can hold is summed there: loss and gradient leave in one launch.
-    block_b = next_power_of_2(batch)
-    if block_b <= SINGLE_PROGRAM_ROWS and block_b * words <= SINGLE_PROGRAM_WORDS:
-        return Config(block_b, block_c, 4 if block_c <= 2 else 8, True)
-    light = policy.keeps_all or policy.mode == "mixup"
+        warps = PAIR_WARPS if policy.pairing == "matching" else LOOP_WARPS
+        return Config(1, LOOP_WORDS * 4 // itemsize, warps, False)
+    light = (policy.keeps_all or policy.mode == "mixup") and not dense_target
     per_warp = WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
-    block_b = min(max(1, ROW_GROUP_WORDS // words), ROW_GROUP_ROWS)
-    return Config(block_b, block_c, min(max(1, words // per_warp), MAX_WARPS), True)
+    return Config(1, max(block_c, LEAST_WORDS * 4 // itemsize), max(1, words // per_warp), True)
 
 
-def pairs_config(itemsize: int, *, dense_target: bool) -> Config:
-    """The launch of the forward over pairs of rows too long for registers.
-
-    Args:
-        itemsize: bytes of the compute dtype, 4 or 8.
-        dense_target: probabilities, or labels that are smoothed.
-    """
-    words = PAIR_WORDS_HEAVY if dense_target or itemsize == 8 else PAIR_WORDS
-    return Config(1, words * 4 // itemsize, PAIR_WARPS * 4 // itemsize, False)
+def careful_block(block_c: int) -> int:
+    """The tile of a program's careful loops, beside one of `block_c` columns."""
+    return max(64, block_c // 8)
 
 
 def backward_config(classes: int, itemsize: int) -> Config:
     """The launch of the gradient from stored scalars."""
-    most = GRAD_WORDS * 4 // itemsize
-    block_c = min(next_power_of_2(classes), most)
-    warps = 2 if block_c == most else 1
-    return Config(max(1, ROW_GROUP_WORDS * 4 // itemsize // block_c), block_c, warps, False)
+    block_c = next_power_of_2(classes)
+    if block_c * itemsize // 4 <= FEW_CLASSES:
+        return Config(FEW_ROWS, block_c, FEW_WARPS, False)
+    words = max(LEAST_WORDS, min(block_c * itemsize // 4, GRAD_WORDS))
+    return Config(1, words * 4 // itemsize, max(1, words // GRAD_WORDS_PER_WARP), False)
 
 
 def select_config(classes: int, itemsize: int) -> Config:
@@ -115,11 +112,10 @@ def select_config(classes: int, itemsize: int) -> Config:
         itemsize: bytes of the compute dtype, 4 or 8.
     """
     block_c = next_power_of_2(classes)
-    words = block_c * itemsize // 4
-    if words > REGISTER_WORDS:
-        return Config(1, LOOP_WORDS * 4 // itemsize, max(1, LOOP_WORDS // WORDS_PER_WARP), False)
-    block_b = min(max(1, ROW_GROUP_WORDS // words), ROW_GROUP_ROWS)
-    return Config(block_b, block_c, min(max(1, words // WORDS_PER_WARP), SELECT_WARPS), True)
+    if block_c * itemsize // 4 <= FEW_CLASSES:
+        return Config(FEW_ROWS, block_c, FEW_WARPS, True)
+    words = max(min(block_c * itemsize // 4, SELECT_WORDS), LEAST_WORDS)
+    return Config(1, words * 4 // itemsize, max(1, words // SELECT_WORDS_PER_WARP), False)
 
 
 class HeadConfig(NamedTuple):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .config import Config, EmbeddingConfig, cdiv, embedding_grad_config, mix_config
 from .launch import inverse_permutation, on_device_of
-from .mix import mixed_tile, tile_of
-from .rows import ASSERTING, OPTIONS, tile_mask
+from .mix import mixed_tile, tile_mask, tile_of
+from .rows import ASSERTING, OPTIONS
 from .tuning import batch_class, tuned
 
 

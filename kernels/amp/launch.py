@@ -62,6 +62,12 @@ def _is_tritons(error: BaseException) -> bool:
     return type(error) is RuntimeError and (not text.startswith("Triton Error") or "kernel image" in text)
 
 
+def alignment(*matrices: Tensor) -> int:
+    """What the width and the stride of these rows are multiples of, as far as 16-byte loads can use it: 8 or 1."""
+    usable = all(rows.stride(1) == 1 and rows.stride(0) % 8 == 0 for rows in matrices)
+    return 8 if usable and matrices[0].shape[1] % 8 == 0 else 1
+
+
 def inverse_permutation(partner: Tensor) -> Tensor:
     """(B,) int64 q with partner[q[r]] = r."""
     index = torch.arange(len(partner), device=partner.device)

@@ -14,30 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import TOTAL_BLOCK, HeadConfig, cdiv, linear_head_config
+from .config import HeadConfig, cdiv, linear_head_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
-    DELTA,
-    GRAD,
-    LAM,
-    LAM_ADV,
-    LOSS,
-    MASK,
-    MASS,
-    OPTIONS,
-    row_sum,
+    LOG2E,
+    Problem,
+    Role,
     scaled_grad,
     step_lam,
-    store_field,
+    store_role,
     takes_adversarial,
     target_tile,
 )
-from .rows_grad import _amp_total_kernel
-from .rows_registers import cross_entropy_at, cross_entropy_role, loss_change
+from .rows_few import cross_entropy_at, cross_entropy_role, loss_change
+from .rows_grad import total
 from .tuning import batch_class, tuned
 
-FIELDS = 7  # the first of the row fields: the rest serve the gradient of logits
+FIELDS = tl.constexpr(7)  # the first of the row fields: the rest serve the gradient of logits
 
 
 @triton.jit
@@ -62,67 +56,57 @@ def _head_moved(m, m_adv, step, keep, RELU: tl.constexpr):
 
 @triton.jit
 def _head_role(
-    hidden_ptr,
-    target_ptr,
-    lam_ptr,
+    problem,  # of the hidden rows
     keep_ptr,
-    class_weight_ptr,
-    grad_divisor_ptr,
     row,  # int64
     other,  # int64, its partner
     w,  # (BLOCK_C, BLOCK_D)
     bias,  # (BLOCK_C,), -inf past the last class
     cols,  # (BLOCK_C,)
     depth,  # (BLOCK_D,)
-    C,
     D,
-    stride_hm,
-    step_size,
     policy: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """The role of `row` mixed with `other`: its scalars, g (BLOCK_C,), a at λ* and ∂ℓ/∂m (BLOCK_D,) (17-19)."""
+    """The role of `row` mixed with `other`, g (BLOCK_C,), a at λ* and ∂ℓ/∂m (BLOCK_D,) (17-19)."""
     inside = depth < D
-    lam = tl.load(lam_ptr + row)
-    h = tl.load(hidden_ptr + row * stride_hm + depth, mask=inside, other=0.0).to(lam.dtype)
-    h_other = tl.load(hidden_ptr + other * stride_hm + depth, mask=inside, other=0.0).to(lam.dtype)
+    lam = tl.load(problem.lam_ptr + row)
+    h = tl.load(problem.logits_ptr + row * problem.stride_zm + depth, mask=inside, other=0.0).to(lam.dtype)
+    h_other = tl.load(problem.logits_ptr + other * problem.stride_zm + depth, mask=inside, other=0.0).to(lam.dtype)
     d = h - h_other
     if keep_ptr is not None:
         keep = tl.load(keep_ptr + row * D + depth, mask=inside, other=0.0).to(lam.dtype)
     else:
         keep = tl.full(d.shape, 1.0, lam.dtype)
-    on, share = target_tile(target_ptr, class_weight_ptr, lam, row, other, cols, C, policy)
+    on, share = target_tile(problem, lam, row, other, cols, policy)
     m = h_other + lam * d
     a, slope, x = _head(m, keep, w, bias, RELU)
     if not RELU:
         # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
-        dx = tl.where(cols < C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
-        loss, lam_sel, lam_adv, grad, delta, takes, _, _, g = cross_entropy_role(
-            x, dx, on, lam, step_size, grad_divisor_ptr, policy
-        )
-        a = keep * (h_other + lam_sel * d)
+        dx = tl.where(cols < problem.C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
+        role, g = cross_entropy_role(problem, x * LOG2E, dx * LOG2E, on, share, lam, 0.0, 0.0, policy)
+        a = keep * (h_other + role.lam * d)
     else:
         total = tl.sum(on, 0)
-        loss, p = cross_entropy_at(x, on)
+        loss, p, _ = cross_entropy_at(x * LOG2E, on)
         g = total * p - on
-        grad = scaled_grad(row_sum(tl.sum(w * g[:, None], 0) * slope * d), grad_divisor_ptr)
-        lam_adv = step_lam(lam, grad, step_size, policy)
+        grad = scaled_grad(tl.sum(tl.sum(w * g[:, None], 0) * slope * d, 0), problem.grad_divisor_ptr)
+        lam_adv = step_lam(lam, grad, problem.step_size, policy)
         delta = tl.full((), 0.0, lam.dtype)
         takes = takes_adversarial(loss, delta, policy)
         if policy.mode != "mixup":
             moved, slope_adv = _head_moved(m, h_other + lam_adv * d, (lam_adv - lam) * d, keep, RELU)
             u = tl.sum(w * moved[None, :], 1)
-            loss_adv, p_adv = cross_entropy_at(x + u, on)
-            g_adv = total * p_adv - on
+            loss_adv, p_adv, _ = cross_entropy_at((x + u) * LOG2E, on)
             delta = loss_change(p, on, total, u, loss_adv - loss)
             takes = takes_adversarial(loss, delta, policy)
             loss = tl.where(takes, loss_adv, loss)
-            g = tl.where(takes, g_adv, g)
+            g = tl.where(takes, total * p_adv - on, g)
             a = tl.where(takes, a + moved, a)
             slope = tl.where(takes, slope_adv, slope)
         lam_sel = tl.where(takes, lam_adv, lam)
-    grad_m = tl.sum(w * g[:, None], 0) * slope
-    return loss, share, lam_sel, lam_adv, grad, delta, takes, g, a, grad_m
+        role = Role(loss, share, lam_sel, lam_adv, grad, delta, takes, 0.0, 0.0, 0.0, total, takes)
+    return role, g, a, tl.sum(w * g[:, None], 0) * slope
 
 
 @triton.jit
@@ -156,6 +140,7 @@ def _linear_amp_cross_entropy_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Losses, ∇λ, λ', selection, and the gradients to h, W and b (17-21)."""
+    problem = Problem(hidden_ptr, stride_hm, 1, target_ptr, class_weight_ptr, lam_ptr, grad_divisor_ptr, C, step_size)
     cols = tl.arange(0, BLOCK_C)
     depth = tl.arange(0, BLOCK_D)
     inside = (cols[:, None] < C) & (depth[None, :] < D)
@@ -172,62 +157,22 @@ def _linear_amp_cross_entropy_kernel(
         row = first + step
         ok = row < B
         row = tl.where(ok, row, B - 1)  # a row too many repeats the last one, and counts for nothing
-        loss, share, lam_sel, lam_adv, grad, delta, takes, g, a, grad_m = _head_role(
-            hidden_ptr,
-            target_ptr,
-            lam_ptr,
-            keep_ptr,
-            class_weight_ptr,
-            grad_divisor_ptr,
-            row,
-            tl.load(partner_ptr + row),
-            w,
-            bias,
-            cols,
-            depth,
-            C,
-            D,
-            stride_hm,
-            step_size,
-            policy,
-            RELU,
+        role, g, a, grad_m = _head_role(
+            problem, keep_ptr, row, tl.load(partner_ptr + row), w, bias, cols, depth, D, policy, RELU
         )
         if rows_ptr is not None:
-            store_field(rows_ptr, LOSS, row, B, loss, ok)
-            store_field(rows_ptr, MASS, row, B, share, ok)
-            store_field(rows_ptr, LAM, row, B, lam_sel, ok)
-            store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
-            store_field(rows_ptr, GRAD, row, B, grad, ok)
-            store_field(rows_ptr, DELTA, row, B, delta, ok)
-            store_field(rows_ptr, MASK, row, B, takes.to(dtype), ok)
+            store_role(rows_ptr, row, B, ok, role, FIELDS)
         if dhidden_ptr is not None:
             source = tl.load(inverse_ptr + row)
-            _, _, lam_source, _, _, _, _, _, _, grad_m_source = _head_role(
-                hidden_ptr,
-                target_ptr,
-                lam_ptr,
-                keep_ptr,
-                class_weight_ptr,
-                grad_divisor_ptr,
-                source,
-                row,
-                w,
-                bias,
-                cols,
-                depth,
-                C,
-                D,
-                stride_hm,
-                step_size,
-                policy,
-                RELU,
+            role_source, _, _, grad_m_source = _head_role(
+                problem, keep_ptr, source, row, w, bias, cols, depth, D, policy, RELU
             )
             own = 1.0 / scale
             theirs = own
             if upstream_ptr is not None:
                 own = tl.load(upstream_ptr + row * stride_u) / scale
                 theirs = tl.load(upstream_ptr + source * stride_u) / scale
-            dh = own * lam_sel * grad_m + theirs * (1.0 - lam_source) * grad_m_source
+            dh = own * role.lam * grad_m + theirs * (1.0 - role_source.lam) * grad_m_source
             tl.store(
                 dhidden_ptr + row * D + depth,
                 dh.to(dhidden_ptr.dtype.element_ty),
@@ -289,7 +234,7 @@ def linear_amp_cross_entropy_launch(
     partner = partner.contiguous()
     inverse = None if not want_grad else partner if policy.pairing == "matching" else inverse_permutation(partner)
     assumed = 1.0 if divisor is None else divisor or float(batch)
-    rows = lam.new_empty(FIELDS, batch) if want_rows else None
+    rows = lam.new_empty(FIELDS.value, batch) if want_rows else None
     dhidden = loss = factor = None
     if want_grad:
         # float16 is rounded after the upstream gradient, usually a loss scale, has been applied.
@@ -357,7 +302,5 @@ def linear_amp_cross_entropy_launch(
         )
         if rows is not None and divisor is not None:
             loss, factor = lam.new_empty(()), lam.new_empty(())
-            _amp_total_kernel[(1,)](
-                rows, loss, None, factor, batch, divisor, assumed, BLOCK=TOTAL_BLOCK, num_warps=4, **OPTIONS
-            )
+            total(rows, loss, divisor, factor=factor, assumed=assumed)
     return HeadLaunch(rows, loss, factor, (dhidden, dweight, dbias))

@@ -8,8 +8,30 @@ from torch import Tensor
 
 from .config import Config, cdiv, mix_config
 from .launch import as_matrix, empty_rows, inverse_permutation, memory_order, on_device_of
-from .rows import OPTIONS, tile_index, tile_mask
+from .rows import OPTIONS
 from .tuning import batch_class, tuned
+
+
+@triton.jit
+def tile_index(block_row, block_col, B, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Row numbers (int64), column numbers and which rows exist, for one tile of a (B, C) matrix."""
+    cols = block_col * BLOCK_C + tl.arange(0, BLOCK_C)
+    if BLOCK_B == 1:
+        row = block_row.to(tl.int64)
+        return row, cols, row < B  # the grid is exact: every row exists
+    else:
+        index = (block_row.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+        # A row too many repeats the last one, and is not written.
+        return tl.where(index < B, index, B - 1), cols[None, :], index < B
+
+
+@triton.jit
+def tile_mask(ok, cols, C, BLOCK_B: tl.constexpr):
+    """Which elements of a tile exist."""
+    if BLOCK_B == 1:
+        return cols < C
+    else:
+        return ok & (cols < C)
 
 
 @triton.jit

@@ -15,9 +15,18 @@ from torch import Tensor
 
 from .config import Config, PartsConfig, cdiv, inner_product_config, mix_config, next_power_of_2, remix_config
 from .launch import as_matrix, empty_rows, memory_order, on_device_of
-from .mix import load_rows, mixed_tile, tile_of
-from .rows import OPTIONS, row_sum, scaled_grad, step_lam, tile_index, tile_mask
+from .mix import load_rows, mixed_tile, tile_index, tile_mask, tile_of
+from .rows import OPTIONS, scaled_grad, step_lam
 from .tuning import batch_class, tuned
+
+
+@triton.jit
+def row_sum(tile):
+    """Sum of each row of a tile."""
+    if len(tile.shape) == 2:
+        return tl.sum(tile, 1)[:, None]
+    else:
+        return tl.sum(tile, 0)
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """What every kernel over rows of logits shares: the mixture, its target, its loss and the step of λ.
 
 Equation numbers refer to kernels/README.md. A tile is (BLOCK_C,) for one row, whose scalars are then scalars, or
-(BLOCK_B, BLOCK_C) for several, whose scalars are (BLOCK_B, 1) and whose column numbers are (1, BLOCK_C): the code
-is the same for both, and below "per row" means either. (A (1, BLOCK_C) tile would do for one row, but its
-(1, 1) scalars lead the compiler to layouts that spill.) A column past the last class holds -inf in a tile of logits
-and 0 in a tile of target mass. All arithmetic is in lam's dtype: float32, or float64 for float64 logits.
+(BLOCK_C, BLOCK_B) for several, whose scalars are (BLOCK_B,) and whose column numbers are (BLOCK_C, 1): sums are over
+the first dimension, and the code is the same for both. Below "per row" means either. All arithmetic is in lam's dtype:
+float32, or float64 for float64 logits.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,11 +21,15 @@ LAM_ADV = tl.constexpr(3)  # λ'
 GRAD = tl.constexpr(4)  # ∇λ
 DELTA = tl.constexpr(5)  # ℓ(λ') - ℓ(λ)
 MASK = tl.constexpr(6)  # 1 where λ* = λ'
-SHIFT_A = tl.constexpr(7)  # what was subtracted from the row's logits
+SHIFT_A = tl.constexpr(7)  # what was subtracted from the row's logits, in units of log 2, as the three below
 SHIFT_B = tl.constexpr(8)  # and from its partner's
 LSE = tl.constexpr(9)  # log Σ_c exp x_c at λ*, of shifted logits
 TOTAL = tl.constexpr(10)  # S = Σ_c t_c
-ROW_FIELDS = 11
+EASY = tl.constexpr(11)  # 1 where both rows are finite
+ROW_FIELDS = tl.constexpr(12)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 # What every launch says: Triton fuses products and sums where nothing is said, and has announced that it will not.
 OPTIONS = {"enable_fp_fusion": True}
@@ -33,62 +38,46 @@ OPTIONS = {"enable_fp_fusion": True}
 ASSERTING = {**OPTIONS, "debug": True, "sanitize_overflow": False}
 
 
-@triton.jit
-def row_sum(tile):
-    """Sum of each row of a tile."""
-    if len(tile.shape) == 2:
-        return tl.sum(tile, 1)[:, None]
-    else:
-        return tl.sum(tile, 0)
+class Problem(NamedTuple):
+    """What all roles of a launch share."""
+
+    logits_ptr: Any  # (B, C), any strides
+    stride_zm: Any
+    stride_zn: Any
+    target_ptr: Any  # (B,) int64 or (B, C) floating point, contiguous
+    weight_ptr: Any  # (C,) class weights or None
+    lam_ptr: Any  # (B,) compute dtype
+    grad_divisor_ptr: Any  # () divisor of ∇λ or None
+    C: Any
+    step_size: Any
 
 
-@triton.jit
-def row_max(tile):
-    """Maximum of each row of a tile."""
-    if len(tile.shape) == 2:
-        return tl.max(tile, 1)[:, None]
-    else:
-        return tl.max(tile, 0)
+class Role(NamedTuple):
+    """What AMP makes of a row that is mixed with its partner: scalars per row, in the order of the fields."""
+
+    loss: Any
+    share: Any
+    lam: Any
+    lam_adv: Any
+    grad: Any
+    delta: Any
+    takes: Any
+    shift_a: Any
+    shift_b: Any
+    lse: Any
+    total: Any
+    easy: Any
 
 
-@triton.jit
-def row_argmax(tile):
-    """Position of the first maximum of each row of a tile."""
-    if len(tile.shape) == 2:
-        return tl.argmax(tile, 1)[:, None]
-    else:
-        return tl.argmax(tile, 0)
+class Labels(NamedTuple):
+    """Both labels of a mixed row (0 for what is ignored), and their mass without and with class weights."""
 
-
-@triton.jit
-def rows_total(value):
-    """Sum over rows of a value per row."""
-    if len(value.shape) == 2:
-        return tl.sum(value)
-    else:
-        return value
-
-
-@triton.jit
-def tile_index(block_row, block_col, B, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Row numbers (int64), column numbers and which rows exist, for one tile of a (B, C) matrix."""
-    cols = block_col * BLOCK_C + tl.arange(0, BLOCK_C)
-    if BLOCK_B == 1:
-        row = block_row.to(tl.int64)
-        return row, cols, row < B  # the grid is exact: every row exists
-    else:
-        index = (block_row.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
-        # A row too many repeats the last one, and is not written.
-        return tl.where(index < B, index, B - 1), cols[None, :], index < B
-
-
-@triton.jit
-def tile_mask(ok, cols, C, BLOCK_B: tl.constexpr):
-    """Which elements of a tile exist."""
-    if BLOCK_B == 1:
-        return cols < C
-    else:
-        return ok & (cols < C)
+    a: Any
+    b: Any
+    mass_a: Any
+    mass_b: Any
+    on_a: Any
+    on_b: Any
 
 
 @triton.jit
@@ -137,19 +126,76 @@ def log1p_any(v):
     return tl.where(tl.abs(v) < 0.3, 2.0 * y * series, tl.log(1.0 + v))
 
 
+# Rows
+
+
 @triton.jit
-def load_logits(
-    logits_ptr,  # (B, C)
-    row,  # int64, per row, in 0..B-1
-    cols,
-    C,
-    stride_zm,
-    stride_zn,
-    dtype: tl.constexpr,
-):
-    """A tile of logits in `dtype`, -inf past the last class."""
-    at = logits_ptr + row * stride_zm + cols.to(tl.int64) * stride_zn
-    return tl.load(at, mask=cols < C, other=float("-inf")).to(dtype)
+def _source(partner_ptr, row, B):
+    """The row whose partner each row is, by a look at all of them."""
+    if len(row.shape) == 1:
+        found = tl.zeros(row.shape, tl.int32)
+        for start in range(0, B):
+            found = tl.where(tl.load(partner_ptr + start) == row, start, found)
+    else:
+        found = tl.zeros((64,), tl.int32)
+        for start in range(0, B, 64):
+            index = start + tl.arange(0, 64)
+            found += tl.where(tl.load(partner_ptr + index, mask=index < B, other=-1) == row, index, 0)
+        found = tl.sum(found, 0)
+    return found.to(tl.int64)
+
+
+@triton.jit
+def partners(partner_ptr, inverse_ptr, row, B, policy: tl.constexpr):
+    """The partner of each row, and the row whose partner it is."""
+    other = tl.load(partner_ptr + row)
+    if policy.pairing == "matching":
+        tl.device_assert(tl.load(partner_ptr + other) == row, "partner is not its own inverse")
+        source = other
+    elif inverse_ptr is not None:
+        source = tl.load(inverse_ptr + row)
+    else:
+        source = _source(partner_ptr, row, B)
+    return other, source
+
+
+# Logits
+
+
+@triton.jit
+def load_tile(problem, row, cols, OTHER: tl.constexpr):
+    """A tile of logits in the compute dtype, OTHER past the last class."""
+    at = problem.logits_ptr + row * problem.stride_zm + cols.to(tl.int64) * problem.stride_zn
+    return tl.load(at, mask=cols < problem.C, other=OTHER).to(problem.lam_ptr.dtype.element_ty)
+
+
+@triton.jit
+def load_logits(problem, row, cols):
+    """A tile of logits, -inf past the last class."""
+    return load_tile(problem, row, cols, float("-inf"))
+
+
+@triton.jit
+def load_finite(problem, row, cols):
+    """A tile of logits, past the last class a number so low that its exponential is 0 beside any tame one's."""
+    low: tl.constexpr = -65504.0 if problem.logits_ptr.dtype.element_ty == tl.float16 else -1e30
+    return load_tile(problem, row, cols, low)
+
+
+@triton.jit
+def is_tame(problem, top):
+    """Whether a row's largest logit stands clear of what `load_finite` puts past the last class."""
+    if problem.logits_ptr.dtype.element_ty == tl.float16:
+        return top > -6e4
+    else:
+        return top > -1e29
+
+
+@triton.jit
+def row_shift(a):
+    """log2(e) times a value near the largest logit of each row of a tile; 0 where the tile has no finite one."""
+    top = tl.max(a, 0)
+    return tl.where((top == float("-inf")) | (top == float("inf")), 0.0, top) * LOG2E
 
 
 @triton.jit
@@ -160,74 +206,62 @@ def mixed_logits(
     shift_b,  # per row
     lam,  # per row
 ):
-    """X = b + λd and d = a - b of shifted logits; a class that is -inf in either is -inf in x, with d = 0."""
+    """X = b + λd and d = a - b of shifted logits, in units of log 2; -inf in either makes -inf in x, with d = 0."""
     excluded = (a == float("-inf")) | (b == float("-inf"))
-    b = b - shift_b
-    d = tl.where(excluded, 0.0, (a - shift_a) - b)
+    b = b * LOG2E - shift_b
+    d = tl.where(excluded, 0.0, (a * LOG2E - shift_a) - b)
     return tl.where(excluded, float("-inf"), b + lam * d), d
 
 
-@triton.jit
-def row_shift(a):
-    """A value near the largest logit of each row of a tile; 0 where the tile has no finite one."""
-    top = row_max(a)
-    return tl.where((top == float("-inf")) | (top == float("inf")), 0.0, top)
+# Targets
 
 
 @triton.jit
-def label_mass(target_ptr, weight_ptr, lam, row, other, C, policy: tl.constexpr):
-    """Per row: both labels, their mass λ_r kept_r and (1-λ_r) kept_π, and the row's share of the divisor."""
-    label_a = tl.load(target_ptr + row)
-    label_b = tl.load(target_ptr + other)
-    kept_a = label_a != policy.ignore_index
-    kept_b = label_b != policy.ignore_index
-    tl.device_assert((label_a == policy.ignore_index) | ((label_a >= 0) & (label_a < C)), "target out of range")
-    mass_a = tl.where(kept_a, lam, 0.0)
-    mass_b = tl.where(kept_b, 1.0 - lam, 0.0)
-    if weight_ptr is None:
-        share = mass_a + mass_b
+def load_labels(problem, lam, row, other, policy: tl.constexpr):
+    """Both labels of each row, with their mass: λ_r of the row's own, 1-λ_r of its partner's, 0 of an ignored one."""
+    C = problem.C
+    a = tl.load(problem.target_ptr + row)
+    b = tl.load(problem.target_ptr + other)
+    tl.device_assert((a == policy.ignore_index) | ((a >= 0) & (a < C)), "target out of range")
+    # An out-of-range label must not become an out-of-range read where assertions are off.
+    known_a = (a != policy.ignore_index) & (a >= 0) & (a < C)
+    known_b = (b != policy.ignore_index) & (b >= 0) & (b < C)
+    mass_a = tl.where(known_a, lam, 0.0)
+    mass_b = tl.where(known_b, 1.0 - lam, 0.0)
+    a = tl.where(known_a, a, 0).to(tl.int32)
+    b = tl.where(known_b, b, 0).to(tl.int32)
+    if problem.weight_ptr is None:
+        return Labels(a, b, mass_a, mass_b, mass_a, mass_b)
     else:
-        # An out-of-range label must not become an out-of-range read where assertions are off.
-        known_a = kept_a & (label_a >= 0) & (label_a < C)
-        known_b = kept_b & (label_b >= 0) & (label_b < C)
-        weight_a = tl.load(weight_ptr + label_a, mask=known_a, other=0.0).to(lam.dtype)
-        weight_b = tl.load(weight_ptr + label_b, mask=known_b, other=0.0).to(lam.dtype)
-        share = mass_a * weight_a + mass_b * weight_b
-    return label_a, label_b, mass_a, mass_b, share
+        weight_a = tl.load(problem.weight_ptr + a).to(lam.dtype)
+        weight_b = tl.load(problem.weight_ptr + b).to(lam.dtype)
+        return Labels(a, b, mass_a, mass_b, mass_a * weight_a, mass_b * weight_b)
 
 
 @triton.jit
-def target_tile(
-    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
-    weight_ptr,  # (C,) or None
-    lam,  # per row
-    row,  # int64, per row
-    other,  # int64, per row
-    cols,
-    C,
-    policy: tl.constexpr,
-):
+def target_tile(problem, lam, row, other, cols, policy: tl.constexpr):
     """Class-weighted target mass, and the row's share of the divisor."""
-    inside = cols < C
-    if target_ptr.dtype.element_ty == tl.int64:
-        label_a, label_b, mass_a, mass_b, share = label_mass(target_ptr, weight_ptr, lam, row, other, C, policy)
-        on = tl.where(cols == label_a, mass_a, 0.0) + tl.where(cols == label_b, mass_b, 0.0)
-        kept = mass_a + mass_b
+    inside = cols < problem.C
+    if problem.target_ptr.dtype.element_ty == tl.int64:
+        labels = load_labels(problem, lam, row, other, policy)
+        on = tl.where(cols == labels.a, labels.mass_a, 0.0) + tl.where(cols == labels.b, labels.mass_b, 0.0)
+        kept = labels.mass_a + labels.mass_b
+        share = labels.on_a + labels.on_b
     else:
-        at_a = target_ptr + row * C + cols
-        at_b = target_ptr + other * C + cols
-        on_a = tl.load(at_a, mask=inside, other=0.0).to(lam.dtype)
-        on_b = tl.load(at_b, mask=inside, other=0.0).to(lam.dtype)
+        on_a = tl.load(problem.target_ptr + row * problem.C + cols, mask=inside, other=0.0).to(lam.dtype)
+        on_b = tl.load(problem.target_ptr + other * problem.C + cols, mask=inside, other=0.0).to(lam.dtype)
         on = lam * on_a + (1.0 - lam) * on_b
         kept = tl.full(lam.shape, 1.0, lam.dtype)
         share = kept
     if policy.label_smoothing > 0:
         smoothing = tl.full((), policy.label_smoothing, lam.dtype)
-        on = tl.where(inside, (1.0 - smoothing) * on + smoothing / C * kept, 0.0)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
-        on = on * weight
+        on = tl.where(inside, (1.0 - smoothing) * on + smoothing / problem.C * kept, 0.0)
+    if problem.weight_ptr is not None:
+        on *= tl.load(problem.weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
     return on, share
+
+
+# The step of λ and the choice
 
 
 @triton.jit
@@ -280,6 +314,15 @@ def scaled_grad(grad, grad_divisor_ptr):
 
 
 @triton.jit
+def reciprocal(scale):
+    """1/scale; 0 where nothing is kept: the mean is then 0/0, and its gradient 0."""
+    return tl.where(scale == 0.0, 0.0, 1.0 / tl.where(scale == 0.0, 1.0, scale))
+
+
+# The buffer of a forward
+
+
+@triton.jit
 def field_at(rows_ptr, field: tl.constexpr, row, B):
     """Where a value per row stands in the (fields, B) buffer, of less than 2^31 elements.
 
@@ -289,38 +332,7 @@ def field_at(rows_ptr, field: tl.constexpr, row, B):
 
 
 @triton.jit
-def store_field(rows_ptr, field: tl.constexpr, row, B, value, ok):
-    """Write a value per row to a field of the (fields, B) buffer."""
-    tl.store(field_at(rows_ptr, field, row, B), value, mask=ok)
-
-
-@triton.jit
-def store_scalars(
-    rows_ptr,
-    row,
-    B,
-    ok,  # per row: whether it exists
-    loss,
-    share,
-    lam_sel,
-    lam_adv,
-    grad,
-    delta,
-    takes,
-    shift_a,
-    shift_b,
-    lse,
-    total,
-):
-    """Write what every forward leaves of a row."""
-    store_field(rows_ptr, LOSS, row, B, loss, ok)
-    store_field(rows_ptr, MASS, row, B, share, ok)
-    store_field(rows_ptr, LAM, row, B, lam_sel, ok)
-    store_field(rows_ptr, LAM_ADV, row, B, lam_adv, ok)
-    store_field(rows_ptr, GRAD, row, B, grad, ok)
-    store_field(rows_ptr, DELTA, row, B, delta, ok)
-    store_field(rows_ptr, MASK, row, B, takes.to(loss.dtype), ok)
-    store_field(rows_ptr, SHIFT_A, row, B, shift_a, ok)
-    store_field(rows_ptr, SHIFT_B, row, B, shift_b, ok)
-    store_field(rows_ptr, LSE, row, B, lse, ok)
-    store_field(rows_ptr, TOTAL, row, B, total, ok)
+def store_role(rows_ptr, row, B, ok, role, FIELDS: tl.constexpr):
+    """Write the first FIELDS values of each row that is ok."""
+    for field in tl.static_range(FIELDS):
+        tl.store(field_at(rows_ptr, field, row, B), role[field].to(rows_ptr.dtype.element_ty), mask=ok)

@@ -2,55 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import TOTAL_BLOCK, TOTAL_TURNS, cdiv
 from .rows import (
+    EASY,
     LAM,
+    LOG2E,
     LOSS,
     LSE,
     MASS,
+    OPTIONS,
     SHIFT_A,
     SHIFT_B,
     TOTAL,
+    Problem,
     field_at,
+    load_finite,
+    load_labels,
     load_logits,
-    mixed_logits,
+    reciprocal,
     target_tile,
-    tile_index,
-    tile_mask,
 )
+from .rows_careful import careful_grad
+from .rows_registers import holds, minus_target, softmax_factor
+
+
+class Stored(NamedTuple):
+    """What a forward left of a role, as far as the gradient needs it."""
+
+    lam: Any
+    shift_a: Any
+    shift_b: Any
+    lse: Any
+    total: Any
+    easy: Any
 
 
 @triton.jit
-def _field(rows_ptr, field: tl.constexpr, row, B):
-    return tl.load(field_at(rows_ptr, field, row, B))
+def _stored(rows_ptr, row, B):
+    return Stored(
+        tl.load(field_at(rows_ptr, LAM, row, B)),
+        tl.load(field_at(rows_ptr, SHIFT_A, row, B)),
+        tl.load(field_at(rows_ptr, SHIFT_B, row, B)),
+        tl.load(field_at(rows_ptr, LSE, row, B)),
+        tl.load(field_at(rows_ptr, TOTAL, row, B)),
+        tl.load(field_at(rows_ptr, EASY, row, B)),
+    )
 
 
 @triton.jit
-def _role_grad(
-    a,  # tile of the row's logits
-    b,  # tile of its partner's
-    target_ptr,
-    lam_ptr,
-    weight_ptr,
-    rows_ptr,
-    row,
-    other,
-    cols,
-    B,
-    C,
-    policy: tl.constexpr,
+def _upstream(upstream_ptr, at, divisor_ptr):
+    upstream = tl.load(upstream_ptr + at)
+    if divisor_ptr is not None:
+        upstream = upstream * reciprocal(tl.load(divisor_ptr))
+    return upstream
+
+
+@triton.jit
+def _store_careful(
+    problem, dlogits_ptr, row, other, source, role, role_source, own, theirs, cols, mask, policy: tl.constexpr
 ):
-    """λ* per row of the role of `row` mixed with `other`, and a tile of its g (10)."""
-    lam = tl.load(lam_ptr + row)
-    lam_sel = _field(rows_ptr, LAM, row, B)
-    x, _ = mixed_logits(a, b, _field(rows_ptr, SHIFT_A, row, B), _field(rows_ptr, SHIFT_B, row, B), lam_sel)
-    on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
-    lse = _field(rows_ptr, LSE, row, B)
-    total = _field(rows_ptr, TOTAL, row, B)
-    g = total * tl.exp(x - lse) - on
-    return lam_sel, g
+    """A tile of dz of rows that hold anything; one without an upstream gradient gives 0, also where it is NaN (11)."""
+    a = load_logits(problem, row, cols)
+    g = careful_grad(problem, a, load_logits(problem, other, cols), role, row, other, cols, policy)
+    g_source = careful_grad(problem, load_logits(problem, source, cols), a, role_source, source, row, cols, policy)
+    dz = tl.where(own == 0.0, 0.0, own * role.lam * g)
+    dz += tl.where(theirs == 0.0, 0.0, theirs * (1.0 - role_source.lam) * g_source)
+    tl.store(dlogits_ptr + row * problem.C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -59,7 +82,7 @@ def _amp_rows_grad_kernel(
     target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
-    inverse_ptr,  # (B,) int64; None: it is partner
+    inverse_ptr,  # (B,) int64; that of a matching is partner
     weight_ptr,  # (C,) class weights or None
     rows_ptr,  # (fields, B) compute dtype, from any forward
     upstream_ptr,  # () or (B,) gradient of the loss or of each row's, compute dtype
@@ -72,77 +95,123 @@ def _amp_rows_grad_kernel(
     stride_u: tl.int64,  # of upstream; 0 for a scalar
     policy: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C and of the stride of rows
     BLOCK_C: tl.constexpr,
 ):
     """dz_r = u_r λ*_r g_r + u_q (1-λ*_q) g_q (11): elementwise in the scalars that a forward left.
 
     Where the partner is known to be the source as well, the program of the smaller of the two writes both rows.
     """
-    row, cols, ok = tile_index(tl.program_id(0), tl.program_id(1), B, BLOCK_B, BLOCK_C)
+    # Which tells the compiler so, for loads of 16 bytes.
+    C = C // ALIGN * ALIGN
+    stride_zm = stride_zm // ALIGN * ALIGN
+    problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
     pairs: tl.constexpr = policy.pairing == "matching" and BLOCK_B == 1
+    if BLOCK_B == 1:
+        row = tl.program_id(0).to(tl.int64)
+        cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok = True
+    else:
+        index = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        row = tl.where(index < B, index, B - 1)
+        # A row to a lane, as in `_amp_few_classes_kernel`.
+        cols = tl.arange(0, BLOCK_C)[:, None] * tl.minimum(B, 1)
+        ok = index < B
     other = tl.load(partner_ptr + row)
     if not pairs or other >= row:
-        dtype = lam_ptr.dtype.element_ty
-        a = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, dtype)
-        b = load_logits(logits_ptr, other, cols, C, stride_zm, stride_zn, dtype)
-        if policy.pairing == "matching":
-            source = other
-            c = b
-        else:
+        source = other
+        if policy.pairing != "matching":
             source = tl.load(inverse_ptr + row)
-            c = load_logits(logits_ptr, source, cols, C, stride_zm, stride_zn, dtype)
-        lam, g = _role_grad(a, b, target_ptr, lam_ptr, weight_ptr, rows_ptr, row, other, cols, B, C, policy)
-        lam_source, g_source = _role_grad(
-            c, a, target_ptr, lam_ptr, weight_ptr, rows_ptr, source, row, cols, B, C, policy
-        )
-        own = tl.load(upstream_ptr + row * stride_u)
-        theirs = tl.load(upstream_ptr + source * stride_u)
-        if divisor_ptr is not None:
-            divisor = tl.load(divisor_ptr)
-            some = divisor != 0.0
-            divisor = tl.where(some, divisor, 1.0)
-            own = tl.where(some, own / divisor, 0.0)
-            theirs = tl.where(some, theirs / divisor, 0.0)
-        # A row without an upstream gradient gives exactly nothing, also where it is NaN: chunks rely upon it.
-        g = tl.where(own == 0.0, 0.0, g)
-        lam = tl.where(own == 0.0, 0.0, lam)
-        g_source = tl.where(theirs == 0.0, 0.0, g_source)
-        lam_source = tl.where(theirs == 0.0, 0.0, lam_source)
-        mask = tile_mask(ok, cols, C, BLOCK_B)
-        dz = own * lam * g + theirs * (1.0 - lam_source) * g_source
-        tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
-        if pairs:
-            dz = theirs * lam_source * g_source + own * (1.0 - lam) * g
-            tl.store(dlogits_ptr + other * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        role = _stored(rows_ptr, row, B)
+        role_source = _stored(rows_ptr, source, B)
+        own = _upstream(upstream_ptr, row * stride_u, divisor_ptr)
+        theirs = _upstream(upstream_ptr, source * stride_u, divisor_ptr)
+        mask = ok & (cols < C)
+        if BLOCK_B == 1:
+            easy = (role.easy > 0) & (role_source.easy > 0)
+            if easy:
+                a = load_finite(problem, row, cols)
+                b = load_finite(problem, other, cols)
+                c = b
+                if not pairs:
+                    c = load_finite(problem, source, cols)
+                # Of easy rows, what was subtracted depends upon the row alone.
+                a = a * LOG2E - role.shift_a
+                b = b * LOG2E - role.shift_b
+                c = b if pairs else c * LOG2E - role_source.shift_a
+                e = tl.exp2(b + role.lam * (a - b))
+                e_source = tl.exp2(a + role_source.lam * (c - a))
+                slope = softmax_factor(role)
+                slope_source = softmax_factor(role_source)
+                lam = tl.load(lam_ptr + row)
+                lam_source = tl.load(lam_ptr + source)
+                start = tl.program_id(1) * BLOCK_C
+                hit = True
+                if sparse:
+                    on = load_labels(problem, lam, row, other, policy)
+                    on_source = load_labels(problem, lam_source, source, row, policy)
+                    hit = holds(on.a, start, BLOCK_C) | holds(on.b, start, BLOCK_C)
+                    hit = hit | holds(on_source.a, start, BLOCK_C)
+                else:
+                    on, _ = target_tile(problem, lam, row, other, cols, policy)
+                    on_source, _ = target_tile(problem, lam_source, source, row, cols, policy)
+                at = own * role.lam
+                rest = theirs * (1.0 - role_source.lam)
+                dz = (at * slope) * e + (rest * slope_source) * e_source
+                if hit:
+                    dz = minus_target(dz, on, on_source, at, rest, cols, pairs, sparse)
+                tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
+                if pairs:
+                    at = theirs * role_source.lam
+                    rest = own * (1.0 - role.lam)
+                    dz = (at * slope_source) * e_source + (rest * slope) * e
+                    if hit:
+                        dz = minus_target(dz, on_source, on, at, rest, cols, pairs, sparse)
+                    tl.store(dlogits_ptr + other * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
+            else:
+                _store_careful(
+                    problem, dlogits_ptr, row, other, source, role, role_source, own, theirs, cols, mask, policy
+                )
+                if pairs:
+                    _store_careful(
+                        problem, dlogits_ptr, other, row, row, role_source, role, theirs, own, cols, mask, policy
+                    )
+        else:
+            _store_careful(problem, dlogits_ptr, row, other, source, role, role_source, own, theirs, cols, mask, policy)
 
 
 @triton.jit
 def _amp_total_kernel(
-    rows_ptr,  # (fields, B)
-    loss_ptr,  # () out
+    rows_ptr,  # (fields, B): losses, then shares of the divisor
+    sums_ptr,  # (2, programs) out, or None where one program sums all
+    loss_ptr,  # () out, or None
     divisor_ptr,  # () out, or None
     factor_ptr,  # () out, or None: what gradients that were divided by `assumed` are to be multiplied by
     B,
     divisor: tl.float64,  # 0 stands for the kept mass
     assumed: tl.float64,
     BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """Sum the rows' losses and divide, in one program and always in the same order."""
-    loss = tl.zeros((BLOCK,), loss_ptr.dtype.element_ty)
+    """Sum the rows' losses and shares, always in the same order; the last program of all divides."""
+    loss = tl.zeros((BLOCK,), rows_ptr.dtype.element_ty)
     mass = loss
-    for start in range(0, B, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    for turn in range(TURNS):
+        index = (tl.program_id(0) * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
         loss += tl.load(field_at(rows_ptr, LOSS, index, B), mask=index < B, other=0.0)
         mass += tl.load(field_at(rows_ptr, MASS, index, B), mask=index < B, other=0.0)
-    scale = tl.full((), divisor, loss.dtype)
-    scale = tl.where(scale == 0.0, tl.sum(mass), scale)
-    tl.store(loss_ptr, tl.sum(loss) / scale)
-    if divisor_ptr is not None:
-        tl.store(divisor_ptr, scale)
-    if factor_ptr is not None:
-        # Nothing kept: the mean is 0/0, and its gradient 0.
-        assumed = tl.full((), assumed, loss.dtype)
-        tl.store(factor_ptr, tl.where(scale == 0.0, 0.0, assumed / tl.where(scale == 0.0, 1.0, scale)))
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(loss))
+        tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(mass))
+    else:
+        scale = tl.full((), divisor, loss.dtype)
+        scale = tl.where(scale == 0.0, tl.sum(mass), scale)
+        tl.store(loss_ptr, tl.sum(loss) / scale)
+        if divisor_ptr is not None:
+            tl.store(divisor_ptr, scale)
+        if factor_ptr is not None:
+            tl.store(factor_ptr, tl.full((), assumed, loss.dtype) * reciprocal(scale))
 
 
 @triton.jit
@@ -167,3 +236,33 @@ def _rescale_kernel(
             value = tl.load(dlogits_ptr + index, mask=index < numel, other=0.0)
             scaled = (value.to(divisor.dtype) * factor).to(value.dtype)
             tl.store(dlogits_ptr + index, scaled, mask=index < numel)
+
+
+def total(
+    rows: Tensor,
+    loss: Tensor,
+    divisor: float,
+    *,
+    used: Tensor | None = None,
+    factor: Tensor | None = None,
+    assumed: float = 0.0,
+) -> None:
+    """Reduce the losses of a forward, on the device that is current.
+
+    Args:
+        rows: (fields, B), B >= 1.
+        loss: () out.
+        divisor: 0 stands for the kept mass.
+        used: () out, what was divided by.
+        factor: () out, assumed over what was divided by.
+        assumed: what gradients have been divided by.
+    """
+    batch = rows.shape[1]
+    programs = cdiv(batch, TOTAL_BLOCK * TOTAL_TURNS)
+    options = {"BLOCK": TOTAL_BLOCK, "TURNS": TOTAL_TURNS, "num_warps": 4, **OPTIONS}
+    if programs > 1:
+        sums = rows.new_empty(2, programs)
+        _amp_total_kernel[(programs,)](rows, sums, None, None, None, batch, divisor, assumed, **options)
+        total(sums, loss, divisor, used=used, factor=factor, assumed=assumed)
+    else:
+        _amp_total_kernel[(1,)](rows, None, loss, used, factor, batch, divisor, assumed, **options)

@@ -13,40 +13,162 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, cdiv, select_config
-from .launch import on_device_of
+from .config import Config, careful_block, cdiv, select_config
+from .launch import alignment, on_device_of
 from .rows import (
     ASSERTING,
+    LOG2E,
+    Problem,
     expm1_unit,
     gains,
+    is_tame,
+    load_finite,
+    load_labels,
     load_logits,
+    load_tile,
     log1p_any,
-    row_sum,
+    row_shift,
     target_tile,
-    tile_index,
-    tile_mask,
 )
-from .rows_registers import cross_entropy_at, loss_change
+from .rows_few import cross_entropy_at, loss_change
+from .rows_registers import is_sound, label_tile
 from .tuning import batch_class, tuned
 
 
-@triton.jit
-def _logit_change(x, x_adv):
-    """The change u = x' - x, and the same within [-1, 1]; 0 where a class is -inf in both (25)."""
-    u = tl.where((x == float("-inf")) & (x_adv == float("-inf")), 0.0, x_adv - x)
-    return u, tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
+class Out(NamedTuple):
+    """Where the results go."""
+
+    loss_ptr: Any
+    delta_ptr: Any
+    mask_ptr: Any
+    grad_ptr: Any
+    grad_adv_ptr: Any
 
 
 @triton.jit
-def _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy: tl.constexpr):
-    """The selected loss of each row, and which rows take ℓ(λ') (9)."""
-    if policy.mode == "mixup":
+def _store_rows(out, row, ok, loss, loss_adv, delta, tie_abs, tie_rel, policy: tl.constexpr):
+    """Choose between the losses of each row (9), and write what was chosen."""
+    if policy.mode == "mixup" or out.grad_adv_ptr is None:
         takes = tl.full(delta.shape, False, tl.int1)
     elif policy.mode == "maxop":
         takes = tl.full(delta.shape, True, tl.int1)
     else:
         takes = gains(loss, delta, tie_abs, tie_rel)
-    return tl.where(takes, loss_adv, loss), takes
+    tl.store(out.loss_ptr + row, tl.where(takes, loss_adv, loss), mask=ok)
+    tl.store(out.delta_ptr + row, delta, mask=ok)
+    tl.store(out.mask_ptr + row, takes.to(tl.int8), mask=ok)
+
+
+@triton.jit
+def _logit_change(x, x_adv):
+    """The change u = x' - x; 0 where a class is -inf in both (25)."""
+    return tl.where((x == float("-inf")) & (x_adv == float("-inf")), 0.0, x_adv - x)
+
+
+@triton.jit
+def _select_few_classes_kernel(
+    logits_ptr,  # (B, C) at λ, any strides
+    logits_adv_ptr,  # (B, C) at λ', any strides, or None
+    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
+    lam_ptr,  # (B,) compute dtype: the labels' coefficients
+    partner_ptr,  # (B,) int64
+    weight_ptr,  # (C,) class weights or None
+    loss_ptr,  # (B,) out, compute dtype
+    delta_ptr,  # (B,) out, compute dtype
+    mask_ptr,  # (B,) out, int8
+    grad_ptr,  # (B, C) out, contiguous, compute dtype
+    grad_adv_ptr,  # (B, C) out, contiguous, compute dtype; None with logits_adv_ptr
+    B,
+    C,
+    stride_zm: tl.int64,
+    stride_zn,  # without a type, as stride_an: 1 is then compiled in
+    stride_am: tl.int64,
+    stride_an,
+    tie_abs: tl.float64,
+    tie_rel: tl.float64,
+    policy: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """All of BLOCK_B rows, a row to a lane, whatever they hold (2, 3, 25-27)."""
+    problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    out = Out(loss_ptr, delta_ptr, mask_ptr, grad_ptr, grad_adv_ptr)
+    index = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    ok = index < B
+    row = tl.where(ok, index, B - 1)
+    cols = tl.arange(0, BLOCK_C)[:, None] * tl.minimum(B, 1)  # see `_amp_few_classes_kernel`
+    mask = ok & (cols < C)
+    lam = tl.load(lam_ptr + row)
+    on, _ = target_tile(problem, lam, row, tl.load(partner_ptr + row), cols, policy)
+    total = tl.sum(on, 0)
+    z = load_logits(problem, row, cols)
+    loss, p, _ = cross_entropy_at(z * LOG2E - row_shift(z), on)
+    tl.store(grad_ptr + row * C + cols, total * p - on, mask=mask)
+    loss_adv = loss
+    delta = tl.full(lam.shape, 0.0, lam.dtype)
+    if logits_adv_ptr is not None:
+        problem = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+        z_adv = load_logits(problem, row, cols)
+        loss_adv, p_adv, _ = cross_entropy_at(z_adv * LOG2E - row_shift(z_adv), on)
+        tl.store(grad_adv_ptr + row * C + cols, total * p_adv - on, mask=mask)
+        delta = loss_change(p, on, total, _logit_change(z, z_adv), loss_adv - loss)
+    _store_rows(out, row, ok, loss, loss_adv, delta, tie_abs, tie_rel, policy)
+
+
+@triton.jit
+def _scan(sums, top, x):
+    """One tile more in an online sum of exponentials: the sums, and the maximum that they are relative to."""
+    new_top = tl.maximum(top, tl.max(x, 0))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return sums * tl.exp(top - base) + tl.exp(x - base), new_top
+
+
+@triton.jit
+def _careful(problem, problem_adv, out, row, other, lam, policy: tl.constexpr, BLOCK: tl.constexpr):
+    """ℓ(λ), ℓ(λ') and δ of one row that holds anything; a pass for the sums of exponentials, one for the rest."""
+    zeros = tl.zeros((BLOCK,), lam.dtype)
+    top = tl.full((), float("-inf"), lam.dtype)
+    top_adv = top
+    sums = zeros
+    sums_adv = zeros
+    on_sum = zeros
+    for start in range(0, problem.C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        on, _ = target_tile(problem, lam, row, other, cols, policy)
+        on_sum += on
+        sums, top = _scan(sums, top, load_logits(problem, row, cols))
+        sums_adv, top_adv = _scan(sums_adv, top_adv, load_logits(problem_adv, row, cols))
+    total = tl.sum(on_sum, 0)
+    log_sum = tl.log(tl.sum(sums, 0))
+    log_sum_adv = tl.log(tl.sum(sums_adv, 0))
+    losses = zeros
+    losses_adv = zeros
+    changes = zeros
+    on_u = zeros
+    u_max = zeros
+    for start in range(0, problem.C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        at = row * problem.C + cols
+        on, _ = target_tile(problem, lam, row, other, cols, policy)
+        x = load_logits(problem, row, cols)
+        # Relative to the maximum first: a large common offset costs no digits.
+        logp = (x - top) - log_sum
+        p = tl.exp(logp)
+        losses -= tl.where(on != 0, on * logp, 0.0)
+        tl.store(out.grad_ptr + at, total * p - on, mask=cols < problem.C)
+        if out.grad_adv_ptr is not None:
+            x_adv = load_logits(problem_adv, row, cols)
+            logp = (x_adv - top_adv) - log_sum_adv
+            losses_adv -= tl.where(on != 0, on * logp, 0.0)
+            tl.store(out.grad_adv_ptr + at, total * tl.exp(logp) - on, mask=cols < problem.C)
+            u = _logit_change(x, x_adv)
+            changes += p * expm1_unit(tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u)))  # comparisons keep NaN
+            on_u += on * u
+            u_max = tl.maximum(u_max, tl.abs(u))
+    loss = tl.sum(losses, 0)
+    loss_adv = tl.sum(losses_adv, 0)
+    near = total * log1p_any(tl.sum(changes, 0)) - tl.sum(on_u, 0)
+    return loss, loss_adv, tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
 
 
 @triton.jit
@@ -71,149 +193,107 @@ def _select_kernel(
     tie_abs: tl.float64,
     tie_rel: tl.float64,
     policy: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C and of the stride of rows
     BLOCK_C: tl.constexpr,
+    BLOCK_CAREFUL: tl.constexpr,
 ):
-    """All of BLOCK_B rows, with their whole width in registers (2, 3, 25-27)."""
-    row, cols, ok = tile_index(tl.program_id(0), 0, B, BLOCK_B, BLOCK_C)
-    mask = tile_mask(ok, cols, C, BLOCK_B)
-    lam = tl.load(lam_ptr + row)
-    on, _ = target_tile(target_ptr, weight_ptr, lam, row, tl.load(partner_ptr + row), cols, C, policy)
-    x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
-    total = row_sum(on)
-    loss, p = cross_entropy_at(x, on)
-    g = total * p - on
-    tl.store(grad_ptr + row * C + cols, g, mask=mask)
-    delta = tl.full(lam.shape, 0.0, lam.dtype)
-    takes = delta > 0
-    if logits_adv_ptr is not None:
-        x_adv = load_logits(logits_adv_ptr, row, cols, C, stride_am, stride_an, lam.dtype)
-        loss_adv, p_adv = cross_entropy_at(x_adv, on)
-        g = total * p_adv - on
-        u, _ = _logit_change(x, x_adv)
-        delta = loss_change(p, on, total, u, loss_adv - loss)
-        tl.store(grad_adv_ptr + row * C + cols, g, mask=mask)
-        loss, takes = _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy)
-    tl.store(loss_ptr + row, loss, mask=ok)
-    tl.store(delta_ptr + row, delta, mask=ok)
-    tl.store(mask_ptr + row, takes.to(tl.int8), mask=ok)
-
-
-@triton.jit
-def _scan(sums, top, x):
-    """One tile more in an online sum of exponentials: the sums, and the maximum that they are relative to."""
-    new_top = tl.maximum(top, tl.max(x, 0))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    return sums * tl.exp(top - base) + tl.exp(x - base), new_top
-
-
-@triton.jit
-def _cross_entropy_loop(
-    logits_ptr,
-    logits_adv_ptr,
-    target_ptr,
-    weight_ptr,
-    grad_ptr,
-    grad_adv_ptr,
-    row,
-    other,
-    lam,
-    C,
-    stride_zm,
-    stride_zn,
-    stride_am,
-    stride_an,
-    policy: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """ℓ(λ), ℓ(λ') and δ of one row; a pass for the sums of exponentials, one for the rest and the gradients."""
-    zeros = tl.zeros((BLOCK_C,), lam.dtype)
-    top = tl.full((), float("-inf"), lam.dtype)
-    top_adv = top
-    sums = zeros
-    sums_adv = zeros
-    on_sum = zeros
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
-        on_sum += on
-        x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
-        sums, top = _scan(sums, top, x)
-        if logits_adv_ptr is not None:
-            x_adv = load_logits(logits_adv_ptr, row, cols, C, stride_am, stride_an, lam.dtype)
-            sums_adv, top_adv = _scan(sums_adv, top_adv, x_adv)
-    total = tl.sum(on_sum, 0)
-    log_sum = tl.log(tl.sum(sums, 0))
-    log_sum_adv = tl.log(tl.sum(sums_adv, 0))
-    losses = zeros
-    losses_adv = zeros
-    changes = zeros
-    on_u = zeros
-    u_max = zeros
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        on, _ = target_tile(target_ptr, weight_ptr, lam, row, other, cols, C, policy)
-        x = load_logits(logits_ptr, row, cols, C, stride_zm, stride_zn, lam.dtype)
-        # Relative to the maximum first: a large common offset costs no digits.
-        logp = (x - top) - log_sum
-        p = tl.exp(logp)
-        losses -= tl.where(on != 0, on * logp, 0.0)
-        tl.store(grad_ptr + row * C + cols, total * p - on, mask=cols < C)
-        if logits_adv_ptr is not None:
-            x_adv = load_logits(logits_adv_ptr, row, cols, C, stride_am, stride_an, lam.dtype)
-            logp = (x_adv - top_adv) - log_sum_adv
-            losses_adv -= tl.where(on != 0, on * logp, 0.0)
-            tl.store(grad_adv_ptr + row * C + cols, total * tl.exp(logp) - on, mask=cols < C)
-            u, u_near = _logit_change(x, x_adv)
-            changes += p * expm1_unit(u_near)
-            on_u += on * u
-            u_max = tl.maximum(u_max, tl.abs(u))
-    loss = tl.sum(losses, 0)
-    loss_adv = tl.sum(losses_adv, 0)
-    near = total * log1p_any(tl.sum(changes, 0)) - tl.sum(on_u, 0)
-    delta = tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
-    return loss, loss_adv, delta
-
-
-@triton.jit
-def _select_rows_kernel(
-    logits_ptr,  # (B, C) at λ, any strides
-    logits_adv_ptr,  # (B, C) at λ', any strides, or None
-    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
-    lam_ptr,  # (B,) compute dtype: the labels' coefficients
-    partner_ptr,  # (B,) int64
-    weight_ptr,  # (C,) class weights or None
-    loss_ptr,  # (B,) out, compute dtype
-    delta_ptr,  # (B,) out, compute dtype
-    mask_ptr,  # (B,) out, int8
-    grad_ptr,  # (B, C) out, contiguous, compute dtype
-    grad_adv_ptr,  # (B, C) out, contiguous, compute dtype; None with logits_adv_ptr
-    C,
-    stride_zm: tl.int64,
-    stride_zn,  # without a type, as stride_an: 1 is then compiled in
-    stride_am: tl.int64,
-    stride_an,
-    tie_abs: tl.float64,
-    tie_rel: tl.float64,
-    policy: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The same for one row of any width, by loops over tiles."""
+    """One row, by a loop over tiles for the sums and one for δ and the gradients (2, 3, 25-27)."""
+    has_adv: tl.constexpr = logits_adv_ptr is not None
+    sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
+    # Which tells the compiler so, for loads of 16 bytes.
+    C = C // ALIGN * ALIGN
+    stride_zm = stride_zm // ALIGN * ALIGN
+    stride_am = stride_am // ALIGN * ALIGN
+    problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    problem_adv = problem
+    if has_adv:
+        problem_adv = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    out = Out(loss_ptr, delta_ptr, mask_ptr, grad_ptr, grad_adv_ptr)
     row = tl.program_id(0).to(tl.int64)
     other = tl.load(partner_ptr + row)
     lam = tl.load(lam_ptr + row)
-    loss, loss_adv, delta = _cross_entropy_loop(
-        logits_ptr, logits_adv_ptr, target_ptr, weight_ptr, grad_ptr, grad_adv_ptr, row, other, lam,
-        C, stride_zm, stride_zn, stride_am, stride_an, policy, BLOCK_C,
-    )  # fmt: skip
-    if logits_adv_ptr is None:
-        delta = tl.full((), 0.0, lam.dtype)
-        takes = delta > 0
+    first = tl.arange(0, BLOCK_C)
+    # A value of the size of the row's logits is all that a shift has to be: the first tile has one.
+    top = tl.max(load_finite(problem, row, first), 0)
+    top_adv = top
+    if has_adv:
+        top_adv = tl.max(load_finite(problem_adv, row, first), 0)
+    shift = top * LOG2E
+    shift_adv = top_adv * LOG2E
+    sums = tl.zeros((BLOCK_C,), lam.dtype)
+    sums_adv = sums
+    on_sum = sums
+    on_z = sums
+    on_adv = sums
+    on_u = sums
+    for start in range(0, C, BLOCK_C):
+        cols = start + first
+        z = load_finite(problem, row, cols)
+        sums += tl.exp2(z * LOG2E - shift)
+        z_adv = z
+        if has_adv:
+            z_adv = load_finite(problem_adv, row, cols)
+            sums_adv += tl.exp2(z_adv * LOG2E - shift_adv)
+        if not sparse:
+            on, _ = target_tile(problem, lam, row, other, cols, policy)
+            on_sum += on
+            on_z += on * (z - top)
+            on_adv += on * (z_adv - top_adv)
+            on_u += on * (z_adv - z)
+    if sparse:
+        on = load_labels(problem, lam, row, other, policy)
+        z_a = load_tile(problem, row, on.a, 0.0)
+        z_b = load_tile(problem, row, on.b, 0.0)
+        adv_a = load_tile(problem_adv, row, on.a, 0.0)
+        adv_b = load_tile(problem_adv, row, on.b, 0.0)
+        total = on.on_a + on.on_b
+        target_z = on.on_a * (z_a - top) + on.on_b * (z_b - top)
+        target_adv = on.on_a * (adv_a - top_adv) + on.on_b * (adv_b - top_adv)
+        target_u = on.on_a * (adv_a - z_a) + on.on_b * (adv_b - z_b)
     else:
-        loss, takes = _chosen(loss, loss_adv, delta, tie_abs, tie_rel, policy)
-    tl.store(loss_ptr + row, loss)
-    tl.store(delta_ptr + row, delta)
-    tl.store(mask_ptr + row, takes.to(tl.int8))
+        total = tl.sum(on_sum, 0)
+        target_z = tl.sum(on_z, 0)
+        target_adv = tl.sum(on_adv, 0)
+        target_u = tl.sum(on_u, 0)
+    sum_exp = tl.sum(sums, 0)
+    loss = total * tl.log(sum_exp) - target_z
+    loss_adv = loss
+    delta = tl.full((), 0.0, lam.dtype)
+    easy = is_tame(problem, top) & is_sound(sum_exp) & (tl.abs(loss) < float("inf"))
+    if has_adv:
+        sum_adv = tl.sum(sums_adv, 0)
+        loss_adv = total * tl.log(sum_adv) - target_adv
+        easy = easy & is_tame(problem, top_adv) & is_sound(sum_adv) & (tl.abs(loss_adv) < float("inf"))
+    if easy:
+        shift += tl.log(sum_exp) * LOG2E
+        if has_adv:
+            shift_adv += tl.log(sum_adv) * LOG2E
+        changes = tl.zeros((BLOCK_C,), lam.dtype)
+        u_max = changes
+        for start in range(0, C, BLOCK_C):
+            cols = start + first
+            if sparse:
+                tile = label_tile(on, cols)
+            else:
+                tile, _ = target_tile(problem, lam, row, other, cols, policy)
+            z = load_finite(problem, row, cols)
+            p = tl.exp2(z * LOG2E - shift)
+            tl.store(grad_ptr + row * C + cols, total * p - tile, mask=cols < C)
+            if has_adv:
+                z_adv = load_finite(problem_adv, row, cols)
+                u = z_adv - z
+                changes += p * expm1_unit(u)
+                u_max = tl.maximum(u_max, tl.abs(u))
+                p = tl.exp2(z_adv * LOG2E - shift_adv)
+                tl.store(grad_adv_ptr + row * C + cols, total * p - tile, mask=cols < C)
+        if has_adv:
+            near = total * log1p_any(tl.sum(changes, 0)) - target_u
+            delta = tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
+    else:
+        loss, loss_adv, delta = _careful(problem, problem_adv, out, row, other, lam, policy, BLOCK_CAREFUL)
+        if not has_adv:
+            delta = tl.full((), 0.0, lam.dtype)
+    _store_rows(out, row, True, loss, loss_adv, delta, tie_abs, tie_rel, policy)
 
 
 class Selection(NamedTuple):
@@ -263,15 +343,16 @@ def select_cross_entropy_forward(
 
     def launch(config: Config) -> Selection:
         options = {"policy": policy, "BLOCK_C": config.block_c, "num_warps": config.num_warps, **ASSERTING}
-        if config.in_registers:
+        if config.block_b > 1:
             grid = (cdiv(batch, config.block_b),)
-            _select_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
+            _select_few_classes_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
         else:
-            _select_rows_kernel[(batch,)](*tensors, classes, *scalars, **options)
+            rows = (logits,) if logits_adv is None else (logits, logits_adv)
+            options |= {"ALIGN": alignment(*rows), "BLOCK_CAREFUL": careful_block(config.block_c)}
+            _select_kernel[(batch,)](*tensors, batch, classes, *scalars, **options)
         return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
 
     config = select_config(classes, lam.element_size())
-    free = ("block_b" if config.in_registers else "block_c", "num_warps")
     with on_device_of(logits):
         return tuned(
             "_select_kernel",
@@ -285,6 +366,6 @@ def select_cross_entropy_forward(
                 logits.device,
             ),
             config,
-            free,
+            ("num_warps",) if config.block_b > 1 else ("block_c", "num_warps"),
             launch,
         )
