@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,6 +50,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+def _fused(self, x, y, z):
+    """As hardware has it, and unlike Triton's interpreter: the product is not rounded."""
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = x.data.astype("float64") * y.data + z.data
+    return TensorHandle(wide.astype(x.data.dtype), z.dtype.scalar)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and has_triton():
+    importlib.import_module("triton.runtime.interpreter").InterpreterBuilder.create_fma = _fused
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
@@ -80,11 +93,9 @@ def triton_backend() -> Iterator[str]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
-    """Rows of more than 8 classes go through the looping kernels, 8 classes a tile."""
-    _set_constants(monkeypatch, "REGISTER_WORDS", 8)
-    _set_constants(monkeypatch, "LOOP_WORDS", 8)
-    _set_constants(monkeypatch, "PAIR_WORDS", 8)
-    _set_constants(monkeypatch, "WORDS_PER_WARP", 8)
+    """Rows of more than 8 classes go through the looping kernels, 8 classes a tile; shorter ones through registers."""
+    words = ("REGISTER_WORDS", "LOOP_WORDS", "GRAD_WORDS", "SELECT_WORDS", "LEAST_WORDS")
+    _set_constants(monkeypatch, dict.fromkeys(words, 8) | {"FEW_CLASSES": 0, "CAREFUL_COLUMNS": 4})
 
 
 @pytest.fixture
@@ -92,26 +103,24 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
     """Tiles of a few elements, so that short rows take many programs, many parts and many pieces."""
     small = {"MIX_BYTES": 32, "MIX_ROWS": 2, "REMIX_WORDS": 8, "REMIX_WORDS_PER_WARP": 8, "PART_TILES": 1}
     small |= {"MAX_PARTS": 4, "EMBEDDING_PIECE": 4, "EMBEDDING_ROWS": 2, "EMBEDDING_WORDS": 8}
-    config = importlib.import_module("fastamp.kernels.config")
-    for name, value in small.items():
-        assert hasattr(config, name)
-        monkeypatch.setattr(config, name, value)
+    _set_constants(monkeypatch, small)
 
 
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
-    """No batch of more than one row fits one program: several programs, each of a few rows."""
-    _set_constants(monkeypatch, "SINGLE_PROGRAM_WORDS", 0)
-    _set_constants(monkeypatch, "ROW_GROUP_WORDS", 32)
+    """Two rows of few classes to a program, and totals in two steps from the third row on."""
+    _set_constants(monkeypatch, {"FEW_ROWS": 2, "TOTAL_BLOCK": 2, "TOTAL_TURNS": 1, "SEARCH_ROWS": 2})
 
 
-def _set_constants(monkeypatch: pytest.MonkeyPatch, prefix: str, value: int) -> None:
-    """Replace every launch constant of that prefix: one for each loss, perhaps."""
-    module = importlib.import_module("fastamp.kernels.config")
-    names = [name for name in vars(module) if name.startswith(prefix)]
-    assert names, f"no launch constant {prefix}"
-    for name in names:
-        monkeypatch.setattr(module, name, value)
+def _set_constants(monkeypatch: pytest.MonkeyPatch, values: dict[str, int]) -> None:
+    """Replace launch constants, wherever they have been imported to."""
+    config = importlib.import_module("fastamp.kernels.config")
+    assert values.keys() <= vars(config).keys()
+    importlib.import_module("fastamp.kernels")
+    for module in [module for name, module in sys.modules.items() if name.startswith("fastamp.kernels")]:
+        for name, value in values.items():
+            if name in vars(module):
+                monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
     logits = scale * torch.tensor([[1.0, 0.0, -0.5], [0.75, -0.25, 0.0], [0.0, 1.0, -1.0]])
     target, lam, partner = torch.tensor([0, 0, 1]), torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 2, 0])
     loss, stats = amp_cross_entropy(
-        logits, target, lam, partner, reduction="none", return_stats=True, tie_tol=0.0, mode="maxop"
+        logits, target, lam, partner, reduction="none", return_stats=True, tie_tol=0.0
     )
     for r in range(3):
         q = int(partner[r])
@@ -54,7 +54,9 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
         )
         # λ' is rounded to float32, which moves the step by up to 3e-8.
         slack = 1e-4 * abs(delta) + 4e-8 * abs(grad)
-        assert abs(stats.grad[r].item() - grad) <= 4e-6 * max(1e-3, abs(grad)) * scale
+        # A kernel rounds logits in units of log 2, where these are whole numbers.
+        rounding = 2e-7 * scale**2 if backend == "triton" else 0.0
+        assert abs(stats.grad[r].item() - grad) <= 4e-6 * max(1e-3, abs(grad)) * scale + rounding
         assert abs(stats.delta[r].item() - delta) <= slack
         assert abs(loss[r].item() - value - delta) <= 2e-6 * max(1.0, abs(value)) + slack
 
@@ -62,7 +64,8 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
 @pytest.mark.parametrize("pairing", ["permutation", "matching"])
 @pytest.mark.parametrize("reach", [1e-3, 0.06, 0.065, 0.2, 0.3, 2.0])
 def test_delta_of_long_rows_keeps_its_digits_from_moments_and_from_passes(small_tiles, pairing, reach):
-    case = random_case(8, 37, step_size=1.0, pairing=pairing)
+    # Compared with 0: where δ decides nothing it need not have its digits.
+    case = random_case(8, 37, step_size=1.0, pairing=pairing, tie_tol=0.0)
     case = case._replace(partner=torch.arange(8).roll(4))
     spread = (case.logits - case.logits[case.partner]).abs().amax()
     # ∇λ is clipped to 1 wherever it is larger: the largest |η d| is `reach`, whatever way is taken for it.

@@ -18,6 +18,7 @@ FEW_WARPS = 2
 REGISTER_WORDS = 4096
 WORDS_PER_WARP = 1024  # 32 a lane
 WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass
+CAREFUL_COLUMNS = 64  # least tile of careful loops
 LEAST_WORDS = 64  # two a lane: a sum then is one of numbers that all lanes have rounded alike
 SEARCH_ROWS = 1024  # of so many a program looks for the row whose partner its own is; of more it is told
 # amp_cross_entropy, longer rows by loops, and their gradient
@@ -92,7 +93,7 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
 
 def careful_block(block_c: int) -> int:
     """The tile of a program's careful loops, beside one of `block_c` columns."""
-    return max(64, block_c // 8)
+    return max(CAREFUL_COLUMNS, block_c // 8)
 
 
 def backward_config(classes: int, itemsize: int) -> Config:

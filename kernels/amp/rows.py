@@ -199,6 +199,12 @@ def row_shift(a):
 
 
 @triton.jit
+def scaled(z, shift):
+    """Logits in units of log 2, less a shift: rounded once, so that a common offset, however large, costs no digits."""
+    return tl.fma(z, tl.full((), LOG2E, z.dtype), -shift)
+
+
+@triton.jit
 def mixed_logits(
     a,  # tile of the row's logits
     b,  # tile of its partner's
@@ -208,8 +214,8 @@ def mixed_logits(
 ):
     """X = b + λd and d = a - b of shifted logits, in units of log 2; -inf in either makes -inf in x, with d = 0."""
     excluded = (a == float("-inf")) | (b == float("-inf"))
-    b = b * LOG2E - shift_b
-    d = tl.where(excluded, 0.0, (a * LOG2E - shift_a) - b)
+    b = scaled(b, shift_b)
+    d = tl.where(excluded, 0.0, scaled(a, shift_a) - b)
     return tl.where(excluded, float("-inf"), b + lam * d), d
 
 

@@ -61,8 +61,9 @@ def cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy: 
         delta = loss_adv - loss
         if not policy.keeps_all:
             delta = loss_change(p, on, total, step * LN2, delta)
+            loss_adv = loss + delta
         takes = takes_adversarial(loss, delta, policy)
-        loss = tl.where(takes, loss + delta, loss)
+        loss = tl.where(takes, loss_adv, loss)
         p = tl.where(takes, p_adv, p)
         lse = tl.where(takes, lse_adv, lse)
     lam_sel = tl.where(takes, lam_adv, lam)

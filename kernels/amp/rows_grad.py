@@ -12,7 +12,6 @@ from .config import TOTAL_BLOCK, TOTAL_TURNS, cdiv
 from .rows import (
     EASY,
     LAM,
-    LOG2E,
     LOSS,
     LSE,
     MASS,
@@ -26,6 +25,7 @@ from .rows import (
     load_labels,
     load_logits,
     reciprocal,
+    scaled,
     target_tile,
 )
 from .rows_careful import careful_grad
@@ -137,9 +137,9 @@ def _amp_rows_grad_kernel(
                 if not pairs:
                     c = load_finite(problem, source, cols)
                 # Of easy rows, what was subtracted depends upon the row alone.
-                a = a * LOG2E - role.shift_a
-                b = b * LOG2E - role.shift_b
-                c = b if pairs else c * LOG2E - role_source.shift_a
+                a = scaled(a, role.shift_a)
+                b = scaled(b, role.shift_b)
+                c = b if pairs else scaled(c, role_source.shift_a)
                 e = tl.exp2(b + role.lam * (a - b))
                 e_source = tl.exp2(a + role_source.lam * (c - a))
                 slope = softmax_factor(role)

@@ -17,6 +17,7 @@ from .rows import (
     load_finite,
     log1p_any,
     reciprocal,
+    scaled,
     scaled_grad,
     step_lam,
     store_role,
@@ -151,8 +152,8 @@ def _amp_rows_kernel(
         d_max = sums.s0
         for start in range(0, C, BLOCK_C):
             cols = start + first
-            a = load_finite(problem, row, cols) * LOG2E - shift
-            b = load_finite(problem, other, cols) * LOG2E - shift_other
+            a = scaled(load_finite(problem, row, cols), shift)
+            b = scaled(load_finite(problem, other, cols), shift_other)
             d = a - b
             d_max = tl.maximum(d_max, tl.abs(d))
             sums = _with_tile(sums, problem, b, d, row, other, lam, cols, policy, sparse)
@@ -183,8 +184,8 @@ def _amp_rows_kernel(
                     slope_other = softmax_factor(role_other)
                     for start in range(0, C, BLOCK_C):
                         cols = start + first
-                        a = load_finite(problem, row, cols) * LOG2E - shift
-                        b = load_finite(problem, other, cols) * LOG2E - shift_other
+                        a = scaled(load_finite(problem, row, cols), shift)
+                        b = scaled(load_finite(problem, other, cols), shift_other)
                         d = a - b
                         e = tl.exp2(b + role.lam * d)
                         e_other = tl.exp2(a - role_other.lam * d)

@@ -19,6 +19,7 @@ from .rows import (
     log1p_any,
     partners,
     reciprocal,
+    scaled,
     scaled_grad,
     step_lam,
     store_role,
@@ -32,10 +33,10 @@ from .rows_careful import careful_role, careful_row_grad
 def sparse_targets(problem, row, other, lam, shift_a, shift_b, policy: tl.constexpr):
     """Labels without smoothing; S, ⟨t, b⟩ and ⟨t, d⟩ from the logits at both: no pass over the classes."""
     on = load_labels(problem, lam, row, other, policy)
-    a_a = load_tile(problem, row, on.a, 0.0) * LOG2E - shift_a
-    b_a = load_tile(problem, other, on.a, 0.0) * LOG2E - shift_b
-    a_b = load_tile(problem, row, on.b, 0.0) * LOG2E - shift_a
-    b_b = load_tile(problem, other, on.b, 0.0) * LOG2E - shift_b
+    a_a = scaled(load_tile(problem, row, on.a, 0.0), shift_a)
+    b_a = scaled(load_tile(problem, other, on.a, 0.0), shift_b)
+    a_b = scaled(load_tile(problem, row, on.b, 0.0), shift_a)
+    b_b = scaled(load_tile(problem, other, on.b, 0.0), shift_b)
     return on, on.on_a + on.on_b, on.on_a * b_a + on.on_b * b_b, on.on_a * (a_a - b_a) + on.on_b * (a_b - b_b)
 
 
@@ -136,7 +137,7 @@ def _shifted(problem, z):
     """A row in units of log 2, its largest logit 0; what was subtracted, and whether the row may be tame."""
     top = tl.max(z, 0)
     shift = top * LOG2E
-    return z * LOG2E - shift, shift, is_tame(problem, top)
+    return scaled(z, shift), shift, is_tame(problem, top)
 
 
 @triton.jit

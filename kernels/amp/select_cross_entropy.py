@@ -17,6 +17,7 @@ from .config import Config, careful_block, cdiv, select_config
 from .launch import alignment, on_device_of
 from .rows import (
     ASSERTING,
+    LN2,
     LOG2E,
     Problem,
     expm1_unit,
@@ -28,6 +29,7 @@ from .rows import (
     load_tile,
     log1p_any,
     row_shift,
+    scaled,
     target_tile,
 )
 from .rows_few import cross_entropy_at, loss_change
@@ -102,14 +104,14 @@ def _select_few_classes_kernel(
     on, _ = target_tile(problem, lam, row, tl.load(partner_ptr + row), cols, policy)
     total = tl.sum(on, 0)
     z = load_logits(problem, row, cols)
-    loss, p, _ = cross_entropy_at(z * LOG2E - row_shift(z), on)
+    loss, p, _ = cross_entropy_at(scaled(z, row_shift(z)), on)
     tl.store(grad_ptr + row * C + cols, total * p - on, mask=mask)
     loss_adv = loss
     delta = tl.full(lam.shape, 0.0, lam.dtype)
     if logits_adv_ptr is not None:
         problem = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
         z_adv = load_logits(problem, row, cols)
-        loss_adv, p_adv, _ = cross_entropy_at(z_adv * LOG2E - row_shift(z_adv), on)
+        loss_adv, p_adv, _ = cross_entropy_at(scaled(z_adv, row_shift(z_adv)), on)
         tl.store(grad_adv_ptr + row * C + cols, total * p_adv - on, mask=mask)
         delta = loss_change(p, on, total, _logit_change(z, z_adv), loss_adv - loss)
     _store_rows(out, row, ok, loss, loss_adv, delta, tie_abs, tie_rel, policy)
@@ -229,16 +231,18 @@ def _select_kernel(
     for start in range(0, C, BLOCK_C):
         cols = start + first
         z = load_finite(problem, row, cols)
-        sums += tl.exp2(z * LOG2E - shift)
         z_adv = z
         if has_adv:
             z_adv = load_finite(problem_adv, row, cols)
-            sums_adv += tl.exp2(z_adv * LOG2E - shift_adv)
+        x = scaled(z, shift)
+        x_adv = scaled(z_adv, shift_adv)
+        sums += tl.exp2(x)
+        sums_adv += tl.exp2(x_adv)
         if not sparse:
             on, _ = target_tile(problem, lam, row, other, cols, policy)
             on_sum += on
-            on_z += on * (z - top)
-            on_adv += on * (z_adv - top_adv)
+            on_z += on * x
+            on_adv += on * x_adv
             on_u += on * (z_adv - z)
     if sparse:
         on = load_labels(problem, lam, row, other, policy)
@@ -247,8 +251,8 @@ def _select_kernel(
         adv_a = load_tile(problem_adv, row, on.a, 0.0)
         adv_b = load_tile(problem_adv, row, on.b, 0.0)
         total = on.on_a + on.on_b
-        target_z = on.on_a * (z_a - top) + on.on_b * (z_b - top)
-        target_adv = on.on_a * (adv_a - top_adv) + on.on_b * (adv_b - top_adv)
+        target_z = on.on_a * scaled(z_a, shift) + on.on_b * scaled(z_b, shift)
+        target_adv = on.on_a * scaled(adv_a, shift_adv) + on.on_b * scaled(adv_b, shift_adv)
         target_u = on.on_a * (adv_a - z_a) + on.on_b * (adv_b - z_b)
     else:
         total = tl.sum(on_sum, 0)
@@ -256,18 +260,18 @@ def _select_kernel(
         target_adv = tl.sum(on_adv, 0)
         target_u = tl.sum(on_u, 0)
     sum_exp = tl.sum(sums, 0)
-    loss = total * tl.log(sum_exp) - target_z
+    loss = total * tl.log(sum_exp) - target_z * LN2
     loss_adv = loss
     delta = tl.full((), 0.0, lam.dtype)
     easy = is_tame(problem, top) & is_sound(sum_exp) & (tl.abs(loss) < float("inf"))
     if has_adv:
         sum_adv = tl.sum(sums_adv, 0)
-        loss_adv = total * tl.log(sum_adv) - target_adv
+        loss_adv = total * tl.log(sum_adv) - target_adv * LN2
         easy = easy & is_tame(problem, top_adv) & is_sound(sum_adv) & (tl.abs(loss_adv) < float("inf"))
     if easy:
-        shift += tl.log(sum_exp) * LOG2E
+        slope = total / sum_exp
         if has_adv:
-            shift_adv += tl.log(sum_adv) * LOG2E
+            slope_adv = total / sum_adv
         changes = tl.zeros((BLOCK_C,), lam.dtype)
         u_max = changes
         for start in range(0, C, BLOCK_C):
@@ -277,19 +281,22 @@ def _select_kernel(
             else:
                 tile, _ = target_tile(problem, lam, row, other, cols, policy)
             z = load_finite(problem, row, cols)
-            p = tl.exp2(z * LOG2E - shift)
-            tl.store(grad_ptr + row * C + cols, total * p - tile, mask=cols < C)
+            e = tl.exp2(scaled(z, shift))
+            tl.store(grad_ptr + row * C + cols, slope * e - tile, mask=cols < C)
             if has_adv:
                 z_adv = load_finite(problem_adv, row, cols)
                 u = z_adv - z
-                changes += p * expm1_unit(u)
+                changes += e * expm1_unit(u)
                 u_max = tl.maximum(u_max, tl.abs(u))
-                p = tl.exp2(z_adv * LOG2E - shift_adv)
-                tl.store(grad_adv_ptr + row * C + cols, total * p - tile, mask=cols < C)
+                e = tl.exp2(scaled(z_adv, shift_adv))
+                tl.store(grad_adv_ptr + row * C + cols, slope_adv * e - tile, mask=cols < C)
         if has_adv:
-            near = total * log1p_any(tl.sum(changes, 0)) - target_u
+            changed = tl.sum(changes, 0)
+            near = total * log1p_any(changed / sum_exp) - target_u
             delta = tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
-    else:
+            easy = changed == changed  # a class that is -inf in both has made it NaN
+            tl.debug_barrier()  # the gradients are written again, by other threads
+    if not easy:
         loss, loss_adv, delta = _careful(problem, problem_adv, out, row, other, lam, policy, BLOCK_CAREFUL)
         if not has_adv:
             delta = tl.full((), 0.0, lam.dtype)
