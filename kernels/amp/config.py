@@ -37,7 +37,7 @@ SELECT_WORDS_PER_WARP = 1024
 HEAD_CLASSES = 16
 HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
 HEAD_DEPTH = 1024
-HEAD_WARPS = 8
+HEAD_WORDS_PER_WARP = 1024
 # mix, remix, embedding_mix
 MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread of 4 warps, 62-100%
 MIX_ROWS = 64  # most rows of such a tile
@@ -144,7 +144,8 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> H
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, cdiv(batch, 128)))
-    return HeadConfig(rows, block_c, block_d, HEAD_WARPS)
+    # Eight columns a lane, and all classes of each: sums over classes need no other lane.
+    return HeadConfig(rows, block_c, block_d, max(1, block_d // 256, words // HEAD_WORDS_PER_WARP))
 
 
 def mix_config(width: int, itemsize: int) -> Config:

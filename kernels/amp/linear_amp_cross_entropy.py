@@ -36,12 +36,12 @@ FIELDS = tl.constexpr(7)  # the first of the row fields: the rest serve the grad
 
 @triton.jit
 def _head(m, keep, w, bias, RELU: tl.constexpr):
-    """The head's input a (BLOCK_D,), its slope ∂a/∂m, and its logits x (BLOCK_C,) (17)."""
+    """The head's input a (1, BLOCK_D), its slope ∂a/∂m, and its logits x (BLOCK_C,) (17)."""
     slope = keep
     if RELU:
         slope = tl.where(m > 0, keep, 0.0)
     a = m * slope
-    return a, slope, tl.sum(w * a[None, :], 1) + bias
+    return a, slope, tl.sum(w * a, 1) + bias
 
 
 @triton.jit
@@ -63,12 +63,12 @@ def _head_role(
     w,  # (BLOCK_C, BLOCK_D)
     bias,  # (BLOCK_C,), -inf past the last class
     cols,  # (BLOCK_C,)
-    depth,  # (BLOCK_D,)
+    depth,  # (1, BLOCK_D)
     D,
     policy: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """The role of `row` mixed with `other`, g (BLOCK_C,), a at λ* and ∂ℓ/∂m (BLOCK_D,) (17-19)."""
+    """The role of `row` mixed with `other`, g (BLOCK_C,), a at λ* and ∂ℓ/∂m (1, BLOCK_D) (17-19)."""
     inside = depth < D
     lam = tl.load(problem.lam_ptr + row)
     h = tl.load(problem.logits_ptr + row * problem.stride_zm + depth, mask=inside, other=0.0).to(lam.dtype)
@@ -83,20 +83,20 @@ def _head_role(
     a, slope, x = _head(m, keep, w, bias, RELU)
     if not RELU:
         # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
-        dx = tl.where(cols < problem.C, tl.sum(w * (keep * d)[None, :], 1), 0.0)
+        dx = tl.where(cols < problem.C, tl.sum(w * (keep * d), 1), 0.0)
         role, g = cross_entropy_role(problem, x * LOG2E, dx * LOG2E, on, share, lam, 0.0, 0.0, policy)
         a = keep * (h_other + role.lam * d)
     else:
         total = tl.sum(on, 0)
         loss, p, _ = cross_entropy_at(x * LOG2E, on)
         g = total * p - on
-        grad = scaled_grad(tl.sum(tl.sum(w * g[:, None], 0) * slope * d, 0), problem.grad_divisor_ptr)
+        grad = scaled_grad(tl.sum(tl.sum(w * g[:, None], 0)[None, :] * slope * d), problem.grad_divisor_ptr)
         lam_adv = step_lam(lam, grad, problem.step_size, policy)
         delta = tl.full((), 0.0, lam.dtype)
         takes = takes_adversarial(loss, delta, policy)
         if policy.mode != "mixup":
             moved, slope_adv = _head_moved(m, h_other + lam_adv * d, (lam_adv - lam) * d, keep, RELU)
-            u = tl.sum(w * moved[None, :], 1)
+            u = tl.sum(w * moved, 1)
             loss_adv, p_adv, _ = cross_entropy_at((x + u) * LOG2E, on)
             delta = loss_change(p, on, total, u, loss_adv - loss)
             takes = takes_adversarial(loss, delta, policy)
@@ -106,7 +106,7 @@ def _head_role(
             slope = tl.where(takes, slope_adv, slope)
         lam_sel = tl.where(takes, lam_adv, lam)
         role = Role(loss, share, lam_sel, lam_adv, grad, delta, takes, 0.0, 0.0, 0.0, total, takes)
-    return role, g, a, tl.sum(w * g[:, None], 0) * slope
+    return role, g, a, tl.sum(w * g[:, None], 0)[None, :] * slope
 
 
 @triton.jit
@@ -142,10 +142,11 @@ def _linear_amp_cross_entropy_kernel(
     """Losses, ∇λ, λ', selection, and the gradients to h, W and b (17-21)."""
     problem = Problem(hidden_ptr, stride_hm, 1, target_ptr, class_weight_ptr, lam_ptr, grad_divisor_ptr, C, step_size)
     cols = tl.arange(0, BLOCK_C)
-    depth = tl.arange(0, BLOCK_D)
-    inside = (cols[:, None] < C) & (depth[None, :] < D)
+    # Rows lie as those of W do: a row of another shape would be laid out anew through shared memory.
+    depth = tl.arange(0, BLOCK_D)[None, :]
+    inside = (cols[:, None] < C) & (depth < D)
     dtype = lam_ptr.dtype.element_ty
-    w = tl.load(weight_ptr + cols[:, None] * D + depth[None, :], mask=inside, other=0.0).to(dtype)
+    w = tl.load(weight_ptr + cols[:, None] * D + depth, mask=inside, other=0.0).to(dtype)
     bias = tl.where(cols < C, 0.0, float("-inf")).to(dtype)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < C, other=float("-inf")).to(dtype)
@@ -180,10 +181,10 @@ def _linear_amp_cross_entropy_kernel(
             )
             own = tl.where(ok, own, 0.0)
             db += own * g
-            dw += (own * g)[:, None] * a[None, :]
+            dw += (own * g)[:, None] * a
     if dhidden_ptr is not None:
         program = tl.program_id(0).to(tl.int64)
-        tl.store(dweight_ptr + program * C * D + cols[:, None] * D + depth[None, :], dw, mask=inside)
+        tl.store(dweight_ptr + program * C * D + cols[:, None] * D + depth, dw, mask=inside)
         tl.store(dbias_ptr + program * C + cols, db, mask=cols < C)
 
 
