@@ -17,7 +17,7 @@ RECORD = ROOT / "bench" / "results" / "codegen.json"
 GROUPS = (
     "rows",
     "pairs pairs-fp64",
-    "rows-fp64 loop loop-fp64 grad grad-fp64 small",
+    "rows-fp64 grad grad-fp64 small",
     "head head-fp64",
     "mix remix embedding select select-fp64",
 )

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Iterator
 
 from fastamp.kernels import (
-    amp_cross_entropy,
     config,
     embedding_mix,
     linear_amp_cross_entropy,
+    rows_few,
     rows_grad,
     rows_loop,
-    rows_pairs,
+    rows_registers,
 )
 from fastamp.kernels import select_cross_entropy as select
 
@@ -35,61 +35,39 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
     return signature | ({"weight_ptr": wide} if weighted else {})
 
 
-def row_aligned(classes: int) -> tuple[str, ...]:
-    """Of a kernel that reads logits and writes their gradient."""
-    return ("logits_ptr", "dlogits_ptr", *(("stride_zm", "C") if classes >= 1024 else ()))
-
-
 def row_cases(itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = False) -> Iterator[Case]:
-    """The register kernel at (B, C) in `sizes`."""
+    """The forward at (B, C) in `sizes`: rows of few classes, rows in registers, and longer ones by loops."""
     for name, policy, soft, weighted in variants(matched=matched):
         width, data = data_type(itemsize, weighted)
         for batch, classes in sizes:
-            launch = config.forward_config(batch, classes, itemsize, policy)
-            if not launch.in_registers:
-                continue
-            signature = row_signature(itemsize, data, soft, weighted)
-            signature |= {"dlogits_ptr": data, "step_size": "fp64", "divisor": "fp64"}
-            if launch.block_b >= batch:
-                signature |= {"loss_ptr": DTYPES[itemsize], "divisor_ptr": DTYPES[itemsize]}
-            elif not matched:
+            launch = config.forward_config(batch, classes, itemsize, policy, dense_target=soft)
+            few, by_loops = launch.block_b > 1, not launch.in_registers
+            signature = row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64", "divisor": "fp64"}
+            signature |= {"dlogits_ptr": data} if matched or not by_loops else {}
+            constants = {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c}
+            if few:
+                kernel = rows_few._amp_few_classes_kernel
+                constants["BLOCK_B"] = launch.block_b
+                if launch.block_b >= batch:
+                    signature |= {"loss_ptr": DTYPES[itemsize], "divisor_ptr": DTYPES[itemsize]}
+            else:
+                kernel = rows_loop._amp_rows_kernel if by_loops else rows_registers._amp_cross_entropy_kernel
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch.block_c)}
+            if not matched and not by_loops and batch > config.SEARCH_ROWS:
                 signature |= {"inverse_ptr": "*i64"}
+            tile = tiles(classes, launch.block_c) if by_loops else launch.block_c
             yield Case(
                 f"{name} {data[1:]} B={batch} C={classes}",
-                amp_cross_entropy._amp_cross_entropy_kernel,
+                kernel,
                 launch,
                 signature,
-                {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
-                row_aligned(classes),
-                elements=(2 if matched else launch.block_b) * launch.block_c,
-                floor=(3 if soft else 2) * width,
-                row_bytes=launch.block_c * width if classes >= 1024 else 0,
+                constants,
+                ("logits_ptr", "dlogits_ptr"),
+                elements=(2 if matched and not few else launch.block_b) * tile,
+                floor=(1 + soft + ("dlogits_ptr" in signature)) * width,
+                row_bytes=launch.block_c * width if classes >= 1000 else 0,
+                sizes={"C": classes} if by_loops else {"B": batch},
             )
-
-
-def loop_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
-    """The scalars of rows by loops over tiles; of pairs of rows, both gradients as well."""
-    classes = 32000
-    for name, policy, soft, weighted in variants(matched=matched):
-        width, data = data_type(itemsize, weighted)
-        signature = row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64"}
-        if matched:
-            launch, kernel = config.pairs_config(itemsize, dense_target=soft), rows_pairs._amp_pairs_kernel
-            signature |= {"dlogits_ptr": data, "divisor": "fp64"}
-        else:
-            launch, kernel = config.forward_config(64, classes, itemsize, policy), rows_loop._amp_rows_kernel
-        yield Case(
-            f"{name} {data[1:]} C={classes}",
-            kernel,
-            launch,
-            signature,
-            {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c},
-            row_aligned(classes) if matched else ("logits_ptr", "stride_zm", "C"),
-            elements=(1 + matched) * tiles(classes, launch.block_c),
-            floor=(1 + soft + matched) * width,
-            row_bytes=launch.block_c * width,
-            sizes={"C": classes},
-        )
 
 
 def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
@@ -99,19 +77,19 @@ def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
         for classes in (32000,) if matched else (2, 64, 32000):
             launch = config.backward_config(classes, itemsize)
             signature = row_signature(itemsize, data, soft, weighted)
-            signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64"}
-            signature |= {} if matched else {"inverse_ptr": "*i64"}
+            signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64", "inverse_ptr": "*i64"}
             signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
+            constants = {"stride_zn": 1, "policy": policy, "ALIGN": 8 if classes % 8 == 0 else 1}
             yield Case(
                 f"{name} {data[1:]} C={classes}",
                 rows_grad._amp_rows_grad_kernel,
                 launch,
                 signature,
-                {"stride_zn": 1, "policy": policy, "BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
-                row_aligned(classes),
+                constants | {"BLOCK_B": launch.block_b, "BLOCK_C": launch.block_c},
+                ("logits_ptr", "dlogits_ptr"),
                 elements=(2 if matched else launch.block_b) * launch.block_c,
                 floor=(3 if soft else 2) * width,
-                row_bytes=launch.block_c * width if classes >= 1024 else 0,
+                row_bytes=launch.block_c * width if classes >= 1000 else 0,
             )
 
 
@@ -151,7 +129,7 @@ def small_cases() -> Iterator[Case]:
             rows_grad._amp_total_kernel,
             config.TOTAL_BLOCK,
             {"rows_ptr": wide, "loss_ptr": wide, "divisor_ptr": wide, "B": "i32", "divisor": "fp64", "assumed": "fp64"},
-            {"BLOCK": config.TOTAL_BLOCK},
+            {"BLOCK": config.TOTAL_BLOCK, "TURNS": config.TOTAL_TURNS},
             (),
             elements=tiles(TOTAL_ROWS, config.TOTAL_BLOCK),
             floor=2 * itemsize,
@@ -172,28 +150,24 @@ def small_cases() -> Iterator[Case]:
     )
 
 
-SINGLE = [(50, classes) for classes in (1, 2, 6, 16)]
-GROUPS = [(4096, classes) for classes in (2, 6, 16, 32, 100)]
-LONG = [(4096, 2**power) for power in range(8, 13)]
+FEW = [(64, 6), (64, 16), (4096, 2), (4096, 16)]
+REGISTERS = [(1024, 100), (4096, 1000), (4096, 2048), (4096, 4096)]
+LOOP = [(64, 32000)]
 HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
 ASSERTING_KERNELS = (
-    amp_cross_entropy._amp_cross_entropy_kernel,
+    rows_few._amp_few_classes_kernel,
+    rows_registers._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
-    rows_pairs._amp_pairs_kernel,
     linear_amp_cross_entropy._linear_amp_cross_entropy_kernel,
     embedding_mix._embedding_mix_kernel,
+    select._select_few_classes_kernel,
     select._select_kernel,
-    select._select_rows_kernel,
 )
 GROUPS_OF_CASES = {
-    "rows": lambda: row_cases(4, SINGLE + GROUPS + LONG),
-    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 6), (4096, 100), (4096, 2048)]),
-    "loop": lambda: loop_cases(4),
-    "loop-fp64": lambda: loop_cases(8),
-    "pairs": lambda: itertools.chain(
-        row_cases(4, LONG[::2], matched=True), loop_cases(4, matched=True), grad_cases(4, matched=True)
-    ),
-    "pairs-fp64": lambda: itertools.chain(row_cases(8, LONG[-2:-1], matched=True), loop_cases(8, matched=True)),
+    "rows": lambda: row_cases(4, FEW + REGISTERS + LOOP),
+    "rows-fp64": lambda: row_cases(8, [(50, 6), (4096, 100), (4096, 2048), *LOOP]),
+    "pairs": lambda: itertools.chain(row_cases(4, REGISTERS + LOOP, matched=True), grad_cases(4, matched=True)),
+    "pairs-fp64": lambda: row_cases(8, [(4096, 2048), *LOOP], matched=True),
     "grad": lambda: grad_cases(4),
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),

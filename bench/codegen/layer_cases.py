@@ -81,7 +81,7 @@ def remix_cases() -> Iterator[Case]:
 
 
 def select_cases(itemsize: int, sizes: list[int]) -> Iterator[Case]:
-    """Two sets of logits in registers or by loops, by the number of classes."""
+    """Two sets of logits, by the number of classes."""
     for name, policy, soft, weighted in variants():
         width, data = data_type(itemsize, weighted)
         wide = DTYPES[itemsize]
@@ -90,26 +90,28 @@ def select_cases(itemsize: int, sizes: list[int]) -> Iterator[Case]:
             signature = {name: data for name in ("logits_ptr", "logits_adv_ptr")}
             signature |= {"target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
             signature |= {name: wide for name in ("loss_ptr", "delta_ptr", "grad_ptr", "grad_adv_ptr")}
-            signature |= {"mask_ptr": "*i8", "C": "i32", "stride_zm": "i64", "stride_am": "i64"}
+            signature |= {"mask_ptr": "*i8", "B": "i32", "C": "i32", "stride_zm": "i64", "stride_am": "i64"}
             signature |= {"tie_abs": "fp64", "tie_rel": "fp64"}
             signature |= {"weight_ptr": wide} if weighted else {}
             constants = {"stride_zn": 1, "stride_an": 1, "policy": policy, "BLOCK_C": launch.block_c}
-            if launch.in_registers:
-                signature |= {"B": "i32"}
-                constants |= {"BLOCK_B": launch.block_b}
+            few = launch.block_b > 1
+            if few:
+                constants["BLOCK_B"] = launch.block_b
+            else:
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch.block_c)}
             aligned = ("logits_ptr", "logits_adv_ptr", "grad_ptr", "grad_adv_ptr")
             long = classes >= 1024
             yield Case(
                 f"{name} {data[1:]} C={classes}",
-                select._select_kernel if launch.in_registers else select._select_rows_kernel,
+                select._select_few_classes_kernel if few else select._select_kernel,
                 launch,
                 signature,
                 constants,
-                (*aligned, "stride_zm", "stride_am", "C") if long else aligned,
-                elements=launch.block_b * launch.block_c if launch.in_registers else tiles(classes, launch.block_c),
+                aligned,
+                elements=launch.block_b * launch.block_c if few else tiles(classes, launch.block_c),
                 floor=(3 if soft else 2) * width + 2 * itemsize,
                 row_bytes=launch.block_c * width if long else 0,
-                sizes={} if launch.in_registers else {"C": classes},
+                sizes={} if few else {"C": classes},
             )
 
 

@@ -21,6 +21,7 @@ IN_SHARED_MEMORY = ("ttg.local_load", "ttg.local_store")
 ACCESSED = re.compile(r": (?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?[a-z]+(\d+)\b[^:]*$")
 LOOP = re.compile(r"scf\.for \S+ = (%\S+) to (%\S+) step (%\S+)")
 CONSTANT = re.compile(r"^(%\S+) = arith\.constant (-?\d+) : i\d+$")
+SCALED = re.compile(r"^(%\S+) = arith\.(divsi|muli) (%\S+), (%\S+) : i\d+$")
 ARGUMENT = re.compile(r"(%\w+): ")
 
 
@@ -71,6 +72,10 @@ def program_traffic(
         constant = CONSTANT.match(text)
         if constant:
             values[constant[1]] = int(constant[2])
+        scaled = SCALED.match(text)
+        if scaled and scaled[3] in values and scaled[4] in values:
+            one, other = values[scaled[3]], values[scaled[4]]
+            values[scaled[1]] = one // other if scaled[2] == "divsi" else one * other
         if text.startswith("}"):
             _close(stack, other_branch=text.startswith("} else {"), first_branch=first_branch)
         found = ACCESS.search(text)

@@ -195,11 +195,13 @@ def _amp_rows_kernel(
                             hit = holds(on.a, start, BLOCK_C) | holds(on.b, start, BLOCK_C)
                         else:
                             hit = True
-                            on, _ = target_tile(problem, lam, row, other, cols, policy)
-                            on_other, _ = target_tile(problem, lam_other, other, row, cols, policy)
                         if hit:
-                            dz = minus_target(dz, on, on_other, own, theirs_rest, cols, True, sparse)
-                            dz_other = minus_target(dz_other, on_other, on, theirs, own_rest, cols, True, sparse)
+                            t, t_other = on, on_other
+                            if not sparse:
+                                t, _ = target_tile(problem, lam, row, other, cols, policy)
+                                t_other, _ = target_tile(problem, lam_other, other, row, cols, policy)
+                            dz = minus_target(dz, t, t_other, own, theirs_rest, cols, True, sparse)
+                            dz_other = minus_target(dz_other, t_other, t, theirs, own_rest, cols, True, sparse)
                         tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < C)
                         at = dlogits_ptr + other * C + cols
                         tl.store(at, dz_other.to(dlogits_ptr.dtype.element_ty), mask=cols < C)

@@ -58,8 +58,7 @@ def tame_role(problem, a, b, shift_a, shift_b, easy, row, other, lam, cols, poli
     """
     d = a - b
     e = tl.exp2(b + lam * d)
-    sum_exp = tl.sum(e, 0)
-    sum_d = tl.sum(e * d, 0)
+    sum_exp, sum_d = tl.split(tl.sum(tl.join(e, e * d), 0))
     if SPARSE:
         on, total, on_b, on_d = sparse_targets(problem, row, other, lam, shift_a, shift_b, policy)
         share = total

@@ -296,7 +296,9 @@ def _select_kernel(
             delta = tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
             easy = changed == changed  # a class that is -inf in both has made it NaN
             tl.debug_barrier()  # the gradients are written again, by other threads
-    if not easy:
+    if easy:
+        pass
+    else:
         loss, loss_adv, delta = _careful(problem, problem_adv, out, row, other, lam, policy, BLOCK_CAREFUL)
         if not has_adv:
             delta = tl.full((), 0.0, lam.dtype)
