@@ -8,24 +8,10 @@ import pytest
 
 from fastamp.paper.results import LINES, claim, read
 
-TABLE2 = {
-    "experiment": "table2",
-    "datasets": ["trec"],
-    "models": ["cnn-rand"],
-    "methods": ["none"],
-    "ratios": [1.0],
-    "seeds": [0],
-}
-SPECIFICATION = {
-    "steps": 6,
-    "eval_every": None,
-    "device": "cpu",
-    "threads": 1,
-    "overrides": {"lr": 0.5},
-    "data": {"trec": "a"},
-    "requests": [TABLE2],
-}
-
+TABLE2 = {"experiment": "table2", "datasets": ["trec"], "models": ["cnn-rand"], "methods": ["none"]}
+TABLE2 |= {"ratios": [1.0], "seeds": [0]}
+SPECIFICATION = {"steps": 6, "eval_every": None, "device": "cpu", "threads": 1, "overrides": {"lr": 0.5}}
+SPECIFICATION |= {"data": {"trec": "a"}, "requests": [TABLE2]}
 WHAT = ("dataset", "model", "method", "ratio", "seed", "config", "result", "history", "curves", "seconds", "machine")
 
 
