@@ -181,7 +181,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.delitem(sys.modules, "fastamp.hf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
-    with pytest.raises(ImportError, match=r"pip install 'fastamp\[hf\]'"):
+    with pytest.raises(ImportError, match=r"fastamp.hf needs transformers 5 or newer: pip install 'fastamp\[hf\]'"):
         PretrainedEncoder.load("bert-base-uncased")
 
 
