@@ -121,14 +121,6 @@ def test_every_place_gives_the_models_own_logits(make):
 
 
 @both
-def test_a_mixed_row_is_as_long_as_the_longer_of_both(make):
-    model, ids, mix = small(make), sentences(*LENGTHS), a_mix()
-    for at in ("word", "embedding"):
-        mask = model.split(at).f.context(ids, mix)["mask"]
-        assert mask.sum(1).tolist() == [max(LENGTHS[r], LENGTHS[q]) for r, q in enumerate(mix.partner.tolist())]
-
-
-@both
 @pytest.mark.parametrize("plan", ["auto", "merged", "both"])
 @pytest.mark.parametrize("at", PLACES)
 def test_a_step_is_the_definition_on_words_and_on_sentences(make, at, plan):
@@ -172,17 +164,6 @@ def test_sentences_are_mixed_before_dropout_and_an_lstms_relu(make):
         lambda features: model.classifier(model.dropout(features.relu())), model.encode(ids), LABELS, *mix, mode="mixup"
     )
     torch.testing.assert_close(loss, truth.loss)
-
-
-def test_each_number_of_the_word_vectors_may_be_mixed_for_itself():
-    model, ids, mix = small(), sentences(*LENGTHS), a_mix()
-    g, f = model.split("embedding")
-    words = g(ids)
-    assert words.shape == (6, 9, 12)
-    share = torch.rand(words.shape, generator=torch.Generator().manual_seed(6))
-    mixed = share * words + (1 - share) * words[mix.partner]
-    expected = model.classifier(model.pool(model.convolve(mixed), mix.union(ids != 0)))
-    torch.testing.assert_close(f(mixed, **f.context(ids, mix)), expected)
 
 
 @both

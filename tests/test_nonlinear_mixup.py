@@ -89,7 +89,7 @@ def test_every_number_of_every_row_is_mixed_by_its_own_draw_of_beta(alpha):
     assert mixed.shape == (120, 11, 12)
     assert mixed.min() >= 10
     assert mixed.max() <= 20
-    # Of rows whose partner is of the other kind the share of their own words can be told.
+    # Rows whose partner is of the other kind tell the share of their own words.
     row = torch.where(words[:, 0] == 10, 20 - mixed.flatten(1).T, mixed.flatten(1).T - 10).T / 10
     share = row[(row.amax(1) > row.amin(1))].double()
     count = share.numel()
@@ -139,16 +139,6 @@ def test_scores_are_cosines_of_the_unmixed_input(name):
     assert scores.shape == (6, 4)
     assert scores.abs().max() <= 1
     assert torch.equal(model(ids()), scores)
-
-
-def test_padding_the_batch_changes_nothing():
-    losses = [small(seed=3, length=14).double() for _ in range(2)]
-    short, long = ids(), F.pad(ids(), (0, 3))
-    torch.testing.assert_close(losses[0](short), losses[1](long))
-    # The draws of M differ; what is made of a mixture does not.
-    model = losses[0]
-    mixed = model.parts.g(short)
-    torch.testing.assert_close(model._label_shares(mixed), model._label_shares(F.pad(mixed, (0, 0, 0, 3))))
 
 
 def test_the_state_is_complete_and_a_copy_is_independent():

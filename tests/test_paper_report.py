@@ -166,21 +166,17 @@ def test_a_comparison_that_several_tables_have_is_adjusted_once(monkeypatch):
     assert render(records, ran("one"), ran("two")) == f"{one}## two:{two}"  # in whatever order the lines are
 
 
-def test_failed_runs_are_listed():
-    text = render([done(), failed("sent-amp", 3)], ran("table2"))
+def test_failed_runs_are_listed_and_the_header_names_machines_lengths_and_data():
+    other = done(seed=1, machine={**MACHINE, "device": "NVIDIA H100"})
+    text = render([done(), other, failed("sent-amp", 3)], ran("table2"))
     assert text.count("DivergedError") == 1
     assert "- `trec/cnn-rand/sent-amp/1/3`: DivergedError: the loss is nan" in text
-    assert "Runs: 1 done, 1 failed; 60 s of runs" in text
-    assert render([failed()], ran("table2")).startswith("# Results\n\n- Runs: 0 done, 1 failed")
-    assert "Runs: 0 done, 0 failed" in render([])
-
-
-def test_header_names_machines_lengths_and_data():
-    other = done(seed=1, machine={**MACHINE, "device": "NVIDIA H100"})
-    text = render([done(), other], ran("table2"))
+    assert "Runs: 2 done, 1 failed; 2 min of runs" in text
     assert "- Machine: NVIDIA H100, torch 2.13.0, fastamp 0.1.0, threads 1 (1 runs)" in text
     assert "- Length: 20 steps\n" in text
     assert '- data: `{"trec": "a5"}`' in text
+    assert render([failed()], ran("table2")).startswith("# Results\n\n- Runs: 0 done, 1 failed")
+    assert "Runs: 0 done, 0 failed" in render([])
 
 
 def test_header_says_what_was_asked_for_and_how_many_runs_of_it_are_missing():
@@ -205,14 +201,19 @@ def test_header_says_what_the_vectors_cover():
     assert "vectors cover" not in render([done()], ran("table2"))
 
 
-def test_notes_say_what_the_intervals_leave_out_and_what_a_share_of_the_data_is_of():
-    text = render([done()], ran("table2"))
-    assert "do not contain its own sampling error" in text
-    assert "dev data that select the step are not reduced" not in text
-    assert "dev data that select the step are not reduced" in render(
-        [done(model="lstm-glove", ratio=0.1)], ran("table3")
-    )
-    assert "Folds share training sentences" in render([done(dataset="mr")], ran("table2"))
+def test_notes_say_what_the_intervals_leave_out_what_a_share_of_the_data_is_of_and_which_seeds_are_folds():
+    plain, folds = render([done()], ran("table2")), render([done(dataset="mr"), done(dataset="subj")], ran("table2"))
+    named = render([done(dataset="mr", config={"fold": 3})], ran("table2"))
+    shares = render([done(model="lstm-glove", ratio=0.1)], ran("table3"))
+    assert "do not contain its own sampling error" in plain
+    for words, there, absent in (
+        ("dev data that select the step are not reduced", shares, plain),
+        ("subj and mr: sets for ten-fold cross-validation. A seed is a fold", folds, plain),
+        ("Folds share training sentences", folds, named),
+        ("Every run tests on the fold that its settings name", named, folds),
+    ):
+        assert words in there
+        assert words not in absent
 
 
 def test_the_ablation_names_what_each_row_adds():
@@ -223,13 +224,6 @@ def test_the_ablation_names_what_each_row_adds():
     labels = [fields[1] for fields in rows(table5) if fields[0] == "LSTM-glove"]
     assert labels == ["Word +RandOp (WordMixup)", "Sent +RandOp (SentMixup)", "Sent +MaxOp", "SentAMP"]
     assert row(table5, "trec", "LSTM-glove", "Sent +MaxOp")[3] == "Sent +RandOp (SentMixup)"
-
-
-def test_seeds_that_are_folds_are_said_to_be():
-    assert "subj and mr: sets for ten-fold" in render([done(dataset="mr"), done(dataset="subj")], ran("table2"))
-    assert "ten-fold" not in render([done()], ran("table2"))
-    assert "A seed is a fold" in render([done(dataset="mr")], ran("table2"))
-    assert "A seed is a fold" not in render([done(dataset="mr", config={"fold": 3})], ran("table2"))
 
 
 def test_a_table_holds_its_extent_and_what_was_asked_of_it():

@@ -252,17 +252,17 @@ def test_a_runner_that_is_killed_leaves_no_process_and_goes_on_to_the_same_lines
 import multiprocessing, os, signal, sys, threading
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from fastamp.training import loop
+from fastamp.training import checkpoint
 from test_paper_runner import ASKED, execute
 if __name__ == "__main__":
     execute(Path({str(folder)!r}), ASKED)
-save_tensors = loop.save_tensors
+save_tensors = checkpoint.save_tensors
 def save(path, value):
     save_tensors(path, value)
     if path == Path({str(under_way / "last.pt")!r}):
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         threading.Event().wait()
-loop.save_tensors = save  # of the run's process, for which this is no main program
+checkpoint.save_tensors = save  # of the run's process, for which this is no main program
 """)
     killed = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
