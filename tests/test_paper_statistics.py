@@ -31,12 +31,11 @@ def test_paired_difference_and_relative_improvement_by_hand():
     assert pair.improvement == pytest.approx(100 * (10 - 9) / 10)
     low, high = pair.interval
     assert -2 <= low < -1 < high <= 0
-
-
-def test_only_seeds_of_both_sides_are_compared():
+    # Only seeds of both sides are compared.
     pair = paired({0: 9.0, 1: 9.0, 7: 50.0}, {0: 10.0, 1: 10.0, 8: 90.0})
     assert (pair.n, pair.difference, pair.improvement) == (2, -1.0, 10.0)
     assert paired({0: 9.0}, {1: 9.0}) is None
+    assert paired({0: 1.0}, {0: 0.0}).improvement is None
 
 
 @pytest.mark.parametrize(
@@ -60,10 +59,6 @@ def test_reading_follows_the_interval(differences, reading):
 def test_a_constant_difference_has_an_interval_of_no_width():
     pair = paired({seed: seed + 10.2 for seed in range(6)}, {seed: seed + 10.4 for seed in range(6)})
     assert (pair.interval, pair.reading) == ((-0.2, -0.2), "better")
-
-
-def test_baseline_without_errors_has_no_relative_improvement():
-    assert paired({0: 1.0}, {0: 0.0}).improvement is None
 
 
 @pytest.mark.parametrize(
