@@ -50,8 +50,8 @@ def test_the_trainer_script_reads_trec() -> None:
 
 
 def test_the_trainer_script_learns() -> None:
-    options = ("--dataset", "questions", "--method", "word-amp", "--epochs", "1", "--lr", "1e-2")
-    output = run("trainer_trec", *options, "--batch-size", "20")
+    options = ("--dataset", "questions", "--method", "word-amp", "--epochs", "2", "--lr", "5e-3")
+    output = run("trainer_trec", *options, "--batch-size", "25")
     assert "mix/lam_shift" in output
     error = re.search(r"test error (\d+\.\d)%", output)
     assert error is not None
