@@ -22,7 +22,7 @@ from fastamp.conformance import Case, Report, Row, StepCase, cases, places, prin
 from fastamp.conformance.contract import check_op
 from fastamp.training import TrainConfig, train
 
-ROUNDS = {"head": 24, "layers": 12, "rows": 20, "scaling": 10, "vocabulary": 10}
+ROUNDS = {"head": 24, "layers": 12, "rows": 16, "scaling": 10, "vocabulary": 10}
 STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
 LARGE = SHAPES[5:]  # a step of which takes gigabytes: so many processes at once have room on one GPU
 LARGE_WORKERS = 4
