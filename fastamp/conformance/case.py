@@ -84,3 +84,9 @@ def gradients(
     """Gradients of an output to the leaves, by name."""
     grads = torch.autograd.grad(output, list(leaves.values()), upstream, retain_graph=again)
     return {f"gradient {of} to {name}".replace("  ", " "): grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def outputs(made: Tensors, leaves: Tensors, upstream: Tensor) -> Tensors:
+    """What an operation made, and the gradients of the one of them that has some, by name."""
+    (differentiable,) = (x for x in made.values() if x.requires_grad)
+    return {name: x.detach() for name, x in made.items()} | gradients(differentiable, leaves, "", upstream)

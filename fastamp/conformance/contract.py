@@ -30,27 +30,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One operation on one device, backend and dtype.
+    """One operation on one device, backend and dtype."""
 
-    Attributes:
-        op: its name in fastamp.functional.
-        device: as torch writes it.
-        backend: "torch" or "triton".
-        dtype: of the inputs, as "float32".
-        cases: how many were run.
-        worst: the largest |ours - truth| of all elements of all outputs and gradients.
-        worst_pytorch: the same of the definition in that dtype.
-        failures: what broke the contract, a line each.
-    """
-
-    op: str
-    device: str
-    backend: str
-    dtype: str
-    cases: int
-    worst: float
-    worst_pytorch: float
-    failures: tuple[str, ...]
+    op: str  # its name in fastamp.functional
+    device: str  # as torch writes it
+    backend: str  # "torch" or "triton"
+    dtype: str  # of the inputs, as "float32"
+    cases: int  # how many were run
+    worst: float  # the largest |ours - truth| of all elements of all outputs and gradients
+    worst_pytorch: float  # the same of the definition in that dtype
+    failures: tuple[str, ...]  # what broke the contract, a line each
 
     @property
     def ok(self) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import functional, reference
-from fastamp.conformance.case import SPOILED, Outcome, Tensors, cast, fresh, gradients, laid_out, lam_dtype, mix, normal
+from fastamp.conformance.case import SPOILED, Outcome, Tensors, cast, fresh, laid_out, lam_dtype, mix, normal, outputs
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,16 @@ class OperationCase:
         if self.op == "select_loss":
             leaves = fresh(inputs, ("loss", "loss_adv"))
             chosen, delta, mask = functional.select_loss(leaves["loss"], leaves["loss_adv"], **self.options)
-            values = {"loss": chosen.detach(), **gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
+            return Outcome(outputs({"loss": chosen}, leaves, inputs["upstream"]), mask, delta, inputs["loss"])
         leaves = fresh(inputs, ("hidden",))
         hidden, lam, partner, grad_mixed = leaves["hidden"], inputs["lam"], inputs["partner"], inputs["grad_mixed"]
         if self.op == "lambda_grad":
             return Outcome({"∇λ": functional.lambda_grad(grad_mixed, hidden, partner)})
         if self.op == "mix":
             mixed = functional.mix(hidden, lam, partner)
-            return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+            return Outcome(outputs({"m": mixed}, leaves, inputs["upstream"]))
         lam_adv, mixed = functional.remix(hidden, lam, partner, grad_mixed, **self.options)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
+        return Outcome(outputs({"λ'": lam_adv, "m(λ')": mixed}, leaves, inputs["upstream"]))
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from `fastamp.reference.mix` and autograd."""
@@ -65,25 +63,22 @@ class OperationCase:
             delta = (leaves["loss_adv"] - leaves["loss"]).detach()
             mask = delta >= 0 if mask is None else mask
             chosen = torch.where(mask, leaves["loss_adv"], leaves["loss"])
-            values = {"loss": chosen.detach(), **gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
+            return Outcome(outputs({"loss": chosen}, leaves, inputs["upstream"]), mask, delta, inputs["loss"])
         leaves = fresh(inputs, ("hidden",))
         hidden, partner = leaves["hidden"], inputs["partner"]
         lam = inputs["lam"].detach().requires_grad_()
         mixed = reference.mix(hidden, lam, partner)
         if self.op == "mix":
-            return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+            return Outcome(outputs({"m": mixed}, leaves, inputs["upstream"]))
         (grad,) = torch.autograd.grad(mixed, lam, inputs["grad_mixed"])
         if self.op == "lambda_grad":
             return Outcome({"∇λ": grad})
         clip = self.options.get("grad_clip", 1.0)
-        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * (
-            grad if clip is None else grad.clamp(-clip, clip)
-        )
+        step = grad if clip is None else grad.clamp(-clip, clip)
+        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * step
         lam_adv = lam_adv.clamp(0, 1) if self.options.get("clamp") else lam_adv
         mixed = reference.mix(hidden, lam_adv, partner)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
+        return Outcome(outputs({"λ'": lam_adv, "m(λ')": mixed}, leaves, inputs["upstream"]))
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class EmbeddingCase:
         mixed = functional.embedding_mix(
             inputs["ids"], leaves["table"], inputs["lam"], inputs["partner"], padding_idx=self.padding_idx
         )
-        return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+        return Outcome(outputs({"m": mixed}, leaves, inputs["upstream"]))
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from F.embedding, `fastamp.reference.mix` and autograd."""
@@ -121,7 +116,7 @@ class EmbeddingCase:
         leaves = fresh(inputs, ("table",))
         hidden = F.embedding(inputs["ids"], leaves["table"], self.padding_idx)
         mixed = reference.mix(hidden, inputs["lam"], inputs["partner"])
-        return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+        return Outcome(outputs({"m": mixed}, leaves, inputs["upstream"]))
 
 
 @dataclass(frozen=True)
@@ -168,8 +163,7 @@ class SelectionCase:
         arguments = (*leaves.values(), inputs["target"], inputs["lam"], inputs["partner"])
         given: dict[str, Any] = {"weight": inputs.get("class_weight"), "tie_tol": 0.0, **self.options}
         loss, delta, mask = functional.select_cross_entropy(*arguments, **given)
-        values = {"loss": loss.detach(), "δ": delta, **gradients(loss, leaves, "", inputs["upstream"])}
-        return Outcome(values, mask, delta, loss.detach())
+        return Outcome(outputs({"loss": loss, "δ": delta}, leaves, inputs["upstream"]), mask, delta, loss.detach())
 
     def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
         """The same from `fastamp.reference.row_losses` and autograd."""
@@ -186,5 +180,4 @@ class SelectionCase:
         delta = (at_adv - at_lam).detach()
         mask = delta > 0 if mask is None else mask
         loss = torch.where(mask, at_adv, at_lam)
-        values = {"loss": loss.detach(), "δ": delta, **gradients(loss, leaves, "", inputs["upstream"])}
-        return Outcome(values, mask, delta, loss.detach())
+        return Outcome(outputs({"loss": loss, "δ": delta}, leaves, inputs["upstream"]), mask, delta, loss.detach())
