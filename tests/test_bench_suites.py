@@ -294,7 +294,6 @@ def test_the_suite_of_a_vocabulary_measures_chunks_beside_whole_logits(small_sui
         "vocabulary: (12, 5, 40), for a CPU; on a GPU (4096, 4096, 32000), (8192, 2048, 128256)",
         "Liger fused linear, no mixing: not run, it takes a GPU",
     ]
-    assert all(row["ratio_to_naive"]["q50"] > 0 and row["ratio_to_cross_entropy"]["q50"] > 0 for row in rows.values())
 
 
 def test_a_vocabulary_in_chunks_takes_less_memory_than_its_logits():

@@ -32,10 +32,10 @@ from fastamp.benchmarking.workload import (
 from fastamp.mixing import draw
 from fastamp.policy import Pairing
 
-PLAIN, NAIVE = "cross-entropy", "AMP autograd"
+PLAIN = "cross-entropy"
 DEFINITION_ELEMENTS = 1 << 24  # of the definition of the official code's AMP, which holds (B, C, C) in float64
 GROWING = (*MIXUP, "AMPLoss")  # of the suite "scaling"
-WITH_VOCABULARY = (PLAIN, MIXUP[0], NAIVE, "AMPLoss", "linear_amp_cross_entropy")
+WITH_VOCABULARY = (PLAIN, MIXUP[0], "AMP autograd", "AMPLoss", "linear_amp_cross_entropy")
 AUTOTUNED_ELEMENTS = 1 << 20  # of logits: the compiler's search among products of more takes minutes
 PAIRED_CLASSES = 1000  # from here on a kernel for pairs has rows long enough to be worth reading once
 # The definition holds some twenty tensors of logits in float64: so many elements of each at a time.
@@ -166,7 +166,7 @@ def contenders() -> list[Contender]:
         (PLAIN, "none", peers.cross_entropy, {}),
         ("Mixup, two terms", "mixup", peers.mixup_two_terms, {}),
         ("Mixup, soft targets", "mixup", peers.mixup_soft_targets, {}),
-        (NAIVE, "amp", peers.amp_autograd, hidden),
+        ("AMP autograd", "amp", peers.amp_autograd, hidden),
         ("AMPLoss", "amp", criterion(), {}),
         ("linear_amp_cross_entropy", "amp", linear_head(), hidden),
         ("cross-entropy, compiled", "none", peers.cross_entropy, {"takes": "logits", **compiled}),
