@@ -34,6 +34,12 @@ class Network(NamedTuple):
     later: bool = False  # whether that is behind them, where mixing gives the same
 
 
+def last_layer(head: nn.Module) -> Network:
+    """A network that is its last layer, cut before it."""
+    cut = Cut(lambda x: x, head, lambda x, mix: {})
+    return Network(head, cut, cut)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A network's sizes."""
