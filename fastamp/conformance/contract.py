@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastamp.backend import has_triton, interpreting, set_backend
-from fastamp.conformance.case import Case, Outcome, Tensors
+from fastamp.conformance.case import Case, Outcome
 from fastamp.conformance.cases import cases
 from fastamp.training.config import usable_device
 
@@ -112,7 +112,7 @@ def check(
         ops: names in fastamp.functional; None takes all.
         quick: fewer cases.
         seed: of the inputs.
-        listener: hears what is about to be run.
+        listener: is called with what is about to be run.
 
     Raises:
         ValueError: a device that cannot be used.
@@ -258,6 +258,3 @@ def _poisoned_memory() -> Iterator[None]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["TOLERANCES", "Finding", "Place", "Report", "Row", "Tensors", "check", "check_case", "check_op", "places"]
