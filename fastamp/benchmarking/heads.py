@@ -141,16 +141,8 @@ def missing(work: Workload) -> dict[str, str | None]:
     }
 
 
-def of_head(work: Workload, *, compiled: bool, autotuned: bool, note: Note) -> list[Contender]:
-    """Who is timed on a workload of the suite "head"; `note` is called with who is not, and why."""
-    every = [one for one in contenders() if compiled or not one.compiled]
-    if not autotuned and compiled:
-        note("torch.compile's search for the fastest products is left out")
-    return _present(work, [one for one in every if autotuned or one.compile_mode is None], note)
-
-
-def of_vocabulary(work: Workload, *, note: Note) -> list[Contender]:
-    """Who is timed on a workload of the suite "vocabulary", ratios being to a linear layer and cross-entropy.
+def of_vocabulary(work: Workload) -> list[Contender]:
+    """Who belongs to the suite "vocabulary", ratios being to a linear layer and cross-entropy.
 
     On a CPU `linear_amp_cross_entropy`, which holds all logits of itself there, is timed in chunks as well.
     """
@@ -158,10 +150,11 @@ def of_vocabulary(work: Workload, *, note: Note) -> list[Contender]:
     if work.device.type == "cpu":
         rows = max(1, work.shape[0] // 4 - 2)
         every.append(Contender(f"linear_amp_cross_entropy, chunks of {rows}", "amp", linear_head(rows)))
-    return _present(work, [replace(one, base=(PLAIN,)) for one in every], note)
+    return [replace(one, base=(PLAIN,)) for one in every]
 
 
-def _present(work: Workload, every: list[Contender], note: Note) -> list[Contender]:
+def present(work: Workload, every: list[Contender], note: Note) -> list[Contender]:
+    """Who of them can run on a workload; `note` is called with who cannot, and why."""
     taken, reasons = [], missing(work)
     for one in every:
         if one.takes in (work.takes, "both"):
