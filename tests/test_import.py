@@ -12,8 +12,8 @@ import fastamp
 from fastamp.backend import uses_triton
 
 OPTIONAL = ("triton", "transformers", "datasets")
-COMMAND_LINE = ("click", "rich", "plotext", "matplotlib")
-PAPER = ("scipy", "filelock")
+COMMAND_LINE = ("click", "rich", "plotext")
+PAPER = ("scipy", "matplotlib", "filelock")
 HEAVY = (*OPTIONAL, *COMMAND_LINE, *PAPER, "numpy", "fastamp.kernels")
 
 STEP = """

@@ -88,9 +88,7 @@ class _Shapes(click.ParamType):
     show_default="compiled",
     help="Of the suites head, layers and rows: also what goes through torch.compile.",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json and .png here."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json here.")
 @click.pass_context
 def command(
     context: click.Context, out: Path | None, device: str | None, suite: str, rounds: int | None, **fields: Any
@@ -128,12 +126,7 @@ def _measure(config: BenchConfig, out: Path | None, console: Console) -> dict[st
         )
     print_results(results, console)
     if out is not None:
-        from fastamp.benchmarking.plots import draw
-
-        path = write(results, out)
-        click.echo(f"written to {path}")
-        if draw(results, path.with_suffix(".png")):
-            click.echo(f"drawn in {path.with_suffix('.png')}")
+        click.echo(f"written to {write(results, out)}")
     return results
 
 
