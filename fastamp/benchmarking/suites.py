@@ -124,11 +124,11 @@ def heads(config: BenchConfig, device: torch.device, note: Note) -> Works:
             note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
         else:
             work = Workload(shape, dtype, takes, device)
-            every = [one for one in contenders() if config.with_compiled or not one.compiled]
+            given = [one for one in contenders() if config.with_compiled or not one.compiled]
             if config.with_compiled and not config.autotuned:
-                every = [one for one in every if one.compile_mode is None]
+                given = [one for one in given if one.compile_mode is None]
                 note("torch.compile's search for the fastest products is left out")
-            yield work, present(work, every, note)
+            yield work, present(work, given, note)
 
 
 def _is_wanted(takes: str, dtype: str, shape: Shape) -> bool:
