@@ -199,7 +199,7 @@ def _measure(config: BenchConfig, out: Path) -> bool:
 
 
 def launches(out: Path, device: str, quick: bool) -> bool:
-    """Every launch of some operations searched for among its neighbours: DIR/launches-<device>-...json, all times in it.
+    """Every launch of some operations searched for among its neighbours: all times are in DIR/launches-*.json.
 
     To be run with FASTAMP_AUTOTUNE=1 and FASTAMP_CACHE=DIR, on a CPU with TRITON_INTERPRET=1.
     """
