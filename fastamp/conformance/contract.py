@@ -104,7 +104,7 @@ def check(
     seed: int = 0,
     listener: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Compare every operation on every backend and dtype with its definition.
+    """Compares every operation on every backend and dtype with its definition.
 
     Args:
         devices: as in torch.device; None takes all that are here.
@@ -132,20 +132,11 @@ def check(
 
 
 def check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtype, *, seed: int = 0) -> Row:
-    """Hold cases of one operation to the contract.
-
-    Args:
-        op: its name in fastamp.functional.
-        its_cases: see `fastamp.conformance.cases`.
-        place: where they run.
-        dtype: of their inputs.
-        seed: of their inputs, together with their names.
-    """
+    """Holds cases of one operation to the contract; the rest as `check_case` takes it."""
     worst = worst_pytorch = 0.0
     failures = []
-    count = 0
+    its_cases = list(its_cases)
     for case in its_cases:
-        count += 1
         try:
             finding = check_case(case, place.device, place.backend, dtype, seed=seed)
         except Exception as error:  # whatever an operation raises here is a finding, and ends the check in a failure
@@ -155,7 +146,9 @@ def check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtyp
         worst = max(worst, finding.worst)
         worst_pytorch = max(worst_pytorch, finding.worst_pytorch)
         failures += [f"{case.name}: {line}" for line in finding.failures]
-    return Row(op, str(place.device), place.backend, _name(dtype), count, worst, worst_pytorch, tuple(failures))
+    return Row(
+        op, str(place.device), place.backend, _name(dtype), len(its_cases), worst, worst_pytorch, tuple(failures)
+    )
 
 
 class Finding(NamedTuple):
@@ -167,7 +160,7 @@ class Finding(NamedTuple):
 
 
 def check_case(case: Case, device: torch.device | str, backend: str, dtype: torch.dtype, *, seed: int = 0) -> Finding:
-    """Hold one case to the contract.
+    """Holds one case to the contract.
 
     Args:
         case: see `fastamp.conformance.cases`.
