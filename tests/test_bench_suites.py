@@ -381,6 +381,13 @@ def test_bench_refuses_whoever_computes_something_else_or_raises(monkeypatch, tm
     assert results["refused"][1]["reason"] == "RuntimeError: no compiler"
 
 
+def test_a_definition_that_fails_leaves_the_network_as_it_was():
+    work = LayerWorkload(NETWORKS["textcnn"], CPU)
+    with pytest.raises(ValueError, match="mode"):
+        work.truth("no such mode")
+    assert {p.dtype for p in work.network.model.parameters()} == {torch.float32}
+
+
 def test_a_compiled_contender_is_compared_with_compiled_mixup(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     results = benchmarking.run(BenchConfig(suite="layers", networks=("textcnn",), rounds=1), command="")
@@ -424,18 +431,12 @@ def test_a_rehearsal_checks_everybody_and_times_nobody(monkeypatch):
     assert {"Mixup, two terms", "AMPLoss", "AMP autograd"} < set(bound)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"shapes": ((1, 2),)}, r"a shape is \(B, D, C\), each at least 1, got \(1, 2\)"),
-        ({"dtypes": ("fp8",)}, "unknown dtype 'fp8'; takes fp32, bf16, fp16"),
-        ({"inputs": ("words",)}, "unknown inputs 'words'; takes hidden, logits"),
-    ],
-)
-def test_bad_benchmarks_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        BenchConfig(**fields)
+def test_bad_benchmarks_are_refused():
+    with pytest.raises(ValueError, match=r"a shape is \(B, D, C\), each at least 1, got \(1, 2\)"):
+        BenchConfig(shapes=((1, 2),))
+    for name, value in (("rounds", 0), ("dtypes", ("fp8",)), ("inputs", ("words",))):
+        with pytest.raises(ValueError, match=f"{name.removesuffix('s')}s? .*(must be|takes)"):
+            BenchConfig(**{name: value})
 
 
 # The engine

@@ -136,14 +136,7 @@ def test_demo_trains_draws_and_resumes(demo, tmp_path):
     arguments = ("demo", "--steps", 3, "--seeds", 1, "--out", tmp_path)
     first = invoke(*arguments)
     assert first.exit_code == 0, first.output
-    for said in (
-        "sent-amp",
-        "test error %",
-        "1 seed, 3 steps each",
-        "One seed decides nothing",
-        "ms a step",
-        "step 3 ",
-    ):
+    for said in ("sent-amp", "test error %", "1 seed, 3 steps each", "One seed decides nothing", "step 3 "):
         assert said in first.output
     assert "loss of mixed test pairs, 1 seed" in first.output
     record = json.loads((tmp_path / "demo.json").read_text())
@@ -237,7 +230,7 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 
 def test_the_limits_of_the_gpu_script_leave_time_of_its_530_seconds():
     text = SCRIPT.read_text()
-    # Of those that run side by side, the largest; the last two take what is left.
+    # The largest one counts where steps run side by side; the last two take what is left.
     limits = {name: int(limit) for name, limit in re.findall(r"step (\S+) \S+ (\d+) ", text)}
     beside = (("tests", "warm-large"), ("check", "warm"), ("sanitize",))
     largest = max(sum(limits[name] for name in one_after_another) for one_after_another in beside)

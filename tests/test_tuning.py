@@ -190,15 +190,12 @@ def test_other_errors_of_a_launch_are_not_swallowed(tunes):
     assert not tunes.exists()
 
 
-@pytest.mark.parametrize("other", ["kernels", "triton"])
-def test_what_was_found_for_other_kernels_or_another_compiler_is_not_taken(tunes, monkeypatch, other):
+def test_what_was_found_for_other_kernels_or_another_compiler_is_not_taken(tunes, monkeypatch):
     search(EVERY)
-    if other == "kernels":
-        monkeypatch.setattr(tuning, "_kernels", lambda: "another")
-    else:
-        monkeypatch.setattr(tuning.triton, "__version__", "another")
-    ran, _ = search(EVERY)
-    assert set(ran) == set(EVERY)
+    for module, name, value in ((tuning, "_kernels", lambda: "other"), (tuning.triton, "__version__", "other")):
+        monkeypatch.setattr(module, name, value)
+        ran, _ = search(EVERY)
+        assert set(ran) == set(EVERY), name
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {}}'])
@@ -246,7 +243,7 @@ def test_without_the_switch_nothing_is_searched_for(monkeypatch, tmp_path):
 @pytest.mark.parametrize("tiles", ["frozen", "small_tiles", "tiny_tiles"])
 @given(data=st.data())
 def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, tiles, data):
-    """Of any size and dtype: warps and tiles are powers of two, and there are some."""
+    """For any size and dtype warps and tiles are powers of two, and there are some."""
     if tiles != "frozen":
         request.getfixturevalue(tiles)
     config = import_module("fastamp.kernels.config")

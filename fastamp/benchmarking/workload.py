@@ -169,19 +169,21 @@ class Steps(Work):
         totals = [torch.zeros(p.shape, dtype=torch.float64, device=self.device) for p in (y.sum(), *parameters)]
         of_input = []
         model.double()  # exact, and so is the way back
-        for rows in self.parts:
-            part, among = x.detach()[rows], Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])
-            if part.is_floating_point():
-                part = part.double().requires_grad_(x.requires_grad)
-            context = cut.context(part, None if mode == "none" else among)
-            share = _share(partial(cut.f, **context), cut.g(part), y[rows], among, mode, len(y))
-            by = [part, *parameters] if x.requires_grad else parameters
-            grads = list(torch.autograd.grad(share, by))
-            if x.requires_grad:
-                of_input.append(grads.pop(0))
-            for total, value in zip(totals, (share.detach(), *grads), strict=True):
-                total += value
-        model.to(DTYPES[self.dtype])
+        try:
+            for rows in self.parts:
+                part, among = x.detach()[rows], Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])
+                if part.is_floating_point():
+                    part = part.double().requires_grad_(x.requires_grad)
+                context = cut.context(part, None if mode == "none" else among)
+                share = _share(partial(cut.f, **context), cut.g(part), y[rows], among, mode, len(y))
+                by = [part, *parameters] if x.requires_grad else parameters
+                grads = list(torch.autograd.grad(share, by))
+                if x.requires_grad:
+                    of_input.append(grads.pop(0))
+                for total, value in zip(totals, (share.detach(), *grads), strict=True):
+                    total += value
+        finally:
+            model.to(DTYPES[self.dtype])
         return (totals[0], *([torch.cat(of_input)] if of_input else []), *totals[1:])
 
     def bind(self, contender: Contender) -> Runner:

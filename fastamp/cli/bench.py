@@ -57,7 +57,7 @@ def parse_shapes(text: str) -> tuple[tuple[int, ...], ...]:
     type=reading(parse_shapes),
     metavar="BxDxC,...",
     show_default=",".join("x".join(map(str, shape)) for shape in SHAPES),
-    help="Of the suites head and vocabulary (which has its own): rows, width of the hidden state, classes.",
+    help="For the suites head and vocabulary (which has its own): rows, width of the hidden state, classes.",
 )
 @click.option(
     "--dtype",
@@ -65,14 +65,14 @@ def parse_shapes(text: str) -> tuple[tuple[int, ...], ...]:
     type=names(DTYPES),
     metavar="|".join(DTYPES) + ",...",
     show_default="fp32 on a CPU, fp32,bf16 on a GPU",
-    help="Of the suites head, rows and vocabulary: parameters and rows.",
+    help="For the suites head, rows and vocabulary: parameters and rows.",
 )
 @click.option(
     "--networks",
     type=names(NETWORKS),
     metavar="NAME,...",
     show_default="those that suit the device",
-    help=f"Of the suite layers: {', '.join(NETWORKS)}.",
+    help=f"For the suite layers: {', '.join(NETWORKS)}.",
 )
 @click.option(
     "--rounds",
@@ -88,7 +88,7 @@ def parse_shapes(text: str) -> tuple[tuple[int, ...], ...]:
     "--compiled/--no-compiled",
     default=None,
     show_default="compiled",
-    help="Of the suites head, layers and rows: also what goes through torch.compile.",
+    help="For the suites head, layers and rows: also what goes through torch.compile.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json here.")
 @click.pass_context
