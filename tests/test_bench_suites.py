@@ -30,6 +30,7 @@ from fastamp.benchmarking import (
     peers,
     suites,
     timing,
+    workload,
 )
 from fastamp.benchmarking.measure import fits
 from fastamp.cli import main
@@ -381,10 +382,11 @@ def test_bench_refuses_whoever_computes_something_else_or_raises(monkeypatch, tm
     assert results["refused"][1]["reason"] == "RuntimeError: no compiler"
 
 
-def test_a_definition_that_fails_leaves_the_network_as_it_was():
+def test_a_definition_that_fails_leaves_the_network_as_it_was(monkeypatch):
     work = LayerWorkload(NETWORKS["textcnn"], CPU)
-    with pytest.raises(ValueError, match="mode"):
-        work.truth("no such mode")
+    monkeypatch.setattr(workload, "_share", lambda *given: given[0](given[1]).sum() / None)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        work.truth("amp")
     assert {p.dtype for p in work.network.model.parameters()} == {torch.float32}
 
 
