@@ -36,7 +36,7 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
 
 
 def row_aligned(classes: int) -> tuple[str, ...]:
-    """Of a kernel that reads logits and writes their gradient."""
+    """What is aligned in a kernel that reads logits and writes their gradient."""
     return ("logits_ptr", "dlogits_ptr", *(("stride_zm", "C") if classes >= 1024 else ()))
 
 
