@@ -22,7 +22,7 @@ from fastamp.conformance import Case, Report, Row, StepCase, cases, places, prin
 from fastamp.conformance.contract import check_op
 from fastamp.training import TrainConfig, train
 
-ROUNDS = {"head": 24, "layers": 12, "rows": 20, "scaling": 10, "vocabulary": 10}
+ROUNDS = {"head": 24, "layers": 12, "rows": 16, "scaling": 10, "vocabulary": 10}
 STEPS = {"ops" if suite == "rows" else suite: suite for suite in SUITES}
 LARGE = SHAPES[5:]  # a step of which takes gigabytes: so many processes at once have room on one GPU
 LARGE_WORKERS = 4
@@ -199,7 +199,7 @@ def _measure(config: BenchConfig, out: Path) -> bool:
 
 
 def launches(out: Path, device: str, quick: bool) -> bool:
-    """Every launch of some operations searched for among its neighbours: DIR/launches-<device>.json, all times in it.
+    """Every launch of some operations searched for among its neighbours: all times are in DIR/launches-*.json.
 
     To be run with FASTAMP_AUTOTUNE=1 and FASTAMP_CACHE=DIR, on a CPU with TRITON_INTERPRET=1.
     """

@@ -34,6 +34,7 @@ import fastamp
 import fastamp.kernels
 from fastamp import functional, reduction
 from fastamp.benchmarking import machine, peers
+from fastamp.benchmarking.networks import last_layer
 from fastamp.ops import linear_amp_cross_entropy
 
 CALLS = 200
@@ -105,7 +106,7 @@ def calls(batch: int, width: int, classes: int) -> dict[str, Call]:
     logits = torch.randn(batch, classes, requires_grad=True)
     target = torch.randint(classes, (batch,))
     criterion, matching = fastamp.AMPLoss(), fastamp.AMPLoss(pairing="matching")
-    head = nn.Linear(width, classes)
+    head, alone = nn.Linear(width, classes), last_layer(nn.Identity())
     hidden = torch.randn(batch, width, requires_grad=True)
 
     def linear() -> Tensor:
@@ -116,9 +117,9 @@ def calls(batch: int, width: int, classes: int) -> dict[str, Call]:
         "AMPLoss": lambda: criterion(logits, target),
         "AMPLoss, matching": lambda: matching(logits, target),
         "AMPLoss, statistics": lambda: criterion(logits, target, return_stats=True)[0],
-        "Mixup, two terms": lambda: peers.mixup_two_terms(None, logits, target, None),
-        "Mixup, soft targets": lambda: peers.mixup_soft_targets(None, logits, target, None),
-        "AMP autograd": lambda: peers.amp_autograd(None, logits, target, None),
+        "Mixup, two terms": lambda: peers.mixup_two_terms(alone, logits, target, None),
+        "Mixup, soft targets": lambda: peers.mixup_soft_targets(alone, logits, target, None),
+        "AMP autograd": lambda: peers.amp_autograd(alone, logits, target, None),
     }
     made: dict[str, Call] = {
         name: lambda loss=loss: torch.autograd.grad(loss(), logits) for name, loss in to_logits.items()

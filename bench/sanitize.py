@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-FOUND_ERRORS = 86  # the code that the tool is told to end in
+FOUND_ERRORS = 86  # the code that the tool ends in then
 LIMIT_S = 120  # of the cases and all tools, which run side by side
 GRACE_S = 5  # of it, to end in
 LOG_LINES = 40  # of an error report that go into the summary

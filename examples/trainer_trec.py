@@ -28,19 +28,7 @@ METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
 PAD = 0  # of the random model's vocabulary and of MiniLM's
 
 
-class Rows(torch.utils.data.Dataset):
-    """Token ids of sentences, not padded, and their labels."""
-
-    def __init__(self, ids: list[list[int]], labels: tuple[int, ...]) -> None:
-        self.ids, self.labels = ids, labels
-
-    def __len__(self) -> int:
-        """The number of sentences."""
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """One sentence."""
-        return {"input_ids": self.ids[row], "labels": self.labels[row]}
+Rows = list[dict[str, Any]]  # of each sentence its token ids, not padded, and its label
 
 
 class Parts(NamedTuple):
@@ -52,7 +40,12 @@ class Parts(NamedTuple):
     test: Rows
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def rows_of(ids: list[list[int]], split: Split) -> Rows:
+    """The rows of a part of the corpus."""
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, split.labels, strict=True)]
+
+
+def collate(rows: Rows) -> dict[str, Tensor]:
     """Pad a batch to its longest sentence."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
@@ -66,8 +59,7 @@ def random_bert(corpus: Corpus) -> Parts:
     first = len(vocabulary)  # the id of the token that the classifier reads
 
     def rows(split: Split) -> Rows:
-        ids = [[first, *vocabulary.encode([sentence])[0].tolist()] for sentence in split.sentences]
-        return Rows(ids, split.labels)
+        return rows_of([[first, *vocabulary.encode([words])[0].tolist()] for words in split.sentences], split)
 
     config = BertConfig(
         vocab_size=len(vocabulary) + 1,
@@ -94,7 +86,7 @@ def minilm(corpus: Corpus) -> Parts:
 
     def rows(split: Split) -> Rows:
         texts = [" ".join(sentence) for sentence in split.sentences]
-        return Rows(tokenizer(texts, truncation=True, max_length=64)["input_ids"], split.labels)
+        return rows_of(tokenizer(texts, truncation=True, max_length=64)["input_ids"], split)
 
     return Parts(model, rows(corpus.train), rows(corpus.dev), rows(corpus.test))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-PACKAGES = ("click", "rich", "plotext", "matplotlib")  # of the extra "cli"
+PACKAGES = ("click", "rich", "plotext")  # of the extra "cli"
 
 
 def main() -> None:

@@ -11,70 +11,26 @@ from torch import Tensor, nn
 
 import fastamp
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 24,
-    "num_labels": 3,
-}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 3}
+TEXT: dict[str, Any] = {**SIZES, "vocab_size": 40, "max_position_embeddings": 24}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# DistilBERT and DeBERTa have names of their own.
+DISTIL: dict[str, Any] = {"vocab_size": 40, "max_position_embeddings": 24, "num_labels": 3, "seq_classif_dropout": 0.0}
+DISTIL |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
+DEBERTA = {"conv_kernel_size": 3, "relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]}
+DEBERTA |= {"norm_rel_ebd": "layer_norm", "share_att_key": True, "embedding_size": 12, "pooler_dropout": 0.0}
+LOCAL = {"num_hidden_layers": 3, "local_attention": 4, "global_attn_every_n_layers": 2}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {**TEXT, **NO_DROPOUT}),
     "roberta": ("Roberta", {**TEXT, **NO_DROPOUT, "pad_token_id": 1}),
-    "distilbert": (
-        "DistilBert",
-        {
-            "vocab_size": 40,
-            "dim": 16,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 24,
-            "max_position_embeddings": 24,
-            "num_labels": 3,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "seq_classif_dropout": 0.0,
-        },
-    ),
-    "deberta": (
-        "DebertaV2",
-        {
-            **TEXT,
-            **NO_DROPOUT,
-            "conv_kernel_size": 3,
-            "relative_attention": True,
-            "position_buckets": 4,
-            "pos_att_type": ["p2c", "c2p"],
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "embedding_size": 12,
-            "pooler_dropout": 0.0,
-        },
-    ),
+    "distilbert": ("DistilBert", DISTIL),
+    "deberta": ("DebertaV2", {**TEXT, **NO_DROPOUT, **DEBERTA}),
     "deberta-plain": ("DebertaV2", {**TEXT, **NO_DROPOUT}),
     "electra": ("Electra", {**TEXT, **NO_DROPOUT, "embedding_size": 8}),
     "electra-plain": ("Electra", {**TEXT, **NO_DROPOUT, "embedding_size": 16}),
-    "modernbert": (
-        "ModernBert",
-        {**TEXT, "num_hidden_layers": 3, "pad_token_id": 0, "local_attention": 4, "global_attn_every_n_layers": 2},
-    ),
+    "modernbert": ("ModernBert", {**TEXT, **LOCAL, "pad_token_id": 0}),
     "modernbert-mean": ("ModernBert", {**TEXT, "pad_token_id": 0, "classifier_pooling": "mean"}),
-    "vit": (
-        "ViT",
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": (8, 12),
-            "patch_size": 4,
-            "num_labels": 3,
-            **NO_DROPOUT,
-        },
-    ),
+    "vit": ("ViT", {**SIZES, **NO_DROPOUT, "image_size": (8, 12), "patch_size": 4}),
 }
 
 

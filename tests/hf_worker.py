@@ -78,7 +78,6 @@ def by_fsdp2() -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     lam = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
     for name, layer, mix_at in (
-        ("bert", "BertLayer", "embeddings"),
         ("modernbert", "ModernBertEncoderLayer", 1),
         ("vit", "ViTLayer", "embeddings"),
     ):
@@ -132,7 +131,7 @@ def by_trainer_and_fsdp2(folder: str) -> None:
             model,
             hf_models.arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2),
             criterion=hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)),
-            mix_at=1,
+            mix_at="embeddings",
             train_dataset=hf_models.Questions(32),
             eval_dataset=hf_models.Questions(8),
         )

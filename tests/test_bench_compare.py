@@ -1,6 +1,5 @@
 """`fastamp bench compare`: two results, row by row."""
 
-import copy
 import json
 
 import pytest
@@ -49,20 +48,11 @@ def invoke(folder, first: object, second: object, columns: int = 200) -> Result:
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(main, ["bench", "compare", *paths])
 
 
-@pytest.mark.parametrize(
-    ("after", "verdict"),
-    [
-        (1.0, "within the spread"),
-        (1.2, "within the spread"),
-        (1.3, "slower"),
-        (0.7, "faster"),
-        (0.9, "within the spread"),
-    ],
-)
-def test_a_change_is_one_where_the_quartiles_are_apart(after, verdict):
-    (change,) = compare(results(row()), results(row(q50=after))).changes
-    assert change.verdict == verdict
-    assert change.ratio == pytest.approx(after)
+def test_a_change_is_one_where_the_quartiles_are_apart():
+    for after, verdict in ((1.0, "within the spread"), (1.2, "within the spread"), (1.3, "slower"), (0.7, "faster")):
+        (change,) = compare(results(row()), results(row(q50=after))).changes
+        assert change.verdict == verdict
+        assert change.ratio == pytest.approx(after)
 
 
 def test_a_slower_machine_is_no_slower_contender():
@@ -76,7 +66,7 @@ def test_a_slower_machine_is_no_slower_contender():
 
 
 def test_a_slower_contender_is_seen_on_a_faster_machine():
-    (change,) = compare(results(row(q50=1.0, ms=3.0)), results(row(q50=1.5, ms=2.0))).changes
+    (change,) = compare(results(row(ms=3.0)), results(row(q50=1.5, ms=2.0))).changes
     assert change.verdict == "slower"
 
 
@@ -102,17 +92,10 @@ def test_names_numbers_and_verdicts_are_whole_in_80_columns(tmp_path):
 
 
 def test_rows_are_matched_by_workload_dtype_clock_and_contender():
-    before = [
-        row("AMPLoss", 1.0),
-        row("Mixup", 2.0),
-        row("AMPLoss", 3.0, clock="graph"),
-        row("AMPLoss", 4.0, dtype="bf16"),
-        row("AMPLoss", 5.0, workload="(24, 768) -> 5"),
-        row("AMPLoss", 6.0, varies="B"),
-    ]
-    after = copy.deepcopy(before[::-1])
-    found = compare(results(*before), results(*after))
-    assert [change.before["q50"] for change in found.changes] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    others = ({"contender": "Mixup"}, {"clock": "graph"}, {"dtype": "bf16"}, {"workload": "another"}, {"varies": "B"})
+    before = [row(q50=q50, **other) for q50, other in enumerate(({}, *others), 1)]
+    found = compare(results(*before), results(*before[::-1]))
+    assert [change.before["q50"] for change in found.changes] == [1, 2, 3, 4, 5, 6]
     assert {change.ratio for change in found.changes} == {1.0}
     assert found.only == ((), ())
 
@@ -137,14 +120,11 @@ def test_the_command_shows_changes_and_what_is_in_one_only(tmp_path):
     ("first", "second", "message"),
     [
         (results(row()), results(row(), suite="layers"), "the two are of different suites: 'head' and 'layers'"),
-        (results(row()), results(row(), format=3), "the two are of different formats: 2 and 3"),
         (results(row()), results(row("another")), "the two have no row in common"),
         ("{", results(row()), "first.json is no JSON"),
         (results(row()), "[]", "second.json holds no results of fastamp bench: no format, suite"),
-        ('{"rows": []}', results(row()), "first.json holds no results of fastamp bench: no format, suite"),
         (results(row(), rows={}), results(row()), "first.json holds no results of fastamp bench: no list of rows"),
         (results(row(), "nothing"), results(row()), "first.json: row 2 lacks a name"),
-        (results({"workload": "w"}), results(row()), "first.json: row 1 lacks a name"),
         (results(row()), results(row(ms=1.0) | {"ratio": {}}), "second.json: row 1 lacks a name, or quartiles"),
         (results(row() | {"ms": {"both": {"q25": 1}}}), results(row()), "first.json: row 1 lacks a name, or quartiles"),
     ],

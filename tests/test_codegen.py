@@ -14,13 +14,8 @@ from codegen import TARGETS
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "codegen.json"
-GROUPS = (
-    "rows",
-    "pairs pairs-fp64",
-    "rows-fp64 grad grad-fp64 small",
-    "head head-fp64",
-    "mix remix embedding select select-fp64",
-)
+GROUPS = ("rows", "pairs grad small head mix remix embedding select")
+FP64 = "pairs-fp64 rows-fp64 grad-fp64 head-fp64 select-fp64"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -29,14 +24,18 @@ def recorded():
     return json.loads(RECORD.read_text())
 
 
-# One target by default; the gate asks for all: pytest -m all_targets tests/test_codegen.py
-BY_DEFAULT = [
-    target if target == "sm_90" else pytest.param(target, marks=pytest.mark.all_targets) for target in TARGETS
-]
+def python(code: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("target", BY_DEFAULT)
-@pytest.mark.parametrize("groups", GROUPS)
+# What the gate asks for: pytest -m "all_targets or not all_targets" tests/test_codegen.py
+MORE = [(target, groups) for target in TARGETS for groups in (*GROUPS, FP64) if target != "sm_90" or groups == FP64]
+PARTS = [("sm_90", groups) for groups in GROUPS]
+PARTS += [pytest.param(*part, marks=pytest.mark.all_targets) for part in MORE]
+
+
+@pytest.mark.parametrize(("target", "groups"), PARTS)
 def test_no_kernel_spills_or_loses_its_vectors_or_moves_more_than_recorded(tmp_path, target, groups):
     from codegen.report import problems
 
@@ -59,11 +58,10 @@ from bench.codegen.cases import GROUPS_OF_CASES
 cases = [(case.kernel.__name__, case.name) for make in GROUPS_OF_CASES.values() for case in make()]
 print(json.dumps([list(GROUPS_OF_CASES), cases]))
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    run = python(code)
     assert run.returncode == 0, run.stderr[-3000:]
     groups, pairs = json.loads(run.stdout)
-    assert sorted(groups) == sorted(name for part in GROUPS for name in part.split()), "compiled in no part, or in two"
+    assert sorted(groups) == sorted(" ".join((*GROUPS, FP64)).split()), "compiled in no part, or in two"
     cases = [tuple(pair) for pair in pairs]
     assert len(set(cases)) == len(cases)
     rows = [(row["kernel"], row["case"], row["target"]) for row in recorded()["rows"]]
@@ -78,18 +76,16 @@ bad = good._replace(name="of three columns", constants={**good.constants, "BLOCK
 check.one_of_each = lambda: iter([good, bad])
 check.main([])
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    run = python(code)
     assert run.returncode == 1, run.stderr[-3000:]
     assert run.stdout.count("_mix_kernel [of three columns] for ") == 2
     assert run.stdout.splitlines()[-1].endswith("2 of 4 compiled")
 
 
 def test_the_oldest_triton_that_is_checked_is_the_oldest_that_can_be_installed():
-    root = Path(__file__).parents[1]
-    (oldest,) = re.findall(r"\"triton>=([\d.]+);", (root / "pyproject.toml").read_text())
-    checked = re.findall(r"\{triton: ([\d.]+),", (root / ".github" / "workflows" / "ci.yml").read_text())
-    (tested,) = re.findall(r"^triton==([\d.]+)$", (root / "constraints.txt").read_text(), re.MULTILINE)
+    (oldest,) = re.findall(r"\"triton>=([\d.]+);", (ROOT / "pyproject.toml").read_text())
+    checked = re.findall(r"\{triton: ([\d.]+),", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (tested,) = re.findall(r"^triton==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     versions = [tuple(map(int, version.split("."))) for version in (oldest, tested, checked[-1])]
     assert checked[0] == oldest
     assert versions == sorted(versions)

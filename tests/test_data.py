@@ -8,26 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastamp.data import (
-    DATASETS,
-    PAD,
-    UNK,
-    Vocabulary,
-    clean_str,
-    clean_str_sst,
-    embedding_table,
-    load,
-    questions,
-    read_tsv,
-    read_vectors,
-)
-from fastamp.data.vectors import coverage
+from fastamp.data import DATASETS, PAD, UNK, Vocabulary, clean_str, clean_str_sst, embedding_table, load, questions
+from fastamp.data.files import read_tsv
+from fastamp.data.vectors import coverage, read_vectors
 
 QUESTIONS_DIGEST = "4c28f6d6122ff458"
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
@@ -39,10 +27,8 @@ def test_tsv_keeps_quotes_and_splits_lines_on_newline_only(tmp_path):
     texts = ['he said "no', "a\u2028b", "2 1\u00a0/ 2", "a\x0bb\x85c\rd"]
     path = write(tmp_path / "t.tsv", "label\ttext\n" + "".join(f"{i % 2}\t{t}\n" for i, t in enumerate(texts)))
     assert read_tsv(path, 2) == (texts, [0, 1, 0, 1])
-
-
-def test_tsv_may_lack_the_last_newline(tmp_path):
-    assert read_tsv(write(tmp_path / "t.tsv", "label\ttext\n1\ta"), 2) == (["a"], [1])
+    path.write_bytes(path.read_bytes()[:-1])  # without the last newline
+    assert read_tsv(path, 2) == (texts, [0, 1, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -58,11 +44,9 @@ def test_tsv_may_lack_the_last_newline(tmp_path):
         ("label\ttext\n0\ta\tb\n", ":2", "3 tab-separated columns"),
         ("label\ttext\nx\ta\n", ":2", "label 'x' is not an integer"),
         ("label\ttext\n1_0\ta\n", ":2", "is not an integer"),
-        ("label\ttext\n1.0\ta\n", ":2", "is not an integer"),
         ("label\ttext\n\u0661\ta\n", ":2", "is not an integer"),
         ("label\ttext\n2\ta\n", ":2", "label 2 is out of range; takes 0 to 1"),
         ("label\ttext\n-1\ta\n", ":2", "label -1 is out of range"),
-        ("label\ttext\n0\t\n", ":2", "text is empty"),
         ("label\ttext\n0\t \n", ":2", "text is empty"),
         (b"label\ttext\n0\ta\n1\tcaf\xe9\n", ":3", "not UTF-8"),
     ],
@@ -72,11 +56,6 @@ def test_malformed_tsv_is_refused_by_file_and_line(tmp_path, content, line, reas
     with pytest.raises(ValueError, match=re.escape(f"{path}{line}: ")) as error:
         read_tsv(path, 2)
     assert reason in str(error.value)
-
-
-def test_missing_tsv_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "none.tsv"))):
-        read_tsv(tmp_path / "none.tsv", 2)
 
 
 # Tokens
@@ -97,49 +76,31 @@ def test_clean_str_follows_kims_rules(text, tokens):
     assert clean_str(text) == tokens.split()
 
 
-def test_clean_str_keeps_case_on_request():
+def test_clean_str_keeps_case_on_request_and_clean_str_sst_treebank_tokens_whole():
     assert clean_str("What is NATO?", lower=False) == ["What", "is", "NATO", "?"]
-
-
-def test_clean_str_sst_leaves_treebank_tokens_whole():
     assert clean_str_sst("It 's n't -lrb- 2 1\\/2 -rrb-") == ["it", "'s", "n't", "lrb", "2", "1", "2", "rrb"]
 
 
 # Corpora
 
 
-def small_mr(tmp_path: Path, n: int = 40) -> Path:
-    write(tmp_path / "mr" / "all.tsv", "label\ttext\n" + "".join(f"{i % 2}\tt{i}\n" for i in range(n)))
-    return tmp_path
-
-
-def test_held_out_splits_follow_the_seed_and_partition_the_file(tmp_path):
-    folder = small_mr(tmp_path)
-    corpus = load("mr", data_dir=folder, seed=1)
-    parts = [[s[0] for s in split.sentences] for split in (corpus.train, corpus.dev, corpus.test)]
-    assert [len(part) for part in parts] == [32, 4, 4]
-    assert sorted(word for part in parts for word in part) == sorted(f"t{i}" for i in range(40))
-    assert corpus == load("mr", data_dir=folder, seed=1)
-    assert corpus.fingerprint() == load("mr", data_dir=folder, seed=1).fingerprint()
-    assert corpus.fingerprint() != load("mr", data_dir=folder, seed=2).fingerprint()
-
-
-def test_unknown_dataset_missing_folder_and_too_few_examples_are_refused(tmp_path):
+def test_unknown_datasets_and_missing_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown dataset 'imdb'; takes one of questions, trec"):
         load("imdb")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "trec" / "train.tsv"))):
+    with pytest.raises(ValueError, match=re.escape(f"cannot read {tmp_path / 'trec' / 'train.tsv'}")):
         load("trec", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="3 examples are too few"):
-        load("mr", data_dir=small_mr(tmp_path, 3))
 
 
 # Questions
 
 
 def test_questions_are_the_same_at_every_call_and_on_every_platform():
+    first, second = load("questions"), load("questions", seed=5)
+    assert DATASETS == ("questions", "trec", "sst1", "sst2", "subj", "mr")
+    assert first.label_names == ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")
     # The digest holds the corpus fixed across versions: results on it are published.
-    assert load("questions").fingerprint() == load("questions", seed=5).fingerprint()
-    assert load("questions").fingerprint().startswith(QUESTIONS_DIGEST)
+    assert first.fingerprint() == second.fingerprint()
+    assert first.fingerprint().startswith(QUESTIONS_DIGEST)
 
 
 def test_questions_hold_no_question_twice_and_every_class_in_every_split():
@@ -166,9 +127,6 @@ def test_vocabulary_counts_pad_and_unknown_and_pads_on_the_right():
     assert ids.dtype == torch.int64
     assert ids.tolist() == [[2, UNK, 3], [4, PAD, PAD], [UNK, PAD, PAD]]
     assert vocabulary.encode([]).shape == (0, 1)
-
-
-def test_vocabulary_refuses_a_repeated_word():
     with pytest.raises(ValueError, match="'a' 2 times"):
         Vocabulary(["a", "b", "a"])
 
@@ -186,11 +144,7 @@ def test_vectors_are_read_plain_and_compressed(tmp_path, pack):
     vectors = read_vectors(path, ["the", "The", "caf\u00e9", ". . .", "absent"])
     assert vectors.dim == 3
     found = {word: vectors.table[row].tolist() for word, row in vectors.rows.items()}
-    assert found == {
-        "the": [1, 2, 3],
-        ". . .": [7, 8, 9],
-        "caf\u00e9": [pytest.approx(-0.1), 0, 0.5],
-    }
+    assert found == {"the": [1, 2, 3], ". . .": [7, 8, 9], "caf\u00e9": [pytest.approx(-0.1), 0, 0.5]}
     assert vectors.find("The") == vectors.rows["the"]
     assert vectors.find("absent") is None
     assert coverage([["The", "the", "absent", "the"]], vectors).types == pytest.approx(200 / 3)
@@ -247,13 +201,3 @@ def test_changed_vectors_are_read_again(tmp_path):
     write(path, "the 7 8 9 1\n")
     os.utime(path, ns=(0, 0))  # at the same time
     assert read_vectors(path, ["the"]).table.tolist() == [[7, 8, 9, 1]]
-
-
-def test_missing_vectors_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*none\.txt"):
-        read_vectors(tmp_path / "none.txt", ["a"])
-
-
-def test_every_dataset_has_a_name_per_class():
-    assert DATASETS == ("questions", "trec", "sst1", "sst2", "subj", "mr")
-    assert load("questions").label_names == ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")

@@ -116,8 +116,6 @@ def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
     ("backend", "dtype", "default"),
     [
         ("torch", torch.float32, torch.float16),
-        ("torch", torch.float32, torch.bfloat16),
-        ("torch", torch.float32, torch.float64),
         ("torch", torch.bfloat16, torch.float64),
         ("torch", torch.float64, torch.bfloat16),
         ("triton", torch.float32, torch.float64),
@@ -126,7 +124,7 @@ def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
     ids=str,
 )
 def test_draws_losses_and_gradients_do_not_depend_on_the_default_dtype(backend, dtype, default):
-    """40: λ with 256 values a binade, a loss that is wider than its logits."""
+    """In bfloat16 λ would have 256 values a binade; a loss is wider than its logits."""
     inputs, network = made()
     expected = of_everything(backend, dtype, inputs, network)
     assert expected[0].dtype == torch.float32
@@ -165,7 +163,6 @@ def test_data_are_read_and_shuffled_on_the_cpu_whatever_the_default_device(tmp_p
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 def test_nonlinear_mixup_does_not_depend_on_the_default_dtype(default):
-    """40."""
     model = NonlinearMixup(TextCNN(9, 64, embedding_dim=D), num_classes=3, length=6, width=D)
     ids, labels = torch.randint(1, 9, (B, 6)), torch.randint(3, (B,))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastamp import AMPLoss, Mix, reference
+from fastamp import Mix
 from fastamp.models import PretrainedEncoder, TransformerClassifier
 
 transformers = pytest.importorskip("transformers")
@@ -27,14 +27,6 @@ def tiny(name: str = "bert", **options) -> TransformerClassifier:
 
 def rows(model: TransformerClassifier) -> torch.Tensor:
     return hf_models.batch(model.model)["input_ids"]
-
-
-LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
-
-
-def a_mix() -> Mix:
-    lam = torch.rand(6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    return Mix(lam, torch.tensor([3, 0, 1, 2, 4, 5]))
 
 
 @pytest.fixture(scope="module")
@@ -57,51 +49,32 @@ def test_logits_do_not_depend_on_padding(name):
     assert logits.shape == (6, 3)
     torch.testing.assert_close(model(F.pad(ids, (0, 4), value=model.pad_id)), logits, **CLOSE)
     torch.testing.assert_close(model(ids[1:2, :4]), logits[1:2], **CLOSE)
+    assert model(torch.full((2, 3), model.pad_id)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 def test_every_place_gives_the_models_own_logits(name):
     model = tiny(name)
     ids = rows(model)
+    hidden = {}
     for at in PLACES:
         g, f = model.split(at)
-        torch.testing.assert_close(f(g(ids), **f.context(ids)), model(ids), **CLOSE)
-    assert model.split("embedding").g(ids).shape == (6, 9, model.embedding_dim)
+        hidden[at] = g(ids)
+        torch.testing.assert_close(f(hidden[at], **f.context(ids)), model(ids), **CLOSE)
+    base = model.model.base_model
+    assert torch.equal(hidden["word"], base.embeddings.word_embeddings(ids))
+    assert torch.equal(hidden["word"], hidden["embedding"])
+    assert hidden["word"].shape[2] == model.embedding_dim
+    states = base(input_ids=ids, attention_mask=ids != model.pad_id).last_hidden_state
+    torch.testing.assert_close(hidden["sentence"], states[:, :1], **CLOSE)
 
 
 def test_a_mixed_row_is_as_long_as_the_longer_of_both():
-    model, mix = tiny("roberta"), a_mix()
+    model, mix = tiny("roberta"), Mix(torch.rand(6), torch.tensor([3, 0, 1, 2, 4, 5]))
     ids = rows(model)
     lengths = (ids != 1).sum(1)
     mask = model.split("word").f.context(ids, mix)["attention_mask"]
     assert mask.sum(1).tolist() == torch.maximum(lengths, lengths[mix.partner]).tolist()
-
-
-@pytest.mark.parametrize("at", PLACES)
-def test_a_step_is_the_definition(at):
-    model, mix = tiny().train(), a_mix()
-    ids = rows(model)
-    options = {"step_size": 0.05, "tie_tol": 0.0}
-    union = mix.union((ids != 0).long())
-
-    def rest(mixed):
-        if at == "sentence":
-            return model.model.classifier(model.model.dropout(model.model.bert.pooler(mixed)))
-        return model.model(inputs_embeds=mixed, attention_mask=union).logits
-
-    if at == "sentence":
-        hidden = model.model.bert(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, :1]
-    else:
-        hidden = model.model.bert.embeddings.word_embeddings(ids)
-    truth = reference.amp(rest, hidden, LABELS, *mix, **options)
-    g, f = model.split(at)
-    loss, stats = AMPLoss(**options).step(f, g(ids), LABELS, mix=mix, context=f.context(ids, mix), return_stats=True)
-    parameters = list(model.parameters())
-    ours = [loss, stats.lam_adv, stats.delta, *torch.autograd.grad(loss, parameters)]
-    theirs = [truth.loss, truth.lam_adv, truth.delta, *torch.autograd.grad(truth.loss, parameters)]
-    assert (stats.lam_adv != stats.lam).sum() > 0
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -119,22 +92,6 @@ def test_the_parts_share_parameters_and_mode_with_the_model(at):
     assert model.model.dropout.training
 
 
-def test_dropout_is_the_same_in_all_passes_of_a_step():
-    model, mix = tiny(hidden_dropout_prob=0.3).train(), a_mix()
-    ids = rows(model)
-    g, f = model.split("word")
-    loss, stats = AMPLoss(step_size=0.0).step(
-        f, g(ids), LABELS, mix=mix, context=f.context(ids, mix), return_stats=True
-    )
-    assert loss.isfinite()
-    assert (stats.delta == 0).all()
-
-
-def test_a_row_of_padding_gives_finite_logits():
-    model = tiny()
-    assert model(torch.zeros(2, 3, dtype=torch.int64)).isfinite().all()
-
-
 # Loading
 
 
@@ -147,9 +104,9 @@ def test_sentences_are_encoded_with_special_tokens_and_padded_on_the_right(folde
 
 
 def test_no_sentence_is_longer_than_the_model_takes(folder):
-    encoder = PretrainedEncoder.load(folder)  # of 24 positions
+    encoder = PretrainedEncoder.load(folder)
     ids = encoder.encode(["who is a dog " * 20])
-    assert ids.shape[1] < 24
+    assert ids.shape[1] < 24  # of 24 positions
     assert ids[0, -1] == 3
     assert encoder.classifier(2)(ids).isfinite().all()
 
@@ -224,7 +181,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.delitem(sys.modules, "fastamp.hf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
-    with pytest.raises(ImportError, match=r"pip install 'fastamp\[hf\]'"):
+    with pytest.raises(ImportError, match=r"fastamp.hf needs transformers 5 or newer: pip install 'fastamp\[hf\]'"):
         PretrainedEncoder.load("bert-base-uncased")
 
 

@@ -18,7 +18,6 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("FASTAMP_DATA_DIR", ROOT.parent / "shared" / "data"))
 NO_TREC = f"{DATA / 'trec'} is not there; FASTAMP_DATA_DIR names another folder of data sets"
-METHODS = ("none", "sent-mixup", "sent-amp", "word-mixup", "word-amp")
 
 
 def example(name: str) -> Any:
@@ -38,21 +37,22 @@ def run(name: str, *options: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["none", "sent-mixup", "sent-amp"])
 def test_the_trainer_script_runs_by_every_method(method: str) -> None:
-    output = run("trainer_trec", "--dataset", "questions", "--method", method, "--epochs", "0.1")
+    output = run("trainer_trec", "--dataset", "questions", "--method", method, "--epochs", "0.05")
     assert re.search(rf"{method}: dev error \d+\.\d%, test error \d+\.\d%", output)
     assert ("mix/lam_shift" in output) == (method != "none")
 
 
 @pytest.mark.skipif(not (DATA / "trec").is_dir(), reason=NO_TREC)
 def test_the_trainer_script_reads_trec() -> None:
-    run("trainer_trec", "--data-dir", str(DATA), "--method", "none", "--epochs", "0.02")
+    run("trainer_trec", "--data-dir", str(DATA), "--method", "word-mixup", "--epochs", "0.01")
 
 
 def test_the_trainer_script_learns() -> None:
     options = ("--dataset", "questions", "--method", "word-amp", "--epochs", "2", "--lr", "5e-3")
     output = run("trainer_trec", *options, "--batch-size", "25")
+    assert "mix/lam_shift" in output
     error = re.search(r"test error (\d+\.\d)%", output)
     assert error is not None
     assert float(error[1]) < 65  # guessing the largest class: 76
@@ -69,25 +69,20 @@ def test_the_pretrained_encoder_loads_offline(monkeypatch: pytest.MonkeyPatch) -
     assert parts.model(**batch).logits.shape == (3, 6)
 
 
-def test_the_script_says_what_data_it_needs() -> None:
-    result = CliRunner().invoke(example("trainer_trec").main, [])
-    assert result.exit_code == 2
-    assert "give data_dir" in result.output
-
-
-@pytest.mark.parametrize("at", ["embeddings", "1", "last"])
+@pytest.mark.parametrize("at", ["embeddings", "1"])
 def test_the_plain_loop_runs_at_any_layer(at: str) -> None:
-    assert f"mixed at {at}: test error" in run("plain_loop", "--steps", "5", "--at", at)
+    assert f"mixed at {at}: test error" in run("plain_loop", "--steps", "3", "--at", at)
 
 
-@pytest.mark.parametrize(
-    ("at", "message"),
-    [("-1", "must lie in 0 to 2 for a model of 2 layers, got -1"), ("words", "cut at 'words'; at must")],
-)
-def test_the_plain_loop_says_where_it_can_mix(at: str, message: str) -> None:
-    result = CliRunner().invoke(example("plain_loop").main, ["--at", at])
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())
+def test_the_scripts_say_what_they_need() -> None:
+    for name, options, message in (
+        ("trainer_trec", [], "give data_dir"),
+        ("plain_loop", ["--at", "-1"], "must lie in 0 to 2 for a model of 2 layers, got -1"),
+        ("plain_loop", ["--at", "words"], "cut at 'words'; at must"),
+    ):
+        result = CliRunner().invoke(example(name).main, options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("at", ["word", "sentence"])

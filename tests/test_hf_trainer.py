@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib.util
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from fastamp.hf.trainer import MixedPass
 from fastamp.mixing import MixStats
 
 KEYS = {"mix/lam_shift", "mix/mask_rate", "mix/grad_abs", "mix/delta"}
-PLACES = ["embeddings", 1, "last", "logits", "sent_loss"]
 
 
 def trainer_for(mix_at: str | int, criterion: Any, folder: Path, model: Any = None, **options: Any) -> Any:
@@ -43,6 +42,18 @@ def trainer_for(mix_at: str | int, criterion: Any, folder: Path, model: Any = No
         loss = sent_loss(criterion)
         return Trainer(**common, compute_loss_func=loss, callbacks=[loss])
     return AMPTrainer(**common, criterion=criterion, mix_at=mix_at)
+
+
+def trained(mix_at: str | int, criterion: Any, folder: Path, model: Any = None, **options: Any) -> Any:
+    """The same after its training."""
+    trainer = trainer_for(mix_at, criterion, folder, model, **options)
+    trainer.train()
+    return trainer
+
+
+def fixed(**options: Any) -> Any:
+    """A criterion of fixed mixes."""
+    return hf_models.fixed_mixes(fastamp.AMPLoss(**options))
 
 
 def stats_of(criterion: fastamp.AMPLoss) -> list[MixStats]:
@@ -62,27 +73,18 @@ def stats_of(criterion: fastamp.AMPLoss) -> list[MixStats]:
     return kept
 
 
-@pytest.mark.parametrize("mix_at", PLACES)
+@pytest.mark.parametrize("mix_at", [1, "sent_loss"])
 def test_four_accumulated_batches_are_one_batch(mix_at: str | int, tmp_path: Path) -> None:
     weights = []
     for size, accumulated in ((8, 1), (2, 4)):
-        trainer = trainer_for(
-            mix_at,
-            hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)),
-            tmp_path,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulated,
-        )
-        trainer.train()
-        weights.append(hf_models.weights(trainer.model))
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        weights.append(hf_models.weights(trained(mix_at, fixed(step_size=0.05), tmp_path, **options).model))
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
 
 
 def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
-    trainer = trainer_for(1, hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05)), tmp_path, max_steps=1)
-    trainer.train()
-    model = hf_models.build("bert")
-    criterion = hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.05))
+    trainer = trained(1, fixed(step_size=0.05), tmp_path, max_steps=1)
+    model, criterion = hf_models.build("bert"), fixed(step_size=0.05)
     batch = torch.utils.data.default_collate([hf_models.Questions(64)[row] for row in range(8)])
     g, f = fastamp.hf.split(model, 1)
     mix = criterion.sample(8, device="cpu")
@@ -93,11 +95,8 @@ def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluation_is_plain_cross_entropy_and_leaves_the_mode(
-    mix_at: str | int, training: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("mix_at", "training"), [("embeddings", False), ("sent_loss", False), ("sent_loss", True)])
+def test_evaluation_is_plain_cross_entropy_and_leaves_the_mode(mix_at: str, training: bool, tmp_path: Path) -> None:
     criterion = fastamp.AMPLoss().train(training)
     trainer = trainer_for(mix_at, criterion, tmp_path)
     plain = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path), eval_dataset=hf_models.Questions(20))
@@ -112,7 +111,7 @@ def test_evaluation_is_plain_cross_entropy_and_leaves_the_mode(
 
 
 def test_sent_loss_is_the_criterion_by_the_count_of_rows() -> None:
-    criterion = hf_models.fixed_mixes(fastamp.AMPLoss())
+    criterion = fixed()
     loss = sent_loss(criterion)
     loss._is_callback = True
     logits, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -124,40 +123,32 @@ def test_sent_loss_is_the_criterion_by_the_count_of_rows() -> None:
         torch.testing.assert_close(loss({"logits": logits}, labels, 24), F.cross_entropy(logits, labels) / 4)
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
-def test_bfloat16_autocast(mix_at: str | int, tmp_path: Path) -> None:
+def test_bfloat16_autocast(tmp_path: Path) -> None:
     logs = []
     for bf16 in (False, True):
         model = hf_models.build("bert").float()
-        trainer = trainer_for(mix_at, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, model, bf16=bf16)
         inside: list[bool] = []
         model.classifier.register_forward_hook(lambda *_, into=inside: into.append(torch.is_autocast_enabled("cpu")))
-        trainer.train()
+        logs.append(trained("embeddings", fixed(), tmp_path, model, bf16=bf16).state.log_history[0])
         assert set(inside) == {bf16}
-        logs.append(trainer.state.log_history[0])
     assert logs[0]["loss"] != logs[1]["loss"]
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02)
     assert logs[0]["mix/grad_abs"] == pytest.approx(logs[1]["mix/grad_abs"], rel=0.1)
 
 
-@pytest.mark.parametrize("mix_at", [1, "sent_loss"])
-def test_torch_compile_gives_the_same_steps(mix_at: str | int, tmp_path: Path) -> None:
+def test_torch_compile_gives_the_same_steps_without_a_graph_break(tmp_path: Path) -> None:
     torch._dynamo.reset()
     weights = []
-    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model = hf_models.build("bert", num_hidden_layers=1)
         criterion = fastamp.AMPLoss(step_size=0.05, generator=torch.Generator().manual_seed(2))
-        trainer = trainer_for(mix_at, criterion, tmp_path, **options)
         counters.clear()
-        trainer.train()
+        trainer = trained(0, criterion, tmp_path, model, **options)
         # With the default attention, which is sdpa, one graph is a whole step.
-        assert (
-            not options
-            or mix_at == "sent_loss"
-            or (not counters["graph_break"], counters["stats"]["unique_graphs"]) == (True, 1)
-        )
-        trainer.evaluate()
+        assert not options or (not counters["graph_break"], counters["stats"]["unique_graphs"]) == (True, 1)
         weights.append(hf_models.weights(trainer.model))
     assert "OptimizedModule" in type(trainer.model_wrapped).__name__
+    trainer.evaluate()
     torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-10)
 
 
@@ -165,27 +156,21 @@ def test_dropout_compiles_to_one_graph_whose_passes_share_it(tmp_path: Path) -> 
     torch._dynamo.reset()
     counters.clear()
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "attn_implementation": "eager"}
-    model = hf_models.build("bert", **dropout)
+    model = hf_models.build("bert", num_hidden_layers=1, **dropout)
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    trainer = trainer_for(1, fastamp.AMPLoss(), tmp_path, model, max_steps=3, learning_rate=0.05, **compiled)
-    trainer.train()
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
+    trainer = trained("embeddings", fastamp.AMPLoss(), tmp_path, model, max_steps=3, learning_rate=0.05, **compiled)
+    assert (not counters["graph_break"], counters["stats"]["unique_graphs"]) == (True, 1)
     for entry in trainer.state.log_history[:3]:
         # A step of 2e-3 does that much; masks that differ between the passes do a hundred times more.
         assert 0 < entry["mix/delta"] < 1e-3
 
 
 def test_gradient_checkpointing_gives_the_same_steps(tmp_path: Path) -> None:
-    weights = []
-    for options in ({}, {"gradient_checkpointing": True}):
-        trainer = trainer_for(1, hf_models.fixed_mixes(fastamp.AMPLoss()), tmp_path, **options)
-        trainer.train()
-        weights.append(hf_models.weights(trainer.model))
-    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+    trainers = [trained(1, fixed(), tmp_path, gradient_checkpointing=given) for given in (False, True)]
+    torch.testing.assert_close(*(hf_models.weights(trainer.model) for trainer in trainers), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "logits", "sent_loss"])
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
 def test_logs_are_means_over_the_rows_since_the_last_log(mix_at: str | int, tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
@@ -194,7 +179,7 @@ def test_logs_are_means_over_the_rows_since_the_last_log(mix_at: str | int, tmp_
             seen.append(dict(logs))
 
     # Large enough steps for some rows to reject theirs, and batches of 8, 8, 8 and 4 rows.
-    criterion = hf_models.fixed_mixes(fastamp.AMPLoss(step_size=0.5, grad_clip=None))
+    criterion = fixed(step_size=0.5, grad_clip=None)
     model = hf_models.build("bert")
     with torch.no_grad():
         model.classifier.weight.mul_(4)
@@ -218,10 +203,8 @@ def test_logs_are_means_over_the_rows_since_the_last_log(mix_at: str | int, tmp_
     assert [set(entry) >= KEYS for entry in seen if "loss" in entry] == [True, True]
 
 
-@pytest.mark.parametrize("mix_at", ["last", "sent_loss"])
-def test_plain_mixup_logs_no_gradient_that_it_does_not_compute(mix_at: str | int, tmp_path: Path) -> None:
-    trainer = trainer_for(mix_at, fastamp.AMPLoss(mode="mixup"), tmp_path)
-    trainer.train()
+def test_plain_mixup_logs_no_gradient_that_it_does_not_compute(tmp_path: Path) -> None:
+    trainer = trained("last", fastamp.AMPLoss(mode="mixup"), tmp_path)
     entry = trainer.state.log_history[0]
     assert {key for key in entry if key.startswith("mix/")} == KEYS - {"mix/grad_abs"}
     assert entry["mix/lam_shift"] == 0
@@ -229,7 +212,7 @@ def test_plain_mixup_logs_no_gradient_that_it_does_not_compute(mix_at: str | int
     assert "NaN" not in (tmp_path / "state.json").read_text()
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "logits", "sent_loss"])
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
 def test_nothing_is_read_back_between_logs(mix_at: str | int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     criterion = fastamp.AMPLoss()
     trainer = trainer_for(mix_at, criterion, tmp_path, max_steps=4, logging_steps=2)
@@ -270,11 +253,8 @@ def test_nothing_is_read_back_between_logs(mix_at: str | int, tmp_path: Path, mo
     assert reads == ["log: tolist"] * 2
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
-@pytest.mark.parametrize("options", [{"reweight": "moving"}, {}])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
-    mix_at: str | int, options: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("mix_at", "options"), [("embeddings", {"reweight": "moving"}), ("sent_loss", {})])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(mix_at: str, options: dict, tmp_path: Path) -> None:
     def run(**training: Any) -> Any:
         model = hf_models.build("bert", hidden_dropout_prob=0.2)
         criterion = fastamp.AMPLoss(**options, generator=torch.Generator().manual_seed(7))
@@ -287,50 +267,46 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert torch.equal(hf_models.weights(resumed.model), hf_models.weights(whole.model))
 
 
-def test_resuming_without_the_state_of_the_criterion_warns(tmp_path: Path) -> None:
-    def run(**training: Any) -> Any:
-        criterion = fastamp.AMPLoss(generator=torch.Generator().manual_seed(7))
-        return trainer_for("logits", criterion, tmp_path, max_steps=2, **training)
-
-    run(save_strategy="steps", save_steps=1).train()
-    (tmp_path / "checkpoint-1" / "mixing_state.pt").unlink()
-    with pytest.warns(UserWarning, match=r"no state of the criterion in .*mixing_state.pt: its generator starts over"):
-        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a criterion with a generator."""
+    folder = tmp_path_factory.mktemp("saved")
+    criterion = fastamp.AMPLoss(generator=torch.Generator().manual_seed(7))
+    trained("logits", criterion, folder, save_strategy="steps", save_steps=1)
+    return folder / "checkpoint-1"
 
 
-def test_a_damaged_state_of_the_criterion_is_refused_by_name_and_says_what_to_do(tmp_path: Path) -> None:
-    def run(**training: Any) -> Any:
-        criterion = fastamp.AMPLoss(generator=torch.Generator().manual_seed(7))
-        return trainer_for("logits", criterion, tmp_path, max_steps=2, **training)
-
-    run(save_strategy="steps", save_steps=1).train()
-    state = tmp_path / "checkpoint-1" / "mixing_state.pt"
-    state.write_bytes(state.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"mixing_state.pt is damaged \(.+\); delete it to start the criterion over$"):
-        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_resuming_with_another_criterion_is_explained(tmp_path: Path) -> None:
-    def run(criterion: fastamp.AMPLoss, **training: Any) -> Any:
-        return trainer_for("logits", criterion, tmp_path, max_steps=2, **training)
-
-    folder = str(tmp_path / "checkpoint-1")
-    run(fastamp.AMPLoss(generator=torch.Generator().manual_seed(7)), save_strategy="steps", save_steps=1).train()
-    for options in ({"reweight": "moving"}, {"reweight": "moving", "generator": torch.Generator()}):
-        with pytest.raises(
-            ValueError, match=r"(?s)mixing_state.pt holds the state of another criterion than AMPLoss\("
-        ):
-            run(fastamp.AMPLoss(**options)).train(resume_from_checkpoint=folder)
-    with pytest.warns(UserWarning, match=r"mixing_state.pt holds the state of a generator or of a window, which this"):
-        run(fastamp.AMPLoss()).train(resume_from_checkpoint=folder)
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ("lost", UserWarning, "no state of the criterion in .*mixing_state.pt: its generator starts over"),
+        ("damaged", ValueError, r"mixing_state.pt is damaged \(.+\); delete it to start the criterion over$"),
+        ("other", ValueError, r"(?s)mixing_state.pt holds the state of another criterion than AMPLoss\("),
+        ("none", UserWarning, "mixing_state.pt holds the state of a generator or of a window, which this"),
+    ],
+)
+def test_resuming_without_the_state_of_the_criterion_says_why(
+    change: str, kind: Any, message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / saved.name)
+    state = folder / "mixing_state.pt"
+    if change == "lost":
+        state.unlink()
+    elif change == "damaged":
+        state.write_bytes(state.read_bytes()[:-200])
+    options: dict[str, Any] = {"reweight": "moving"} if change == "other" else {}
+    if change in ("lost", "damaged"):
+        options["generator"] = torch.Generator()
+    trainer = trainer_for("logits", fastamp.AMPLoss(**options), tmp_path)
+    with pytest.warns(kind, match=message) if kind is UserWarning else pytest.raises(kind, match=message):
+        trainer.train(resume_from_checkpoint=str(folder))
 
 
 def test_a_head_replaced_between_two_trainings_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.nn.Module] = []
     init = MixedPass.__init__
     monkeypatch.setattr(MixedPass, "__init__", lambda self, *args: made.append(args[1]) or init(self, *args))
-    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
-    trainer.train()
+    trainer = trained("embeddings", fastamp.AMPLoss(), tmp_path)
     assert len(made) == 1  # for both steps: another would be compiled again
     trainer.model.classifier = torch.nn.Linear(16, 3).double()
     before = trainer.model.classifier.weight.detach().clone()
@@ -341,8 +317,7 @@ def test_a_head_replaced_between_two_trainings_is_trained(tmp_path: Path, monkey
 
 
 def test_save_pretrained_is_that_of_the_plain_trainer(tmp_path: Path) -> None:
-    trainer = trainer_for("embeddings", fastamp.AMPLoss(), tmp_path)
-    trainer.train()
+    trainer = trained("embeddings", fastamp.AMPLoss(), tmp_path)
     trainer.save_model(str(tmp_path / "ours"))
     assert "forward" not in trainer.model.__dict__
     plain = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path))
@@ -350,21 +325,6 @@ def test_save_pretrained_is_that_of_the_plain_trainer(tmp_path: Path) -> None:
     plain.save_model(str(tmp_path / "theirs"))
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
-
-
-def test_the_mixin_goes_before_a_trainer_of_ones_own(tmp_path: Path) -> None:
-    class Mine(AMPTrainerMixin, Trainer):
-        pass
-
-    trainer = Mine(
-        hf_models.build("distilbert"),
-        hf_models.arguments(tmp_path, max_steps=1),
-        criterion=fastamp.AMPLoss(),
-        mix_at="distilbert.transformer.layer.0",
-        train_dataset=hf_models.Questions(16),
-    )
-    trainer.train()
-    assert set(trainer.state.log_history[0]) >= KEYS
 
 
 @pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
@@ -388,19 +348,10 @@ def test_other_heads_are_refused(mix_at: str | int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
 def test_label_smoothing_is_the_criterions_and_applied_once(mix_at: str | int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 would not be applied, .*\(by 0.0\)"):
-        trainer_for(mix_at, fastamp.AMPLoss(), tmp_path, label_smoothing_factor=0.1).train()
-    weights = []
-    for options in ({}, {"label_smoothing_factor": 0.1}):
-        criterion = hf_models.fixed_mixes(fastamp.AMPLoss(label_smoothing=0.1))
-        trainer = trainer_for(mix_at, criterion, tmp_path, **options)
-        trainer.train()
-        weights.append(hf_models.weights(trainer.model))
-    assert torch.equal(*weights)
-
-
-def test_float_labels_one_a_row_are_refused_without_talk_of_counts() -> None:
-    with pytest.raises(TypeError, match=r"torch.float32: transformers' models take float labels"):
-        sent_loss(fastamp.AMPLoss())({"logits": torch.randn(4, 3)}, torch.zeros(4), 4)
+        trained(mix_at, fastamp.AMPLoss(), tmp_path, label_smoothing_factor=0.1)
+    given = ({}, {"label_smoothing_factor": 0.1})
+    trainers = [trained(mix_at, fixed(label_smoothing=0.1), tmp_path, max_steps=1, **options) for options in given]
+    assert torch.equal(*(hf_models.weights(trainer.model) for trainer in trainers))
 
 
 def test_class_weights_are_divided_by_rows_in_evaluation(tmp_path: Path) -> None:
@@ -423,7 +374,10 @@ def test_half_of_sent_loss_is_noticed(tmp_path: Path) -> None:
     assert len([warning for warning in seen if "callbacks" in str(warning.message)]) == 1  # in two steps
 
 
-def test_a_compute_loss_that_passes_the_criterion_by_is_noticed(tmp_path: Path) -> None:
+def test_the_mixin_goes_before_a_trainer_of_ones_own_whose_loss_must_not_pass_the_criterion_by(tmp_path: Path) -> None:
+    class Own(AMPTrainerMixin, Trainer):
+        pass
+
     class Theirs(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             return model(**inputs)["loss"]
@@ -431,56 +385,56 @@ def test_a_compute_loss_that_passes_the_criterion_by_is_noticed(tmp_path: Path) 
     class Mine(AMPTrainerMixin, Theirs):
         pass
 
-    common = {"args": hf_models.arguments(tmp_path), "train_dataset": hf_models.Questions(32)}
+    common = {"args": hf_models.arguments(tmp_path, max_steps=1), "train_dataset": hf_models.Questions(32)}
     with pytest.raises(RuntimeError, match="whose own compute_loss does not call that function"):
         Mine(hf_models.build("bert"), **common, criterion=fastamp.AMPLoss(), mix_at="logits").train()
     # Its outputs hold the mixed loss, which is all that is needed.
     Mine(hf_models.build("bert"), **common, criterion=fastamp.AMPLoss(), mix_at=1).train()
+    at_a_layer = {"criterion": fastamp.AMPLoss(), "mix_at": "distilbert.transformer.layer.0"}
+    trainer = Own(hf_models.build("distilbert"), **common, **at_a_layer)
+    trainer.train()
+    assert set(trainer.state.log_history[0]) >= KEYS
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
-def test_a_moving_window_warns_of_accumulated_batches(mix_at: str | int, tmp_path: Path) -> None:
-    criterion = fastamp.AMPLoss(reweight="moving")
+def test_a_moving_window_warns_of_accumulated_batches(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"reweight='moving' moves its window at each of the 2 batches"):
-        trainer_for(mix_at, criterion, tmp_path, max_steps=1, gradient_accumulation_steps=2).train()
+        trained(1, fastamp.AMPLoss(reweight="moving"), tmp_path, max_steps=1, gradient_accumulation_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        trainer_for(mix_at, fastamp.AMPLoss(reweight="moving"), tmp_path, max_steps=1).train()
+        trained(1, fastamp.AMPLoss(reweight="moving"), tmp_path, max_steps=1)
 
 
-def test_reentrant_checkpoints_are_refused_where_a_layer_is_mixed(tmp_path: Path) -> None:
+def test_reentrant_checkpoints_and_unknown_layers_are_refused_where_a_layer_is_mixed(
+    tmp_path: Path,
+) -> None:
     for kwargs in ({"use_reentrant": True}, {"preserve_rng_state": True}):
         options: Any = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
         with pytest.raises(ValueError, match=r"set activation_checkpointing_kwargs=\{.*'use_reentrant': False\}"):
             trainer_for(1, fastamp.AMPLoss(), tmp_path, **options)
         trainer_for("logits", fastamp.AMPLoss(), tmp_path, **options)
+    with pytest.raises(ValueError, match="0 to 2 for a model of 2 layers, got 7"):
+        trainer_for(7, fastamp.AMPLoss(), tmp_path)
     options["activation_checkpointing_kwargs"] = {"every_n_layers": 2}
     trainer_for(1, fastamp.AMPLoss(), tmp_path, **options).train()
 
 
-def test_criteria_that_the_trainer_does_not_count_by_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"reduction='mean'.*got reduction='sum'"):
-        sent_loss(fastamp.AMPLoss(reduction="sum"))
+def test_criteria_that_the_trainer_does_not_count_by_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ignore_index=0"):
         sent_loss(fastamp.AMPLoss(ignore_index=0))
     with pytest.raises(TypeError, match=r"fastamp\.AMPLoss, got CrossEntropyLoss"):
         sent_loss(torch.nn.CrossEntropyLoss())  # type: ignore[arg-type]
+    for mix_at in ("embeddings", "sent_loss"):
+        criterion = fastamp.AMPLoss()
+        trainer = trainer_for(mix_at, criterion, tmp_path)
+        criterion.reduction = "sum"  # which is set later, and so refused when training begins
+        with pytest.raises(ValueError, match=r"reduction='mean'.*got reduction='sum'"):
+            trainer.train()
 
 
-@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
-def test_options_that_are_set_later_are_refused_when_training_begins(mix_at: str, tmp_path: Path) -> None:
-    criterion = fastamp.AMPLoss()
-    trainer = trainer_for(mix_at, criterion, tmp_path)
-    criterion.reduction = "sum"
-    with pytest.raises(ValueError, match=r"reduction='mean'.*got reduction='sum'"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_criterion_itself_as_the_trainers_loss_names_sent_loss(training: bool, tmp_path: Path) -> None:
-    criterion = fastamp.AMPLoss().train(training)
+def test_the_criterion_itself_as_the_trainers_loss_names_sent_loss(tmp_path: Path) -> None:
     data = {"train_dataset": hf_models.Questions(16), "eval_dataset": hf_models.Questions(8)}
-    trainer = Trainer(hf_models.build("bert"), hf_models.arguments(tmp_path), compute_loss_func=criterion, **data)
+    arguments = hf_models.build("bert"), hf_models.arguments(tmp_path)
+    trainer = Trainer(*arguments, compute_loss_func=fastamp.AMPLoss(), **data)
     for run in (trainer.train, trainer.evaluate):
         with pytest.raises(TypeError, match=r"'num_items_in_batch'; .* compute_loss_func=fastamp\.hf\.sent_loss"):
             run()
@@ -516,28 +470,20 @@ def test_calls_that_are_no_classification_are_refused() -> None:
         (logits, torch.zeros(4, 3, dtype=torch.long), 4, r"class indices, got shape \(4, 3\)"),
         (logits[:, :1], torch.zeros(4, dtype=torch.long), 4, "num_labels=1 is a regression head"),
         (logits[None], torch.zeros(1, dtype=torch.long), 4, r"logits \(B, C\)"),
+        (logits, torch.zeros(4), 4, "torch.float32: transformers' models take float labels"),  # and nothing of counts
         (logits, torch.zeros(4, dtype=torch.long), torch.ones(2, 1), "nn.DataParallel, which is not supported"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             loss({"logits": outputs}, labels, count)
 
 
-def test_two_losses_are_refused(tmp_path: Path) -> None:
+def test_two_losses_are_refused() -> None:
     with pytest.raises(ValueError, match="compute_loss_func and criterion"):
         AMPTrainer(hf_models.build("bert"), criterion=fastamp.AMPLoss(), compute_loss_func=F.cross_entropy)
-    with pytest.raises(ValueError, match="0 to 2 for a model of 2 layers, got 7"):
-        trainer_for(7, fastamp.AMPLoss(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("missing", "statement", "message"),
-    [
-        ("transformers", "import fastamp.hf", "fastamp.hf needs transformers 5 or newer: pip install"),
-        ("accelerate", "from fastamp.hf import AMPTrainer", "fastamp.hf.AMPTrainer needs accelerate: pip install"),
-    ],
-)
-def test_a_missing_package_is_named(missing: str, statement: str, message: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; import fastamp; {statement}"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError" in run.stderr
-    assert message in run.stderr
+def test_a_missing_accelerate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    with pytest.raises(ImportError, match=r"fastamp\.hf\.AMPTrainer needs accelerate: pip install 'fastamp\[hf\]'"):
+        _ = fastamp.hf.AMPTrainer

@@ -65,7 +65,7 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, Result], list[object]]:
 
 
 @pytest.fixture(scope="module")
-def report(made) -> tuple[Path, str]:
+def report(made) -> str:
     folder, _, _ = made
     with pytest.MonkeyPatch.context() as patch:
         # test_paper_report draws; here are six tables of them, of seconds each.
@@ -73,24 +73,18 @@ def report(made) -> tuple[Path, str]:
         result = invoke("report", folder)
     assert result.exit_code == 0, result.output
     assert f"written to {folder / 'report.md'}" in result.output
-    return folder, (folder / "report.md").read_text()
+    return (folder / "report.md").read_text()
 
 
 @together
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_table_and_figure_has_a_command_and_shares_runs_with_the_others(made, name):
-    _, said, _ = made
-    assert said[name].exit_code == 0, said[name].output
-    assert len(re.findall(r"test error \d+\.\d\d% \(dev", said[name].output)) == NEW_RUNS[name], said[name].output
-    assert re.search(r"^(\d+) of \1 runs, in ", said[name].output, re.MULTILINE)
-
-
-@together
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_table_and_figure_is_in_the_report(report, name):
-    _, text = report
-    assert f"## {name}: {EXPERIMENTS[name].title}" in text
-    section = text.split(f"## {name}: ")[1].split("\n## ")[0]
+def test_every_table_and_figure_has_a_command_shares_runs_with_the_others_and_is_in_the_report(made, report, name):
+    output = made[1][name].output
+    assert made[1][name].exit_code == 0, output
+    assert len(re.findall(r"test error \d+\.\d\d% \(dev", output)) == NEW_RUNS[name], output
+    assert re.search(r"^(\d+) of \1 runs, in ", output, re.MULTILINE)
+    section = report.split(f"## {name}: ")[1].split("\n## ")[0]
+    assert section.startswith(f"{EXPERIMENTS[name].title}\n")
     assert METHODS["sent-amp" if name != "controls" else "double-softmax"].label in section
     assert f"![{name}.png]({name}.png)\n\nA caption." in section
 
@@ -180,8 +174,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, when):
 
 def test_without_a_subcommand_it_lists_the_titles():
     output = "".join(invoke().output.split())
-    for name, experiment in EXPERIMENTS.items():
-        assert "".join(f"{name}{experiment.title}".split()) in output
+    assert all("".join(f"{name}{experiment.title}".split()) in output for name, experiment in EXPERIMENTS.items())
 
 
 @pytest.mark.parametrize(
@@ -189,26 +182,19 @@ def test_without_a_subcommand_it_lists_the_titles():
     [
         ("--models lstm", "'lstm' is not one of cnn-rand, cnn-glove"),
         ("--methods sent-amp,amp", "'amp' is not one of none, word-mixup"),
-        ("--methods sent-amp,", "'' is not one of none"),
         ("--datasets imdb", "'imdb' is not one of questions, trec"),
         ("--seeds 7-3", "'7-3' are no seeds; write 5 for 0 to 4, 0-9, or 3,7"),
-        ("--seeds 0", "'0' are no seeds"),
         ("--seeds a", "'a' are no seeds"),
         ("--seeds 3,-1", "'3,-1' are no seeds"),
         ("--ratios 0,1", "'0,1': a share of the data is above 0 and at most 1"),
-        ("--ratios nan", "'nan': a share of the data is above 0 and at most 1"),
         ("--ratios all", "'all' is no list of numbers"),
         ("--set lr", "'lr' is no FIELD=VALUE"),
         ("--set alpa=3", "'alpa' is no field of TrainConfig; takes fold, "),
         ("--set seed=3", "seed is set by --seeds"),
-        ("--set data_dir=x", "data_dir is set by --data-dir"),
         ("--set lr=fast", "lr takes float, not 'fast'"),
-        ("--set clip_norm=no", "clip_norm takes float, not 'no'"),
-        ("--set batch_size=1.5", "batch_size takes int, not '1.5'"),
         ("--set lower=yes", "lower takes bool, not 'yes'"),
         ("--set dropout=2", "dropout must be below 1, got 2.0"),
         ("--models cnn-glove", "cnn-glove needs vectors, a GloVe text file: give --vectors"),
-        ("--models cnn-glove --vectors gone.txt --datasets questions", "cannot read gone.txt: No such file"),
         ("--models cnn-glove --vectors v.txt --set embedding_dim=8 --datasets questions", "but v.txt has width 2"),
         ("--models lstm-glove --vectors torn.gz --datasets questions", "the compressed file is damaged"),
         ("--models bert --pretrained ./gone --datasets questions", "there is no folder ./gone"),
@@ -230,13 +216,12 @@ def test_what_cannot_be_run_is_refused_by_name_before_anything_is_written(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "seeds"), [("3", [0, 1, 2]), ("0-2", [0, 1, 2]), ("3,7", [3, 7]), ("0-1,5,1", [0, 1, 5]), ("4-4", [4])]
-)
-def test_seeds_are_a_number_a_range_or_a_list(tmp_path, text, seeds):
-    arguments = ("--seeds", text, "--methods", "none", "--dry-run", "--out", tmp_path / "out")
-    lines = invoke("figure2", *arguments).output.splitlines()
-    assert lines[:-1] == [f"trec/cnn-rand/none/1/{seed}: to do" for seed in seeds]
+def test_seeds_are_a_number_a_range_or_a_list(tmp_path):
+    texts = {"3": [0, 1, 2], "0-2": [0, 1, 2], "3,7": [3, 7], "0-1,5,1": [0, 1, 5], "4-4": [4]}
+    for text, seeds in texts.items():
+        arguments = ("--seeds", text, "--methods", "none", "--dry-run", "--out", tmp_path / "out")
+        lines = invoke("figure2", *arguments).output.splitlines()
+        assert lines[:-1] == [f"trec/cnn-rand/none/1/{seed}: to do" for seed in seeds]
 
 
 def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_path, monkeypatch):
@@ -307,8 +292,6 @@ def test_elsewhere_every_run_that_has_ended_is_a_line(capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.4, "3 s"), (99.4, "99 s"), (99.6, "2 min"), (5940, "99 min"), (7500, "2 h 05 min")]
-)
-def test_durations_are_said_as_one_says_them(seconds, text):
-    assert duration(seconds) == text
+def test_durations_are_said_as_one_says_them():
+    said = {3.4: "3 s", 99.4: "99 s", 99.6: "2 min", 5940: "99 min", 7500: "2 h 05 min"}
+    assert {seconds: duration(seconds) for seconds in said} == said

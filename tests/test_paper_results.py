@@ -8,24 +8,10 @@ import pytest
 
 from fastamp.paper.results import LINES, claim, read
 
-TABLE2 = {
-    "experiment": "table2",
-    "datasets": ["trec"],
-    "models": ["cnn-rand"],
-    "methods": ["none"],
-    "ratios": [1.0],
-    "seeds": [0],
-}
-SPECIFICATION = {
-    "steps": 6,
-    "eval_every": None,
-    "device": "cpu",
-    "threads": 1,
-    "overrides": {"lr": 0.5},
-    "data": {"trec": "a"},
-    "requests": [TABLE2],
-}
-
+TABLE2 = {"experiment": "table2", "datasets": ["trec"], "models": ["cnn-rand"], "methods": ["none"]}
+TABLE2 |= {"ratios": [1.0], "seeds": [0]}
+SPECIFICATION = {"steps": 6, "eval_every": None, "device": "cpu", "threads": 1, "overrides": {"lr": 0.5}}
+SPECIFICATION |= {"data": {"trec": "a"}, "requests": [TABLE2]}
 WHAT = ("dataset", "model", "method", "ratio", "seed", "config", "result", "history", "curves", "seconds", "machine")
 
 
@@ -92,32 +78,21 @@ def test_a_torn_last_line_is_left_out_by_readers_and_cut_off_by_the_next_runner(
     assert [line["key"] for line in read(tmp_path).records] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "{",
-        "[]",
-        "",
-        '{"key": "a"}',
-        '{"key": "b", "status": "?"}',
-        '{"key": ["b"], "status": "done"}',
-        '{"key": "b", "status": []}',
-        '{"key": "b", "status": "failed"}',
-        json.dumps({**{name: None for name in WHAT if name != "curves"}, "key": "b", "status": "done"}),
-    ],
-)
-def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, damage):
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path):
     with claim(tmp_path, SPECIFICATION) as writer:
         writer.append(line_of("a"))
-    with open(tmp_path / LINES, "a") as file:
-        file.write(damage + "\n")
+    whole = (tmp_path / LINES).read_text()
     told = r"results\.jsonl, line 2 is damaged \(.+\); delete the line: its run is made again, and the others are kept$"
-    with pytest.raises(ValueError, match=told):
-        read(tmp_path)
-    with pytest.raises(ValueError, match=told), claim(tmp_path, SPECIFICATION):
-        pass
-    lines = (tmp_path / LINES).read_text().splitlines(keepends=True)
-    (tmp_path / LINES).write_text(lines[0])
+    without_curves = {name: None for name in WHAT if name != "curves"} | {"key": "b", "status": "done"}
+    damages = ["{", "[]", "", '{"key": "a"}', '{"key": "b", "status": "?"}', '{"key": ["b"], "status": "done"}']
+    damages += ['{"key": "b", "status": []}', '{"key": "b", "status": "failed"}', json.dumps(without_curves)]
+    for damage in damages:
+        (tmp_path / LINES).write_text(f"{whole}{damage}\n")
+        with pytest.raises(ValueError, match=told):
+            read(tmp_path)
+        with pytest.raises(ValueError, match=told), claim(tmp_path, SPECIFICATION):
+            pass
+    (tmp_path / LINES).write_text(whole)
     assert [line["key"] for line in read(tmp_path).records] == ["a"]
 
 

@@ -17,7 +17,7 @@ from runs import tiny_encoder
 from fastamp.paper import runner, worker
 from fastamp.paper.plan import METHODS, Method, Request, Run
 from fastamp.paper.results import LINES, RUNS, claim, read
-from fastamp.paper.runner import Active, Display, Options, execute_all
+from fastamp.paper.runner import Display, Options, execute_all
 from fastamp.paper.worker import Job
 from fastamp.training import train
 
@@ -87,20 +87,6 @@ def test_vectors_and_encoders_go_to_the_models_that_use_them():
     assert [config.pretrained for config in configs] == [None, None, "encoder"]
 
 
-def test_a_model_of_vectors_asks_for_them_by_name():
-    with pytest.raises(ValueError, match=r"cnn-glove needs vectors, a GloVe text file: give --vectors"):
-        Options().config(Run("questions", "cnn-glove", "none", 1.0, 0))
-
-
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [("cuda:99", r"torch finds \d+ CUDA devices here"), ("gpu", "'gpu' cannot be used"), ("meta", "takes cpu or cuda")],
-)
-def test_a_device_that_is_not_there_is_refused_before_any_run(device, message):
-    with pytest.raises(ValueError, match=message):
-        Options(device=device)
-
-
 def test_the_digests_of_vectors_and_of_an_encoder_are_those_of_the_files_and_not_of_the_path(tmp_path, encoder):
     data = []
     for name, text in (("one", "a 1 2\n"), ("two", "a 1 2\n"), ("three", "a 1 3\n")):
@@ -166,14 +152,11 @@ def test_a_run_that_diverges_is_recorded_as_failed_and_the_others_go_on(whole):
 @together
 def test_a_line_says_what_the_run_was_and_what_it_came_to(whole):
     line = read(whole).records[2]
-    run = {"dataset": "questions", "model": "cnn-rand", "method": "sent-amp", "ratio": 1.0, "seed": 0}
-    assert {name: line[name] for name in run} == run
+    assert {name: line[name] for name in vars(ASKED[1])} == vars(ASKED[1])
     assert line["config"] == OPTIONS.config(ASKED[1]).to_dict()
-    assert [record["step"] for record in line["history"]] == [10, 20]
-    assert all(0 < record["mix/lam_shift"] <= 2.001e-3 for record in line["history"])
-    assert line["result"]["test_error"] == next(
-        record["test_error"] for record in line["history"] if record["step"] == line["result"]["best_step"]
-    )
+    errors = {record["step"]: record["test_error"] for record in line["history"]}
+    assert list(errors) == [10, 20]
+    assert line["result"]["test_error"] == errors[line["result"]["best_step"]]
     assert len(line["curves"]["lam"]) == len(line["curves"]["sentence"]["mean"]) == 21
     assert line["machine"].keys() == {"device", "torch", "fastamp", "threads"}
     assert line["machine"]["threads"] == 1
@@ -269,17 +252,17 @@ def test_a_runner_that_is_killed_leaves_no_process_and_goes_on_to_the_same_lines
 import multiprocessing, os, signal, sys, threading
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from fastamp.training import loop
+from fastamp.training import checkpoint
 from test_paper_runner import ASKED, execute
 if __name__ == "__main__":
     execute(Path({str(folder)!r}), ASKED)
-save_tensors = loop.save_tensors
+save_tensors = checkpoint.save_tensors
 def save(path, value):
     save_tensors(path, value)
     if path == Path({str(under_way / "last.pt")!r}):
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         threading.Event().wait()
-loop.save_tensors = save  # of the run's process, for which this is no main program
+checkpoint.save_tensors = save  # of the run's process, for which this is no main program
 """)
     killed = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
@@ -300,44 +283,22 @@ loop.save_tensors = save  # of the run's process, for which this is no main prog
 
 
 @together
-def test_the_progress_of_a_command_tells_the_time_left(whole, tmp_path, monkeypatch):
+def test_the_progress_of_a_command_tells_the_time_left(tmp_path, monkeypatch):
     class Seen(Display):
         left = ()
 
         def on_end(self, line, progress):
-            self.left += (progress.unknown,)
+            self.left += ((progress.unknown, progress.seconds_left),)
 
-    copied(whole, tmp_path, ASKED[1].key)
+    def finish(job):
+        result = {"steps": 20, "resumed_from": 0}
+        return worker.record(job, "done", 7.0, result=result, history=[], curves=None)
+
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(runner, "execute", finish)
     display = Seen()
-    progress = execute(tmp_path, [run_of("sent-amp", 1), run_of("word-amp")], display=display)
-    assert display.left == (0, 0)
-    assert progress.seconds_left == 0
-
-
-def test_the_time_left_is_told_from_the_first_finished_run_of_the_nearest_kind(tmp_path):
-    finished = []
-
-    def finish(method: str, rate: int) -> None:
-        result = {"steps": rate, "resumed_from": 0}
-        finished.append({"status": "done", "model": "cnn-rand", "method": method, "seconds": 1.0, "result": result})
-
-    def left(method: str, model: str = "cnn-rand", active: tuple[Active, ...] = ()) -> tuple[float, int]:
-        run = Run("trec", model, method)
-        job = Job(run, Options(steps=120).config(run), tmp_path)
-        return runner.time_left(finished, active, [job], 1)
-
-    assert left("sent-amp") == (0.0, 1)
-    finish("none", 60)
-    assert left("sent-amp") == (2.0, 0)
-    assert left("sent-amp", "lstm-rand") == (0.0, 1)
-    finish("sent-amp@alpha=0.2", 40)
-    finish("word-amp", 10)
-    assert left("sent-amp") == (3.0, 0)
-    assert left("sent-amp", active=(Active(Run("trec", "cnn-rand", "sent-amp"), 60, 120, 9.0, 20.0),)) == (9.0, 0)
-    finish("sent-amp", 30)
-    assert left("sent-amp") == (4.0, 0)
-    assert left("none") == (2.0, 0)
+    execute(tmp_path, [run_of("none"), run_of("none", 1), run_of("sent-amp")], display=display)
+    assert display.left == ((0, 14.0), (0, 7.0), (0, 0.0))
 
 
 def test_a_run_under_way_is_as_far_as_its_last_whole_evaluation(tmp_path):

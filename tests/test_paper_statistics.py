@@ -9,38 +9,19 @@ pytest.importorskip("scipy")
 
 from fastamp.paper import statistics
 from fastamp.paper.plan import Cell
-from fastamp.paper.statistics import (
-    adjusted,
-    by_cell,
-    finished,
-    interval,
-    paired,
-    signed_rank_p,
-    summary,
-)
+from fastamp.paper.statistics import Summary, adjusted, by_cell, finished, interval, paired, signed_rank_p, summary
 
 
 def line(method: str = "none", seed: int = 0, percent: float = 10.0, **fields) -> dict:
-    key = f"trec/cnn-rand/{method}/1/{seed}"
-    run = {"format": 1, "status": "done", "key": key, "dataset": "trec", "model": "cnn-rand", "method": method}
-    return {
-        **run,
-        "ratio": 1.0,
-        "seed": seed,
-        "result": {"test_error": percent, "least_test_error": percent - 1},
-        **fields,
-    }
+    run = {"dataset": "trec", "model": "cnn-rand", "method": method, "ratio": 1.0, "seed": seed, "status": "done"}
+    return {**run, "result": {"test_error": percent, "least_test_error": percent - 1}, **fields}
 
 
 def test_mean_and_sample_deviation():
     found = summary([10.0, 11.0, 12.0, 15.0])
     assert (found.n, found.mean) == (4, 12.0)
     assert found.std == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3))
-
-
-def test_one_seed_has_a_mean_only():
-    found = summary([10.0])
-    assert (found.n, found.mean, found.std) == (1, 10.0, None)
+    assert summary([10.0]) == Summary(1, 10.0, None)
     assert interval([10.0]) is None
 
 
@@ -50,66 +31,53 @@ def test_paired_difference_and_relative_improvement_by_hand():
     assert pair.improvement == pytest.approx(100 * (10 - 9) / 10)
     low, high = pair.interval
     assert -2 <= low < -1 < high <= 0
-
-
-def test_only_seeds_of_both_sides_are_compared():
+    # Only seeds of both sides are compared.
     pair = paired({0: 9.0, 1: 9.0, 7: 50.0}, {0: 10.0, 1: 10.0, 8: 90.0})
     assert (pair.n, pair.difference, pair.improvement) == (2, -1.0, 10.0)
     assert paired({0: 9.0}, {1: 9.0}) is None
+    assert paired({0: 1.0}, {0: 0.0}).improvement is None
 
 
 @pytest.mark.parametrize(
-    ("difference", "reading"), [(-1.0, "better"), (1.0, "worse")], ids=["less error", "more error"]
+    ("differences", "reading"),
+    [
+        ([-1.0, -0.9, -0.8] * 2, "better"),
+        ([1.0, 0.9, 0.8] * 2, "worse"),
+        ([1.0, -1.0] * 4, "within noise"),
+        ([0.0] * 5, "within noise"),
+        ([-1.0], "one seed"),
+    ],
 )
-def test_reading_follows_the_interval(difference, reading):
-    baseline = {seed: 10.0 + seed for seed in range(8)}
-    method = {seed: error + difference + 0.1 * (seed % 3) for seed, error in baseline.items()}
-    assert paired(method, baseline).reading == reading
-
-
-def test_differences_of_both_signs_are_noise():
-    baseline = dict.fromkeys(range(8), 10.0)
-    method = {seed: 10.0 + (1 if seed % 2 else -1) for seed in range(8)}
-    assert paired(method, baseline).reading == "within noise"
-
-
-def test_one_pair_has_no_interval():
-    pair = paired({0: 9.0}, {0: 10.0})
-    assert (pair.interval, pair.reading, pair.p) == (None, "one seed", 1.0)
-
-
-def test_equal_errors_are_noise_with_p_one():
-    pair = paired(dict.fromkeys(range(5), 10.0), dict.fromkeys(range(5), 10.0))
-    assert (pair.unequal, pair.difference, pair.interval, pair.p, pair.reading) == (0, 0, (0, 0), 1.0, "within noise")
+def test_reading_follows_the_interval(differences, reading):
+    baseline = {seed: 10.0 + seed for seed in range(len(differences))}
+    pair = paired({seed: baseline[seed] + d for seed, d in enumerate(differences)}, baseline)
+    assert pair.reading == reading
+    if len(set(differences)) == 1:  # no width, or for one seed no interval
+        assert (pair.interval, pair.p) == (None if len(differences) == 1 else (0, 0), 1.0)
 
 
 def test_a_constant_difference_has_an_interval_of_no_width():
     pair = paired({seed: seed + 10.2 for seed in range(6)}, {seed: seed + 10.4 for seed in range(6)})
-    assert pair.interval == (-0.2, -0.2)
-    assert pair.reading == "better"
-
-
-def test_baseline_without_errors_has_no_relative_improvement():
-    assert paired({0: 1.0}, {0: 0.0}).improvement is None
-
-
-def test_wilcoxon_of_a_known_sample():
-    # Ranks of 1, -2, 3, 4, 5: the negative ones sum to 2, and 3 of 32 sign patterns reach at most 2 ({}, {1}, {2}).
-    assert signed_rank_p([1.0, -2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 * 3 / 32)
-
-
-def test_wilcoxon_is_exact_with_ties():
-    # Five equal signs of tied differences: the most extreme 2 of 32 patterns.
-    assert signed_rank_p([0.2, 0.2, 0.2, 0.6, 0.2]) == pytest.approx(2 / 32)
-
-
-def test_wilcoxon_drops_zeros_before_it_ranks():
-    # Ranks 1, 2, -3, 4: at most 3 is reached by {}, {1}, {2}, {3}, {1, 2} of 16. Ranked with zeros it were 4 of 16.
-    assert signed_rank_p([0.0, 1.0, 2.0, -3.0, 4.0]) == pytest.approx(2 * 5 / 16)
+    assert (pair.interval, pair.reading) == ((-0.2, -0.2), "better")
 
 
 @pytest.mark.parametrize(
-    ("n", "ties"), [(1, False), (4, False), (13, False), (14, False), (20, False), (9, True), (14, True), (20, True)]
+    ("differences", "patterns", "seeds"),
+    [
+        # Ranks of 1, -2, 3, 4, 5: the negative ones sum to 2; 3 of 32 patterns reach at most 2 ({}, {1}, {2}).
+        ([1.0, -2.0, 3.0, 4.0, 5.0], 3, 5),
+        # Five equal signs of tied differences: the most extreme 2 of 32 patterns.
+        ([0.2, 0.2, 0.2, 0.6, 0.2], 1, 5),
+        # Zeros are dropped: ranks 1, 2, -3, 4, of which {}, {1}, {2}, {3}, {1, 2} of 16 reach at most 3.
+        ([0.0, 1.0, 2.0, -3.0, 4.0], 5, 4),
+    ],
+)
+def test_wilcoxon_is_exact_by_hand(differences, patterns, seeds):
+    assert signed_rank_p(differences) == pytest.approx(2 * patterns / 2**seeds)
+
+
+@pytest.mark.parametrize(
+    ("n", "ties"), [(1, False), (4, False), (13, False), (14, False), (20, False), (7, True), (14, True), (20, True)]
 )
 def test_wilcoxon_is_scipys(n, ties):
     differences = [(-1.0) ** (i * i // 3) * ((i % 4 if ties else i) + 1) for i in range(n)]
@@ -179,13 +147,10 @@ def test_adjusted_p_values_by_hand():
 
 
 def test_runs_by_cell_and_seed():
-    runs = finished([line(seed=1, percent=12.0), line(seed=0, percent=11.0), line("sent-amp", percent=9.0)])
+    records = [line(seed=1, percent=12.0), line(seed=0, percent=11.0), line("sent-amp", percent=9.0)]
+    runs = finished([*records, line(seed=2, status="failed")])
     assert by_cell(runs) == {
         Cell("trec", "cnn-rand", "none"): {0: 11.0, 1: 12.0},
         Cell("trec", "cnn-rand", "sent-amp"): {0: 9.0},
     }
     assert by_cell(runs, "least_test_error")[Cell("trec", "cnn-rand", "sent-amp")] == {0: 8.0}
-
-
-def test_failed_runs_have_no_error():
-    assert finished([line(status="failed", error="diverged")]) == []

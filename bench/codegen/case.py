@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Of a program."""
+        """Those of a program."""
         warps: int = self.launch.num_warps if self.warps is None else self.warps
         return warps
 

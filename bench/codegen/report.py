@@ -29,7 +29,7 @@ Written by `{command}` with {versions}, checkout {checkout}; no GPU was needed o
 Bytes are per element of the largest matrix: what one program asks for in global memory, counted in the code Triton
 compiled, over the elements of its tiles. A row that is read as its own and again as a neighbour's counts every time,
 though the second read usually ends in a cache: so this is what is asked for, and a bound on what memory has to deliver.
-A loop counts as often as it turns, or once where only the device knows. Of two branches the usual one
+A loop counts as often as it turns, or once where only the device knows. In a branch the usual side
 counts, and behind it, if that is another, the one that moves more: long rows whose step of λ is large are read once
 more. The floor is what cannot be avoided: every input element read once, every output element written once. Load and
 store are the widest access, in bytes. Numbers separated by slashes are {targets}; occupancy is theoretical, from

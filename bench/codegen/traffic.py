@@ -4,7 +4,7 @@ Every load and store of that text becomes the same accesses in machine code: non
 counts with all elements of its tile, whether or not a mask leaves some out, as the elements that bytes are divided by
 do; what a tile smaller than the program's threads makes some of them do twice is not counted, since it comes from the
 cache in the same instruction. A loop counts as often as it turns where it runs to a constant or to an argument of known
-size, otherwise once. Of two branches either the one that moves more counts, or the first: kernels put the usual one
+size, otherwise once. In a branch either the one that moves more counts, or the first: kernels put the usual one
 first.
 """
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -14,29 +14,29 @@ from fastamp.benchmarking.report import Results, Row
 from fastamp.tables import print_table
 
 Key = tuple[str, str, str, str, str]  # workload, dtype, clock, contender, and what varies
+NAMES = ("workload", "dtype", "clock", "contender")
 TAKEN = ("format", "suite", "device", "versions", "threads", "copy_gb_s", "rows")
 QUARTILES = ("q25", "q50", "q75")
 SAME_COPY = 0.1  # copies that differ by more are of another machine, or of a busy one
 VERDICTS = ("slower", "faster", "within the spread", "base")
-SHORT = {"within the spread": "in spread"}
 
 
 @dataclass(frozen=True)
 class Change:
     """One row in both results."""
 
-    key: Key  # what it is of: workload, dtype, clock, contender, and the size that varies or ""
+    key: Key
     # What it is judged by, as quantiles: the ratio to its base, which ran in the same rounds on the same machine;
     # milliseconds where there is none.
     before: dict[str, float]
     after: dict[str, float]
     ms: tuple[float, float]  # the medians in the first, and in the second
     by_ratio: bool
-    is_base: bool = False  # whether ratios are to it in both: then it is not judged
+    is_base: bool  # whether ratios are to it in both: then it is not judged
 
     @property
     def ratio(self) -> float:
-        """Of the medians that it is judged by, the second's over the first's."""
+        """The second's median of what it is judged by over the first's."""
         return self.after["q50"] / self.before["q50"]
 
     @property
@@ -49,8 +49,7 @@ class Change:
         return "faster" if self.after["q75"] < self.before["q25"] else "within the spread"
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """What two results have to say of each other."""
 
     changes: tuple[Change, ...]  # rows in both, in the first's order
@@ -67,9 +66,7 @@ def read(path: Path) -> Results:
     """
     try:
         results: Any = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text file") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the text's encoding, or of JSON
         raise ValueError(f"{path} is no JSON: {error}") from None
     missing = [name for name in TAKEN if not isinstance(results, dict) or name not in results]
     if missing or not isinstance(results["rows"], list):
@@ -77,8 +74,8 @@ def read(path: Path) -> Results:
     for number, row in enumerate(results["rows"], 1):
         try:
             measured = [row["ms"]["both"], *([row["ratio"]["both"]] if row["ratio"] is not None else [])]
-            names = [row[name] for name in ("workload", "dtype", "clock", "contender")]
-            whole = all(isinstance(one[q], int | float) for one in measured for q in QUARTILES) and all(names)
+            whole = all(isinstance(one[q], int | float) for one in measured for q in QUARTILES)
+            whole = whole and all(row[name] for name in NAMES)
         except (KeyError, TypeError):
             whole = False
         if not whole:
@@ -95,7 +92,9 @@ def compare(before: Results, after: Results) -> Comparison:
     for name in ("suite", "format"):
         if before[name] != after[name]:
             raise ValueError(f"the two are of different {name}s: {before[name]!r} and {after[name]!r}")
-    first, second = _by_key(before), _by_key(after)
+    first, second = (
+        {(*(row[n] for n in NAMES), row.get("varies", "")): row for row in r["rows"]} for r in (before, after)
+    )
     changes = tuple(_change(key, row, second[key]) for key, row in first.items() if key in second)
     if not changes:
         raise ValueError("the two have no row in common: no workload, dtype, clock and contender is in both")
@@ -115,17 +114,12 @@ def _device(results: Results) -> str:
     return " ".join([device["name"], *numbers])
 
 
-def _change(key: Key, before: Row, after: Row) -> Change:
-    by_ratio = before["ratio"] is not None and after["ratio"] is not None
-    measure = "ratio" if by_ratio else "ms"
-    ms = (before["ms"]["both"]["q50"], after["ms"]["both"]["q50"])
-    is_base = by_ratio and all(row.get("ratio_to") == row["contender"] for row in (before, after))
-    return Change(key, before[measure]["both"], after[measure]["both"], ms, by_ratio, is_base)
-
-
-def _by_key(results: Results) -> dict[Key, Row]:
-    names = ("workload", "dtype", "clock", "contender")
-    return {(*(row[name] for name in names), row.get("varies", "")): row for row in results["rows"]}
+def _change(key: Key, *rows: Row) -> Change:
+    by_ratio = all(row["ratio"] is not None for row in rows)
+    before, after = (row["ratio" if by_ratio else "ms"]["both"] for row in rows)
+    first, second = (row["ms"]["both"]["q50"] for row in rows)
+    is_base = by_ratio and all(row.get("ratio_to") == row["contender"] for row in rows)
+    return Change(key, before, after, (first, second), by_ratio, is_base)
 
 
 def print_comparison(found: Comparison, console: Console) -> None:
@@ -140,7 +134,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
                 ", ".join(f"{value:.3g}" for value in change.ms),
                 *(_median(quantiles, change.by_ratio) for quantiles in (change.before, change.after)),
                 f"{change.ratio:.2f}",
-                SHORT.get(change.verdict, change.verdict),
+                "in spread" if change.verdict == "within the spread" else change.verdict,
             ]
             for change in group
         ]

@@ -8,16 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastamp import AMPLoss, Mix
 from fastamp.benchmarking.networks import CLASSES, Network, Spec
-from fastamp.benchmarking.peers import STEP_SIZE, draw, row_losses
-from fastamp.benchmarking.workload import DIRECTIONS, DTYPES, Contender, Runner, Work, among, definition
+from fastamp.benchmarking.peers import STEP_SIZE, amp_autograd, cross_entropy
+from fastamp.benchmarking.peers import mixup_two_terms as mixup
+from fastamp.benchmarking.workload import DIRECTIONS, DTYPES, Contender, Steps
 from fastamp.policy import Plan
 
-CHECK_ROWS = 32  # rows that are mixed among themselves in the check, so that float64 holds no more of them at once
+CHECK_ROWS = 32  # that are mixed among themselves in the check
 EAGER = ("Mixup", "Mixup, split", "Mixup, AMPLoss.step")
 COMPILED = ("Mixup, compiled", "Mixup, split, compiled")
 
@@ -36,82 +36,23 @@ def adam(parameters: Iterable[nn.Parameter], device: torch.device) -> Callable[[
     return step
 
 
-class LayerWorkload(Work):
+class LayerWorkload(Steps):
     """A batch of sentences or images and a network behind it, on a device."""
 
     directions = (*DIRECTIONS, "step")
     negligible = 0.1  # some of a network's gradients are zero but for rounding, as that to the bias of attention's keys
+    whole = False
 
     def __init__(self, spec: Spec, device: torch.device) -> None:
-        super().__init__(spec.dtype, "words" if spec.side is None else "pixels", device)
         self.spec, self.captured = spec, not spec.large
-        self.network = spec.network(device, DTYPES[spec.dtype], seed=0)
-        self.optimize = adam(self.network.model.parameters(), device)
+        network = spec.network(device, DTYPES[spec.dtype], seed=0)
         x, y = spec.batch_of(device, seed=0)
-        self.inputs = [(x.to(DTYPES[spec.dtype]) if x.is_floating_point() else x, y)]
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.arange(spec.batch).split(CHECK_ROWS)
-        partner = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows])
-        self.leaves = [dict(self.network.model.named_parameters())]
+        x = x.to(DTYPES[spec.dtype]) if x.is_floating_point() else x
+        takes = "words" if spec.side is None else "pixels"
+        super().__init__(network, [(x, y)], CHECK_ROWS, dtype=spec.dtype, takes=takes)
+        self.optimize = adam(network.model.parameters(), device)
         self.name = f"{spec.title}, ({spec.batch}, {spec.lengths[1]})"
         self.sizes = {"B": spec.batch, "T": spec.lengths[1], "D": spec.width, "C": CLASSES}
-        self.mix = self.matched = Mix(torch.rand(spec.batch, generator=generator).to(device), partner.to(device))
-
-    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
-        wide = self.spec.network(self.device, torch.float64, seed=0)
-        wide.model.load_state_dict(self.network.model.state_dict())
-        cut, leaves = wide.plain, list(wide.model.parameters())
-        totals = [torch.zeros((), dtype=torch.float64, device=self.device), *map(torch.zeros_like, leaves)]
-        ids, labels = self.inputs[0]
-        for rows in torch.arange(self.spec.batch, device=self.device).split(CHECK_ROWS):
-            x, of_rows = ids[rows], among(mix, rows)
-            context = cut.context(x, None if mode == "none" else of_rows)
-            hidden = cut.g(x.double() if x.is_floating_point() else x)
-            f = partial(cut.f, **context)
-            share = definition(f, hidden, labels[rows], of_rows, mode, self.spec.batch)
-            for total, value in zip(totals, (share.detach(), *torch.autograd.grad(share, leaves)), strict=True):
-                total += value
-        return tuple(totals)
-
-    def bind(self, contender: Contender) -> Runner:
-        """A contender on this network; compiled ones find both f compiled."""
-        network = self.network
-        if contender.compiled:
-            plain, split = (cut._replace(f=torch.compile(cut.f)) for cut in (network.plain, network.split))
-            network = network._replace(plain=plain, split=split)
-        return Runner(contender, self, lambda given, mix: contender.loss(network, *given, mix))
-
-
-def cross_entropy(network: Network, x: Tensor, y: Tensor, mix: Mix | None) -> Tensor:
-    """No mixing at all."""
-    cut = network.split if network.later else network.plain
-    return F.cross_entropy(cut.f(cut.g(x), **cut.context(x, None)), y)
-
-
-def mixup(network: Network, x: Tensor, y: Tensor, mix: Mix | None, *, split: bool = False) -> Tensor:
-    """Mixup of the words or pixels as one writes it, or where fastamp cuts the network."""
-    cut = network.split if split else network.plain
-    hidden = cut.g(x)
-    lam, partner = draw(hidden, mix)
-    context = cut.context(x, Mix(lam, partner))
-    return row_losses(cut.f(torch.lerp(hidden[partner], hidden, lam), **context), y, lam, partner).mean()
-
-
-def amp_autograd(
-    network: Network, x: Tensor, y: Tensor, mix: Mix | None, *, split: bool = False, published: bool = False
-) -> Tensor:
-    """AMP as the equations read; `published` takes a whole backward pass for ∇λ, as the published code does."""
-    cut = network.split if split else network.plain
-    hidden = cut.g(x)
-    lam, partner = draw(hidden, mix)
-    other, context = hidden[partner], cut.context(x, Mix(lam, partner))
-    lam_leaf = lam.detach().requires_grad_()
-    loss = row_losses(cut.f(torch.lerp(other, hidden, lam_leaf), **context), y, lam, partner)
-    by = [lam_leaf, *(network.model.parameters() if published else ())]
-    grad = torch.autograd.grad(loss.sum(), by, retain_graph=True)[0]
-    lam_adv = lam + STEP_SIZE * grad.clamp(-1, 1)
-    loss_adv = row_losses(cut.f(torch.lerp(other, hidden, lam_adv), **context), y, lam, partner)
-    return torch.where(loss_adv > loss, loss_adv, loss).mean()
 
 
 def step(*, context: bool = True, plan: Plan = "auto", **options: Any) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Of the first processor; empty where the system has no such file."""
+    """What the system says of the first processor; empty where it has no such file."""
     try:
         first = CPUINFO.read_text().split("\n\n")[0]
     except OSError:
@@ -57,7 +57,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the driver and the packages that decide the numbers; None for what is not there."""
+    """Python, the driver and the packages that decide the numbers; None for what is not there."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Of the first GPU, as nvidia-smi says."""
+    """The first GPU's, as nvidia-smi says."""
     smi = shutil.which("nvidia-smi") if torch.cuda.is_available() else None
     if smi is None:
         return None

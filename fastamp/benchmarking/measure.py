@@ -15,13 +15,10 @@ from typing import Any
 import torch
 
 from fastamp.benchmarking import machine, timing
-from fastamp.benchmarking.heads import NAIVE, PLAIN
 from fastamp.benchmarking.suites import SUITES, BenchConfig
 from fastamp.benchmarking.workload import Contender, Note, Runner, Work
 
 FORMAT = 2  # of the results
-# What else rows say their ratio to, beside the plain Mixups.
-RATIOS = {"ratio_to_cross_entropy": PLAIN, "ratio_to_naive": NAIVE}
 FEWEST = 3  # sizes that say something of a power law
 Row = dict[str, Any]
 
@@ -151,9 +148,6 @@ def _rows(
             row["ratio_to"] = to = base.runner.contender.name
             row["ratio"] = {way: timing.quantiles(one.values(way) / base.values(way)) for way in directions}
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / facts[to]["peak_memory_bytes"]
-        for key, to in RATIOS.items():
-            if to in by_name:
-                row[key] = timing.quantiles(one.values("both") / by_name[to].values("both"))
         if work.varies is not None:
             row["varies"] = work.varies
         if work.least_bytes is not None:

@@ -34,6 +34,12 @@ class Network(NamedTuple):
     later: bool = False  # whether that is behind them, where mixing gives the same
 
 
+def last_layer(head: nn.Module) -> Network:
+    """A network that is its last layer, cut before it."""
+    cut = Cut(lambda x: x, head, lambda x, mix: {})
+    return Network(head, cut, cut)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A network's sizes."""
@@ -88,20 +94,19 @@ class Spec:
 
 def textcnn(*, vocabulary: int, width: int) -> Network:
     """Kim's CNN; its split mixes behind the convolution."""
-    model = TextCNN(vocabulary, CLASSES, embedding_dim=width, dropout=0.0)
-    plain, split = model.split("embedding"), model.split("word")
-    return Network(model, Cut(*plain, plain.f.context), Cut(*split, split.f.context), later=True)
+    return _cut(TextCNN(vocabulary, CLASSES, embedding_dim=width, dropout=0.0), later=True)
 
 
 def bilstm(*, vocabulary: int, width: int, states: int) -> Network:
     """An LSTM of both directions with attention."""
     # Vectors of variance 1: by those it starts from otherwise, sentences are hardly told apart before training.
-    model = AttentionBiLSTM(
-        vocabulary, CLASSES, vectors=torch.randn(vocabulary, width), hidden_size=2 * states, dropout=0.0
-    )
-    split = model.split("word")
-    cut = Cut(*split, split.f.context)
-    return Network(model, cut, cut)
+    vectors = torch.randn(vocabulary, width)
+    return _cut(AttentionBiLSTM(vocabulary, CLASSES, vectors=vectors, hidden_size=2 * states, dropout=0.0))
+
+
+def _cut(model: TextCNN | AttentionBiLSTM, *, later: bool = False) -> Network:
+    plain, split = model.split("embedding"), model.split("word")
+    return Network(model, Cut(*plain, plain.f.context), Cut(*split, split.f.context), later=later)
 
 
 def bert(*, vocabulary: int, width: int, layers: int, heads: int) -> Network:

@@ -104,12 +104,12 @@ OPERATIONS = {
     "remix": Operation(plain_remix, _remix, (*_MIXING, "grad"), ("λ'", "m"), _times(4), _REMIX),
     "embedding_mix with backward": Operation(
         plain_embedding_mix, functional.embedding_mix, ("ids", "table", "lam", "partner"), ("m",), _embedding_bytes,
-        _TO_TABLE, ("table",), (HIDDEN_SHAPES, HIDDEN_SHAPES),
+        _TO_TABLE, ("table",), (HIDDEN_SHAPES, HIDDEN_SHAPES[1:]),
     ),
     "select_cross_entropy with backward": Operation(
         plain_select, _select, ("logits", "logits_adv", "target", "lam", "partner"), ("loss",),
         lambda shape, size: (4 * size + 12) * math.prod(shape), _TO_LOGITS, ("logits", "logits_adv"),
-        (CLASS_SHAPES, CLASS_SHAPES),
+        (CLASS_SHAPES, CLASS_SHAPES[1:]),
     ),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def growth_label(fit: Row) -> str:
 
 
 def exponent(fit: Row) -> str:
-    """Of a fit, as shown."""
+    """A fit's exponent, as shown."""
     return "" if fit["exponent"] is None else f"{fit['exponent']:.2f}"
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastamp.benchmarking.heads import GROWING, Workload, contenders, of_head, of_vocabulary
+from fastamp.benchmarking.heads import GROWING, Workload, contenders, of_vocabulary, present
 from fastamp.benchmarking.layers import LayerWorkload, layer_contenders
 from fastamp.benchmarking.networks import NETWORKS
 from fastamp.benchmarking.operations import OPERATIONS, HiddenWork, operation_contenders
@@ -124,7 +124,11 @@ def heads(config: BenchConfig, device: torch.device, note: Note) -> Works:
             note(f"{shape} {dtype} {takes}: not run, it takes a GPU")
         else:
             work = Workload(shape, dtype, takes, device)
-            yield work, of_head(work, compiled=config.with_compiled, autotuned=config.autotuned, note=note)
+            given = [one for one in contenders() if config.with_compiled or not one.compiled]
+            if config.with_compiled and not config.autotuned:
+                given = [one for one in given if one.compile_mode is None]
+                note("torch.compile's search for the fastest products is left out")
+            yield work, present(work, given, note)
 
 
 def _is_wanted(takes: str, dtype: str, shape: Shape) -> bool:
@@ -170,7 +174,7 @@ def vocabulary(config: BenchConfig, device: torch.device, note: Note) -> Works:
     for dtype in config.dtypes or ("fp32" if device.type == "cpu" else "bf16",):
         for shape in config.shapes or VOCABULARY[device.type]:
             work = Workload(shape, dtype, "hidden", device, captured=False)
-            yield work, of_vocabulary(work, note=note)
+            yield work, present(work, of_vocabulary(work), note)
 
 
 class Suite(NamedTuple):

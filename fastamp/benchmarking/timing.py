@@ -167,7 +167,7 @@ _failed: list[str] = []  # in this process: after a capture that failed, the all
 
 
 def captured(runners: Iterable[Runner], pool: Any, note: Note) -> Iterator[Series]:
-    """CUDA graphs of the runners' steps, until one of them cannot be captured; `note` is told which.
+    """CUDA graphs of the runners' steps, until one of them cannot be captured, which is noted.
 
     Args:
         runners: in their order; those whose steps are known to read from the device are left out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import Mix, reference
+from fastamp.benchmarking.networks import Network
 from fastamp.benchmarking.peers import STEP_SIZE
+from fastamp.mixing import draw
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How far a contender may be from the definition: in its loss or λ', relative to max(1, value), and in a gradient or
@@ -132,6 +135,92 @@ class Runner:
         return None
 
 
+class Steps(Work):
+    """Steps of a network on batches.
+
+    Args:
+        network: whose steps.
+        inputs: a batch, or several to take in turn; x is a leaf where a step differentiates by it.
+        rows: how many are mixed among themselves in the check, so that float64 holds no more of them at once.
+        dtype: of the network, a key of DTYPES.
+        takes: what results call x.
+    """
+
+    whole = True  # whether torch.compile takes the whole of a loss, or the network behind the cut
+
+    def __init__(
+        self, network: Network, inputs: list[tuple[Tensor, Tensor]], rows: int, *, dtype: str, takes: str
+    ) -> None:
+        x, y = inputs[0]
+        super().__init__(dtype, takes, x.device)
+        self.network, self.inputs = network, inputs
+        parameters = dict(network.model.named_parameters())
+        self.leaves = [({"its input": x} if x.requires_grad else {}) | parameters for x, _ in inputs]
+        made: dict[str, Any] = {"device": x.device, "generator": torch.Generator(x.device).manual_seed(1)}
+        self.parts = torch.arange(len(y), device=x.device).split(rows)
+        lam = torch.rand(len(y), **made)
+        self.mix = Mix(lam, torch.cat([part[torch.randperm(len(part), **made)] for part in self.parts]))
+        matchings = [part[draw(len(part), pairing="matching", **made).partner] for part in self.parts]
+        self.matched = Mix(lam, torch.cat(matchings))
+
+    def _truth(self, mode: str, mix: Mix) -> tuple[Tensor, ...]:
+        (x, y), model, cut = self.inputs[0], self.network.model, self.network.plain
+        parameters = list(model.parameters())
+        totals = [torch.zeros(p.shape, dtype=torch.float64, device=self.device) for p in (y.sum(), *parameters)]
+        of_input = []
+        model.double()  # exact, and so is the way back
+        try:
+            for rows in self.parts:
+                part, among = x.detach()[rows], Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])
+                if part.is_floating_point():
+                    part = part.double().requires_grad_(x.requires_grad)
+                context = cut.context(part, None if mode == "none" else among)
+                share = _share(partial(cut.f, **context), cut.g(part), y[rows], among, mode, len(y))
+                by = [part, *parameters] if x.requires_grad else parameters
+                grads = list(torch.autograd.grad(share, by))
+                if x.requires_grad:
+                    of_input.append(grads.pop(0))
+                for total, value in zip(totals, (share.detach(), *grads), strict=True):
+                    total += value
+        finally:
+            model.to(DTYPES[self.dtype])
+        return (totals[0], *([torch.cat(of_input)] if of_input else []), *totals[1:])
+
+    def bind(self, contender: Contender) -> Runner:
+        """A contender on these inputs."""
+        network, compiled = self.network, contender.compiled
+        if compiled and not self.whole:
+            plain, split = (cut._replace(f=torch.compile(cut.f)) for cut in (network.plain, network.split))
+            network = network._replace(plain=plain, split=split)
+
+        # A function of its own: two contenders, or two shapes, do not share a cache or its limits.
+        def loss(x: Tensor, y: Tensor, mix: Mix | None) -> Any:
+            return contender.loss(network, x, y, mix)
+
+        if not (compiled and self.whole):
+            return Runner(contender, self, lambda given, mix: loss(given[0], given[1], mix))
+        step = torch.compile(loss, fullgraph=True, dynamic=False, mode=contender.compile_mode)
+
+        def drawn(given: tuple[Tensor, Tensor], mix: Mix | None) -> Any:
+            # Drawn before the graph, so that the graph that is timed is the one that was checked; besides, torch 2.13
+            # cannot compile x[torch.randperm(len(x))].
+            if mix is None and contender.mode != "none":
+                batch, device = len(given[0]), self.device
+                mix = Mix(torch.rand(batch, device=device), torch.randperm(batch, device=device))
+            return step(*given, mix)
+
+        return Runner(contender, self, drawn)
+
+
+def _share(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mix: Mix, mode: str, batch: int) -> Tensor:
+    """What some rows, mixed among themselves, add to the loss of their batch, by `fastamp.reference` in float64."""
+    if mode == "none":
+        return F.cross_entropy(f(x), y, reduction="sum") / batch
+    # The history that the official code re-weights rows by is no single step's.
+    options: dict[str, Any] = {**reference.OFFICIAL, "reweight": None} if mode == "official" else {"mode": mode}
+    return reference.amp(f, x, y, *mix, step_size=STEP_SIZE, num_items=batch, **options).loss
+
+
 def copies_to_exceed_cache(one: int, device: torch.device) -> int:
     """How many inputs of `one` bytes to rotate over so that each is gone from the L2 cache when its turn comes.
 
@@ -141,26 +230,3 @@ def copies_to_exceed_cache(one: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(MAX_COPIES, -(-3 * cache // one)))
-
-
-def definition(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mix: Mix, mode: str, batch: int) -> Tensor:
-    """What some rows, mixed among themselves, add to the loss of their batch, by `fastamp.reference`.
-
-    Args:
-        f: from what is mixed to logits.
-        x: (rows, ...), what is mixed, float64.
-        y: (rows,).
-        mix: of these rows.
-        mode: "none", "official" or a mode of `fastamp.AMPLoss`.
-        batch: B.
-    """
-    if mode == "none":
-        return F.cross_entropy(f(x), y, reduction="sum") / batch
-    # The history that the official code re-weights rows by is no single step's.
-    options: dict[str, Any] = {**reference.OFFICIAL, "reweight": None} if mode == "official" else {"mode": mode}
-    return reference.amp(f, x, y, *mix, step_size=STEP_SIZE, num_items=batch, **options).loss
-
-
-def among(mix: Mix, rows: Tensor) -> Mix:
-    """The mix of successive rows whose partners are among them, in float64."""
-    return Mix(mix.lam[rows].double(), mix.partner[rows] - rows[0])

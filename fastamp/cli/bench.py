@@ -26,25 +26,21 @@ from fastamp.benchmarking import (
     run,
     write,
 )
-from fastamp.cli.names import Names
+from fastamp.cli.reading import names, reading
 
 ALL = "all"
 ROUNDS_OF_ALL = 10
 
 
-class _Shapes(click.ParamType):
-    name = "BxDxC,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        shapes = []
-        for text in value.split(","):
-            sizes = text.strip().split("x")
-            if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-                self.fail(f"{text!r} is no shape; write BxDxC, as in 50x300x6", param, ctx)
-            shapes.append(tuple(map(int, sizes)))
-        return tuple(shapes)
+def parse_shapes(text: str) -> tuple[tuple[int, ...], ...]:
+    """Shapes from "50x300x6,24x768x5"; a ValueError for another text, or a size of zero."""
+    shapes = []
+    for shape in text.split(","):
+        sizes = shape.strip().split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise ValueError(f"{shape!r} is no shape; write BxDxC, as in 50x300x6")
+        shapes.append(tuple(map(int, sizes)))
+    return tuple(shapes)
 
 
 @click.group("bench", invoke_without_command=True)
@@ -58,19 +54,25 @@ class _Shapes(click.ParamType):
 )
 @click.option(
     "--shapes",
-    type=_Shapes(),
+    type=reading(parse_shapes),
+    metavar="BxDxC,...",
     show_default=",".join("x".join(map(str, shape)) for shape in SHAPES),
-    help="Of the suites head and vocabulary (which has its own): rows, width of the hidden state, classes.",
+    help="For the suites head and vocabulary (which has its own): rows, width of the hidden state, classes.",
 )
 @click.option(
     "--dtype",
     "dtypes",
-    type=Names(DTYPES),
+    type=names(DTYPES),
+    metavar="|".join(DTYPES) + ",...",
     show_default="fp32 on a CPU, fp32,bf16 on a GPU",
-    help="Of the suites head, rows and vocabulary: parameters and rows.",
+    help="For the suites head, rows and vocabulary: parameters and rows.",
 )
 @click.option(
-    "--networks", type=Names(NETWORKS), show_default="those that suit the device", help="Of the suite layers."
+    "--networks",
+    type=names(NETWORKS),
+    metavar="NAME,...",
+    show_default="those that suit the device",
+    help=f"For the suite layers: {', '.join(NETWORKS)}.",
 )
 @click.option(
     "--rounds",
@@ -86,11 +88,9 @@ class _Shapes(click.ParamType):
     "--compiled/--no-compiled",
     default=None,
     show_default="compiled",
-    help="Of the suites head, layers and rows: also what goes through torch.compile.",
+    help="For the suites head, layers and rows: also what goes through torch.compile.",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json and .png here."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write <device>-<suite>.json here.")
 @click.pass_context
 def command(
     context: click.Context, out: Path | None, device: str | None, suite: str, rounds: int | None, **fields: Any
@@ -128,12 +128,7 @@ def _measure(config: BenchConfig, out: Path | None, console: Console) -> dict[st
         )
     print_results(results, console)
     if out is not None:
-        from fastamp.benchmarking.plots import draw
-
-        path = write(results, out)
-        click.echo(f"written to {path}")
-        if draw(results, path.with_suffix(".png")):
-            click.echo(f"drawn in {path.with_suffix('.png')}")
+        click.echo(f"written to {write(results, out)}")
     return results
 
 

@@ -29,7 +29,7 @@ from fastamp.conformance import check, print_report
     help="An operation; repeatable.  [default: all]",
     show_default=False,
 )
-@click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Of the inputs.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Draws the inputs.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows as JSON here.")
 def command(quick: bool, devices: tuple[str, ...], ops: tuple[str, ...], seed: int, out: Path | None) -> None:
     """Check this installation: every operation against its definition.

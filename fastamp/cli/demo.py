@@ -6,18 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import click
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fastamp.cli.interrupts import Interrupted, Recorded
 from fastamp.cli.train import TrainDisplay
 from fastamp.conformance import check, print_report
+from fastamp.tables import print_table
 from fastamp.training import DivergedError, TrainConfig, TrainResult, train
 from fastamp.training.curves import best_model, mixed_losses
 from fastamp.training.task import Task
@@ -59,40 +57,7 @@ def _curve(config: TrainConfig, run: Path, lam: Tensor) -> list[float]:
     return curve
 
 
-def _table(results: Mapping[str, Sequence[TrainResult]], curves: Mapping[str, Sequence[Sequence[float]]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for heading in ("test error %", "each seed", "loss at λ = 0.5", "ms a step"):
-        table.add_column(heading, justify="right")
-    for method, runs in results.items():
-        errors = [run.test_error for run in runs]
-        table.add_row(
-            method,
-            f"{mean(errors):.1f}",
-            " ".join(f"{error:.1f}" for error in errors),
-            f"{mean(curve[GRID // 2] for curve in curves[method]):.3f}",
-            f"{median(1e3 / run.steps_per_s for run in runs):.1f}",
-        )
-    return table
-
-
-def _draw_png(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for method, seeds in curves.items():
-        by_lam = list(zip(*seeds, strict=True))
-        axes.plot(lam, [mean(values) for values in by_lam], label=method)
-        axes.fill_between(lam, [min(values) for values in by_lam], [max(values) for values in by_lam], alpha=0.2)
-    axes.set_xlabel("λ")
-    axes.set_ylabel("mean loss of mixed test pairs (nats)")
-    axes.set_title(title, fontsize=10)
-    axes.legend()
-    figure.savefig(path, dpi=130)
-
-
-def _draw_terminal(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
+def _draw(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
     import plotext
 
     figure = plotext.figure
@@ -118,7 +83,7 @@ def _draw_terminal(lam: Sequence[float], curves: Mapping[str, Sequence[Sequence[
     "--out",
     default=Path("runs/demo"),
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the runs and the figure; finished runs found there are not repeated.",
+    help="Folder of the runs and the numbers; finished runs found there are not repeated.",
 )
 @click.pass_obj
 def command(text: str, seed: int, seeds: int, steps: int, threads: int, out: Path) -> None:
@@ -158,24 +123,24 @@ def _show(
     results: Mapping[str, Sequence[TrainResult]],
     curves: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
-    runs = results[METHODS[0]]
-    console.print(_table(results, curves))
-    seeds = f"{len(runs)} seed{'s' * (len(runs) != 1)}"
-    console.print(
-        f"{seeds}, {runs[0].steps} steps each; test error where dev error is least. Of the 500 test sentences one "
-        "error is 0.2 points, and a difference of 2 between two runs is within chance. One seed decides nothing. Runs "
-        "were timed one after the other; fastamp bench takes turns.",
-        highlight=False,
+    errors = {method: [run.test_error for run in runs] for method, runs in results.items()}
+    ms = {method: [1e3 / run.steps_per_s for run in runs] for method, runs in results.items()}
+    rows = []
+    for method in METHODS:
+        each = " ".join(f"{error:.1f}" for error in errors[method])
+        half = mean(curve[GRID // 2] for curve in curves[method])
+        rows.append((method, f"{mean(errors[method]):.1f}", each, f"{half:.3f}", f"{median(ms[method]):.1f}"))
+    count = len(results[METHODS[0]])
+    seeds = f"{count} seed{'s' * (count != 1)}"
+    print_table(
+        console,
+        ("method", "test error %", "each seed", "loss at λ = 0.5", "ms a step"),
+        rows,
+        caption=f"{seeds}, {results[METHODS[0]][0].steps} steps each; test error where dev error is least. With 500 "
+        "test sentences one error is 0.2 points, and a difference of 2 between two runs is within chance. One seed "
+        "decides nothing. Runs were timed one after the other; fastamp bench takes turns.",
     )
-    title = f"loss of mixed test pairs, {seeds}"
-    click.echo(_draw_terminal(lam, curves, title))
-    record: dict[str, Any] = {
-        "test_error": {method: [run.test_error for run in runs] for method, runs in results.items()},
-        "ms_per_step": {method: [1e3 / run.steps_per_s for run in runs] for method, runs in results.items()},
-        "lam": lam,
-        "loss": {method: list(map(list, seeds)) for method, seeds in curves.items()},
-    }
+    click.echo(_draw(lam, curves, f"loss of mixed test pairs, {seeds}"))
+    record = {"test_error": errors, "ms_per_step": ms, "lam": lam, "loss": curves}
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     click.echo(f"written to {out / 'demo.json'}")
-    _draw_png(lam, curves, title, out / "figure-2c.png")
-    click.echo(f"drawn in {out / 'figure-2c.png'}")

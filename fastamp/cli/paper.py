@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
 
 from fastamp.cli.interrupts import Interrupted, Recorded
-from fastamp.cli.names import Names
+from fastamp.cli.reading import names, reading
 from fastamp.data import DATASETS
 from fastamp.paper.display import RunsDisplay, overview
 from fastamp.paper.plan import EXPERIMENTS, METHODS, Request
@@ -26,8 +26,6 @@ _ELSEWHERE |= {
     name: name.replace("_", "-")
     for name in ("data_dir", "vectors", "pretrained", "steps", "eval_every", "device", "threads")
 }
-
-_NAMES = "NAME,..."
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -78,40 +76,23 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"{name} takes {kind.__name__}, not {value!r}") from None
 
 
-class _Read(click.ParamType):
-    """An option that a function reads, whose ValueError says what is wrong.
-
-    Args:
-        read: text to value.
-        name: what help shows in the place of the value.
-    """
-
-    def __init__(self, read: Callable[[str], Any], name: str) -> None:
-        self._read, self.name = read, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return self._read(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
+_NAMES = "NAME,..."
 _OPTIONS = (
     click.option(
         "--datasets",
-        type=Names(DATASETS, _NAMES),
+        type=names(DATASETS),
+        metavar=_NAMES,
         help=f"{', '.join(DATASETS)}; questions is generated and needs no files.",
     ),
-    click.option("--models", type=Names(RECIPES, _NAMES), help=f"{', '.join(RECIPES)}."),
+    click.option("--models", type=names(RECIPES), metavar=_NAMES, help=f"{', '.join(RECIPES)}."),
     click.option(
-        "--methods", type=Names(METHODS, _NAMES), help="Names as --dry-run lists them, in the middle of a key."
+        "--methods", type=names(METHODS), metavar=_NAMES, help="Names as --dry-run lists them, in the middle of a key."
     ),
-    click.option("--ratios", type=_Read(parse_ratios, "SHARE,..."), help="Shares of the training data."),
+    click.option("--ratios", type=reading(parse_ratios), metavar="SHARE,...", help="Shares of the training data."),
     click.option(
         "--seeds",
-        type=_Read(parse_seeds, "N|A-B|A,B,..."),
+        type=reading(parse_seeds),
+        metavar="N|A-B|A,B,...",
         default="10",
         help="A number of seeds from 0 on, a range 0-9, or a list 3,7.",
     ),
@@ -139,7 +120,8 @@ _OPTIONS = (
     click.option(
         "--set",
         "overrides",
-        type=_Read(parse_setting, "FIELD=VALUE"),
+        type=reading(parse_setting),
+        metavar="FIELD=VALUE",
         multiple=True,
         help="Any other field of fastamp.training.TrainConfig, as in --set embedding_dim=50.",
     ),

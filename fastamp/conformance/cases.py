@@ -14,132 +14,91 @@ import torch
 from torch import Tensor
 
 from fastamp import functional, reference
-from fastamp.conformance.case import (
-    SPOILED,
-    Case,
-    Outcome,
-    Tensors,
-    cast,
-    fresh,
-    gradients,
-    laid_out,
-    lam_dtype,
-    normal,
-)
+from fastamp.conformance.case import Case, OfClasses, Outcome, Tensors, normal
 from fastamp.conformance.operations import EmbeddingCase, OperationCase, SelectionCase
-from fastamp.mixing import draw
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(OfClasses):
     """A whole AMP step: `amp_cross_entropy`, or with a width `linear_amp_cross_entropy`."""
 
-    name: str
     batch: int = 50
     classes: int = 6
     width: int | None = None  # D of the hidden rows
     activation: str | None = None
     dropout: float = 0.0
-    soft: bool = False
-    weighted: bool = False
-    ignored: bool = False
-    layout: str = "contiguous"  # "strided": every second column of a wider tensor; "misaligned": one element in
     scale: float = 1.0
-    offset: float = 0.0
-    spoiled: bool = False  # one class is -inf in some rows
     chunk_rows: int | None = None  # with a width and no activation
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def op(self) -> str:
+    def op(self) -> str:  # type: ignore[override]
         """The operation's name in fastamp.functional."""
         return "amp_cross_entropy" if self.width is None else "linear_amp_cross_entropy"
+
+    @property
+    def leaves(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Logits, or hidden rows and the layer behind them."""
+        return ("hidden",) if self.width is None else ("hidden", "weight", "bias")
 
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
         batch, classes, width = self.batch, self.classes, self.width or self.classes
-        hidden = normal(generator, batch, width) * self.scale + self.offset
-        labels = torch.randint(classes, (batch,), generator=generator)
-        if self.spoiled:
-            hidden[: batch // 2, SPOILED] = -torch.inf
-            labels[labels == SPOILED] = 0
-        inputs = {
-            "hidden": laid_out(hidden.to(dtype), self.layout),
-            "target": labels,
-            "lam": torch.rand(batch, generator=generator, dtype=torch.float64).to(lam_dtype(dtype)),
-            "partner": draw(batch, pairing=self.options.get("pairing", "permutation"), generator=generator).partner,
-            "upstream": normal(generator, batch).to(lam_dtype(dtype)),
-        }
-        if self.soft:
-            inputs["target"] = normal(generator, batch, classes).softmax(1).to(dtype)
-        if self.ignored:
-            inputs["target"][::3] = -100
-        if self.weighted:
-            inputs["class_weight"] = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
+        inputs = {"hidden": self.rows(normal(generator, batch, width) * self.scale, dtype)}
+        inputs |= self.beside(batch, classes, dtype, generator, pairing=self.options.get("pairing", "permutation"))
         if self.width is not None:
             inputs["weight"] = (normal(generator, classes, width) / width**0.5).to(dtype)
             inputs["bias"] = normal(generator, classes).to(dtype)
-            if self.dropout:
-                keep = torch.rand(batch, width, generator=generator) >= self.dropout
-                inputs["keep"] = (keep / (1 - self.dropout)).to(dtype)
+        if self.dropout:
+            keep = torch.rand(batch, width, generator=generator) >= self.dropout
+            inputs["keep"] = (keep / (1 - self.dropout)).to(dtype)
         return inputs
 
-    def _leaves(self, inputs: Tensors) -> Tensors:
-        return fresh(inputs, ("hidden",) if self.width is None else ("hidden", "weight", "bias"))
-
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Row losses and their mean, all gradients of both, and λ'."""
-        leaves = self._leaves(inputs)
-        given = {"weight": inputs.get("class_weight"), "return_stats": True, **self.options}
+    def run(self, x: Tensors) -> Outcome:
+        """Row losses, their mean, and λ'."""
+        given = {"weight": x.get("class_weight"), "return_stats": True, **self.options}
         if self.width is not None:
-            given |= {"activation": self.activation, "dropout_mask": inputs.get("keep"), "chunk_rows": self.chunk_rows}
+            given |= {"activation": self.activation, "dropout_mask": x.get("keep"), "chunk_rows": self.chunk_rows}
         step = getattr(functional, self.op)
-        arguments = (*leaves.values(), inputs["target"], inputs["lam"], inputs["partner"])
+        arguments = [x[name] for name in (*self.leaves, "target", "lam", "partner")]
         rows, stats = step(*arguments, reduction="none", **given)
         mean, _ = step(*arguments, reduction="mean", **given)
-        values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": stats.lam_adv}
-        values |= gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(rows.dtype))
-        values |= gradients(mean, leaves, "of the mean")
+        values = {"row losses": rows, "mean loss": mean, "λ'": stats.lam_adv}
         return Outcome(values, stats.mask, stats.delta, rows.detach())
 
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """The same by `fastamp.reference.amp`."""
-        leaves = self._leaves(cast(inputs, dtype))
-        target, lam, partner = inputs["target"], inputs["lam"], inputs["partner"]
-        class_weight = inputs.get("class_weight")
+    def define(self, x: Tensors, given: Tensors, mask: Tensor | None) -> Outcome:
+        """By `fastamp.reference.amp`."""
 
         def head(mixed: Tensor) -> Tensor:
             if self.width is None:
                 return mixed
             active = mixed.relu() if self.activation == "relu" else mixed
-            kept = active * inputs["keep"].to(dtype) if "keep" in inputs else active
-            return kept @ leaves["weight"].mT + leaves["bias"]
+            return (active * x["keep"] if "keep" in x else active) @ x["weight"].mT + x["bias"]
 
         def run(mode: str) -> reference.Result:
-            options = {**self.options, "mode": mode, "reduction": "none", "weight": class_weight}
+            options = {**self.options, "mode": mode, "reduction": "none", "weight": given.get("class_weight")}
             options.pop("pairing", None)  # a promise, that the definition has no use for
-            return reference.amp(head, leaves["hidden"], target, lam, partner, **options)
+            return reference.amp(head, x["hidden"], given["target"], given["lam"], given["partner"], **options)
 
-        mode = self.options.get("mode", "amp")
-        at_lam, at_adv, selected = run("mixup"), run("maxop"), run(mode)
+        at_lam, at_adv, selected = run("mixup"), run("maxop"), run(self.options.get("mode", "amp"))
         mask = selected.mask if mask is None else mask
         # By hand, so that a run in a narrow dtype can be made to take the same branch as the truth.
         rows = torch.where(mask, at_adv.loss, at_lam.loss)
-        mean = rows.sum() / self._divisor(inputs).to(dtype)
-        values = {"row losses": rows.detach(), "mean loss": mean.detach(), "λ'": selected.lam_adv}
-        values |= gradients(rows, leaves, "of the rows' losses", inputs["upstream"].to(dtype), again=True)
-        values |= gradients(mean, leaves, "of the mean")
+        mean = rows.sum() / _divisor(given).to(x["hidden"].dtype)
+        values = {"row losses": rows, "mean loss": mean, "λ'": selected.lam_adv}
         return Outcome(values, mask, selected.delta, selected.row_loss)
 
-    def _divisor(self, inputs: Tensors) -> Tensor:
-        target, lam, partner = inputs["target"], inputs["lam"].double(), inputs["partner"]
-        mass = torch.ones_like(lam)
-        if not target.is_floating_point():
-            kept = target != -100
-            mass = mass * kept
-            if "class_weight" in inputs:
-                mass = mass * inputs["class_weight"].double()[torch.where(kept, target, 0)]
-        return (lam * mass + (1 - lam) * mass[partner]).sum()
+
+def _divisor(inputs: Tensors) -> Tensor:
+    """What the sum of the rows' losses is divided by, float64."""
+    target, lam, partner = inputs["target"], inputs["lam"].double(), inputs["partner"]
+    mass = torch.ones_like(lam)
+    if not target.is_floating_point():
+        kept = target != -100
+        mass = mass * kept
+        if "class_weight" in inputs:
+            mass = mass * inputs["class_weight"].double()[torch.where(kept, target, 0)]
+    return (lam * mass + (1 - lam) * mass[partner]).sum()
 
 
 def cases(*, quick: bool) -> Iterator[Case]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastamp.backend import has_triton, interpreting, set_backend
-from fastamp.conformance.case import Case, Outcome, Tensors
+from fastamp.conformance.case import Case, Outcome
 from fastamp.conformance.cases import cases
 from fastamp.training.config import usable_device
 
@@ -30,27 +30,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One operation on one device, backend and dtype.
+    """One operation on one device, backend and dtype."""
 
-    Attributes:
-        op: its name in fastamp.functional.
-        device: as torch writes it.
-        backend: "torch" or "triton".
-        dtype: of the inputs, as "float32".
-        cases: how many were run.
-        worst: the largest |ours - truth| of all elements of all outputs and gradients.
-        worst_pytorch: the same of the definition in that dtype.
-        failures: what broke the contract, a line each.
-    """
-
-    op: str
-    device: str
-    backend: str
-    dtype: str
-    cases: int
-    worst: float
-    worst_pytorch: float
-    failures: tuple[str, ...]
+    op: str  # its name in fastamp.functional
+    device: str  # as torch writes it
+    backend: str  # "torch" or "triton"
+    dtype: str  # of the inputs, as "float32"
+    cases: int  # how many were run
+    worst: float  # the largest |ours - truth| of all elements of all outputs and gradients
+    worst_pytorch: float  # the same of the definition in that dtype
+    failures: tuple[str, ...]  # what broke the contract, a line each
 
     @property
     def ok(self) -> bool:
@@ -115,7 +104,7 @@ def check(
     seed: int = 0,
     listener: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Compare every operation on every backend and dtype with its definition.
+    """Compares every operation on every backend and dtype with its definition.
 
     Args:
         devices: as in torch.device; None takes all that are here.
@@ -123,7 +112,7 @@ def check(
         ops: names in fastamp.functional; None takes all.
         quick: fewer cases.
         seed: of the inputs.
-        listener: hears what is about to be run.
+        listener: is called with what is about to be run.
 
     Raises:
         ValueError: a device that cannot be used.
@@ -143,20 +132,11 @@ def check(
 
 
 def check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtype, *, seed: int = 0) -> Row:
-    """Hold cases of one operation to the contract.
-
-    Args:
-        op: its name in fastamp.functional.
-        its_cases: see `fastamp.conformance.cases`.
-        place: where they run.
-        dtype: of their inputs.
-        seed: of their inputs, together with their names.
-    """
+    """Holds cases of one operation to the contract; the rest as `check_case` takes it."""
     worst = worst_pytorch = 0.0
     failures = []
-    count = 0
+    its_cases = list(its_cases)
     for case in its_cases:
-        count += 1
         try:
             finding = check_case(case, place.device, place.backend, dtype, seed=seed)
         except Exception as error:  # whatever an operation raises here is a finding, and ends the check in a failure
@@ -166,7 +146,9 @@ def check_op(op: str, its_cases: Iterable[Case], place: Place, dtype: torch.dtyp
         worst = max(worst, finding.worst)
         worst_pytorch = max(worst_pytorch, finding.worst_pytorch)
         failures += [f"{case.name}: {line}" for line in finding.failures]
-    return Row(op, str(place.device), place.backend, _name(dtype), count, worst, worst_pytorch, tuple(failures))
+    return Row(
+        op, str(place.device), place.backend, _name(dtype), len(its_cases), worst, worst_pytorch, tuple(failures)
+    )
 
 
 class Finding(NamedTuple):
@@ -178,7 +160,7 @@ class Finding(NamedTuple):
 
 
 def check_case(case: Case, device: torch.device | str, backend: str, dtype: torch.dtype, *, seed: int = 0) -> Finding:
-    """Hold one case to the contract.
+    """Holds one case to the contract.
 
     Args:
         case: see `fastamp.conformance.cases`.
@@ -269,6 +251,3 @@ def _poisoned_memory() -> Iterator[None]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["TOLERANCES", "Finding", "Place", "Report", "Row", "Tensors", "check", "check_case", "check_op", "places"]

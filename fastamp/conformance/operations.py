@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp import functional, reference
-from fastamp.conformance.case import SPOILED, Outcome, Tensors, cast, fresh, gradients, laid_out, lam_dtype, mix, normal
+from fastamp.conformance.case import Case, OfClasses, Outcome, Tensors, laid_out, mix, normal
 
 
 @dataclass(frozen=True)
-class OperationCase:
+class OperationCase(Case):
     """One of the paper's operations alone: `mix`, `lambda_grad`, `remix` or `select_loss`."""
 
     op: str
@@ -22,6 +22,11 @@ class OperationCase:
     shape: tuple[int, ...] = (50, 30)
     layout: str = "contiguous"
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the operation differentiates by."""
+        return ("loss", "loss_adv") if self.op == "select_loss" else ("hidden",)
 
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
@@ -32,62 +37,47 @@ class OperationCase:
             difference[::5] = 0
             return {"loss": loss, "loss_adv": loss + difference, "upstream": normal(generator, batch).to(dtype)}
         return {
-            # Of a size at which rounding to bfloat16, by truncation too, stays below an absolute tolerance.
+            # Small enough for rounding to bfloat16, by truncation as well, to stay below an absolute tolerance.
             "hidden": laid_out(normal(generator, *self.shape).to(dtype) * 0.25, self.layout),
             **mix(batch, dtype, generator),
             "grad_mixed": normal(generator, *self.shape).to(dtype) * 0.1,
             "upstream": normal(generator, *self.shape).to(dtype) * 0.25,
         }
 
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Outputs and the gradients that the operation has."""
+    def run(self, x: Tensors) -> Outcome:
+        """Runs it."""
         if self.op == "select_loss":
-            leaves = fresh(inputs, ("loss", "loss_adv"))
-            chosen, delta, mask = functional.select_loss(leaves["loss"], leaves["loss_adv"], **self.options)
-            values = {"loss": chosen.detach(), **gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
-        leaves = fresh(inputs, ("hidden",))
-        hidden, lam, partner, grad_mixed = leaves["hidden"], inputs["lam"], inputs["partner"], inputs["grad_mixed"]
+            chosen, delta, mask = functional.select_loss(x["loss"], x["loss_adv"], **self.options)
+            return Outcome({"loss": chosen}, mask, delta, x["loss"])
         if self.op == "lambda_grad":
-            return Outcome({"∇λ": functional.lambda_grad(grad_mixed, hidden, partner)})
+            return Outcome({"∇λ": functional.lambda_grad(x["grad_mixed"], x["hidden"], x["partner"])})
         if self.op == "mix":
-            mixed = functional.mix(hidden, lam, partner)
-            return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
-        lam_adv, mixed = functional.remix(hidden, lam, partner, grad_mixed, **self.options)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
+            return Outcome({"m": functional.mix(x["hidden"], x["lam"], x["partner"])})
+        lam_adv, mixed = functional.remix(x["hidden"], x["lam"], x["partner"], x["grad_mixed"], **self.options)
+        return Outcome({"λ'": lam_adv, "m(λ')": mixed})
 
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """The same from `fastamp.reference.mix` and autograd."""
-        inputs = cast(inputs, dtype)
+    def define(self, x: Tensors, given: Tensors, mask: Tensor | None) -> Outcome:
+        """By `fastamp.reference.mix` and autograd."""
         if self.op == "select_loss":
-            leaves = fresh(inputs, ("loss", "loss_adv"))
-            delta = (leaves["loss_adv"] - leaves["loss"]).detach()
+            delta = (x["loss_adv"] - x["loss"]).detach()
             mask = delta >= 0 if mask is None else mask
-            chosen = torch.where(mask, leaves["loss_adv"], leaves["loss"])
-            values = {"loss": chosen.detach(), **gradients(chosen, leaves, "", inputs["upstream"])}
-            return Outcome(values, mask, delta, inputs["loss"])
-        leaves = fresh(inputs, ("hidden",))
-        hidden, partner = leaves["hidden"], inputs["partner"]
-        lam = inputs["lam"].detach().requires_grad_()
-        mixed = reference.mix(hidden, lam, partner)
+            return Outcome({"loss": torch.where(mask, x["loss_adv"], x["loss"])}, mask, delta, x["loss"])
+        lam = x["lam"].detach().requires_grad_()
+        mixed = reference.mix(x["hidden"], lam, x["partner"])
         if self.op == "mix":
-            return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
-        (grad,) = torch.autograd.grad(mixed, lam, inputs["grad_mixed"])
+            return Outcome({"m": mixed})
+        (grad,) = torch.autograd.grad(mixed, lam, x["grad_mixed"])
         if self.op == "lambda_grad":
             return Outcome({"∇λ": grad})
         clip = self.options.get("grad_clip", 1.0)
-        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * (
-            grad if clip is None else grad.clamp(-clip, clip)
-        )
+        step = grad if clip is None else grad.clamp(-clip, clip)
+        lam_adv = lam.detach() + self.options.get("step_size", 2e-3) * step
         lam_adv = lam_adv.clamp(0, 1) if self.options.get("clamp") else lam_adv
-        mixed = reference.mix(hidden, lam_adv, partner)
-        values = {"λ'": lam_adv, "m(λ')": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])}
-        return Outcome(values)
+        return Outcome({"λ'": lam_adv, "m(λ')": reference.mix(x["hidden"], lam_adv, x["partner"])})
 
 
 @dataclass(frozen=True)
-class EmbeddingCase:
+class EmbeddingCase(Case):
     """`embedding_mix`."""
 
     name: str
@@ -95,7 +85,8 @@ class EmbeddingCase:
     vocabulary: int = 30
     padding_idx: int | None = None
     layout: str = "contiguous"
-    op: str = "embedding_mix"
+    op = "embedding_mix"
+    leaves = ("table",)
 
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU; small ids are frequent."""
@@ -107,84 +98,51 @@ class EmbeddingCase:
             "upstream": (normal(generator, batch, length, depth) * 0.1).to(dtype),
         }
 
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Mixed embeddings and the table's gradient."""
-        leaves = fresh(inputs, ("table",))
-        mixed = functional.embedding_mix(
-            inputs["ids"], leaves["table"], inputs["lam"], inputs["partner"], padding_idx=self.padding_idx
-        )
-        return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+    def run(self, x: Tensors) -> Outcome:
+        """Runs it."""
+        given = (x["ids"], x["table"], x["lam"], x["partner"])
+        return Outcome({"m": functional.embedding_mix(*given, padding_idx=self.padding_idx)})
 
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """The same from F.embedding, `fastamp.reference.mix` and autograd."""
-        inputs = cast(inputs, dtype)
-        leaves = fresh(inputs, ("table",))
-        hidden = F.embedding(inputs["ids"], leaves["table"], self.padding_idx)
-        mixed = reference.mix(hidden, inputs["lam"], inputs["partner"])
-        return Outcome({"m": mixed.detach(), **gradients(mixed, leaves, "", inputs["upstream"])})
+    def define(self, x: Tensors, given: Tensors, mask: Tensor | None) -> Outcome:
+        """By F.embedding, `fastamp.reference.mix` and autograd."""
+        hidden = F.embedding(x["ids"], x["table"], self.padding_idx)
+        return Outcome({"m": reference.mix(hidden, x["lam"], x["partner"])})
 
 
 @dataclass(frozen=True)
-class SelectionCase:
+class SelectionCase(OfClasses):
     """`select_cross_entropy`."""
 
-    name: str
     shape: tuple[int, int] = (30, 6)  # B, C
     change: float = 0.01  # size of logits' - logits
-    soft: bool = False
-    weighted: bool = False
-    ignored: bool = False
-    spoiled: bool = False  # one class is -inf in some rows of both
-    layout: str = "contiguous"
-    offset: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
-    op: str = "select_cross_entropy"
+    op = "select_cross_entropy"
+    leaves = ("logits", "logits_adv")
 
     def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         """Inputs on the CPU."""
-        batch, classes = self.shape
-        logits = 3 * normal(generator, batch, classes) + self.offset
-        logits_adv = logits + self.change * normal(generator, batch, classes)
-        labels = torch.randint(classes, (batch,), generator=generator)
-        if self.spoiled:
-            logits[: batch // 2, SPOILED] = logits_adv[: batch // 2, SPOILED] = -torch.inf
-            labels[labels == SPOILED] = 0
-        if self.ignored:
-            labels[::3] = -100
-        inputs = {
-            "logits": laid_out(logits.to(dtype), self.layout),
-            "logits_adv": laid_out(logits_adv.to(dtype), self.layout),
-            "target": normal(generator, batch, classes).softmax(1).to(dtype) if self.soft else labels,
-            **mix(batch, dtype, generator),
-            "upstream": normal(generator, batch).to(lam_dtype(dtype)),
-        }
-        if self.weighted:
-            inputs["class_weight"] = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
-        return inputs
+        logits = 3 * normal(generator, *self.shape)
+        logits_adv = logits + self.change * normal(generator, *self.shape)
+        rows = {"logits": self.rows(logits, dtype), "logits_adv": self.rows(logits_adv, dtype)}
+        return {**rows, **self.beside(*self.shape, dtype, generator)}
 
-    def ours(self, inputs: Tensors) -> Outcome:
-        """Losses, δ and both gradients."""
-        leaves = fresh(inputs, ("logits", "logits_adv"))
-        arguments = (*leaves.values(), inputs["target"], inputs["lam"], inputs["partner"])
-        given: dict[str, Any] = {"weight": inputs.get("class_weight"), "tie_tol": 0.0, **self.options}
+    def run(self, x: Tensors) -> Outcome:
+        """Losses and δ."""
+        given: dict[str, Any] = {"weight": x.get("class_weight"), "tie_tol": 0.0, **self.options}
+        arguments = (x["logits"], x["logits_adv"], x["target"], x["lam"], x["partner"])
         loss, delta, mask = functional.select_cross_entropy(*arguments, **given)
-        values = {"loss": loss.detach(), "δ": delta, **gradients(loss, leaves, "", inputs["upstream"])}
-        return Outcome(values, mask, delta, loss.detach())
+        return Outcome({"loss": loss, "δ": delta}, mask, delta, loss.detach())
 
-    def defined(self, inputs: Tensors, dtype: torch.dtype, mask: Tensor | None) -> Outcome:
-        """The same from `fastamp.reference.row_losses` and autograd."""
-        inputs = cast(inputs, dtype)
-        leaves = fresh(inputs, ("logits", "logits_adv"))
-        lam, partner = inputs["lam"], inputs["partner"]
-        smoothing = self.options.get("label_smoothing", 0.0)
-        q, kept = reference.class_mass(inputs["target"], inputs["logits"], -100, smoothing)
+    def define(self, x: Tensors, given: Tensors, mask: Tensor | None) -> Outcome:
+        """By `fastamp.reference.row_losses` and autograd."""
+        lam, partner = x["lam"], x["partner"]
+        q, kept = reference.class_mass(x["target"], x["logits"], -100, self.options.get("label_smoothing", 0.0))
         q = lam[:, None] * q + (1 - lam[:, None]) * q[partner]
         kept = lam * kept + (1 - lam) * kept[partner]
-        weight = inputs.get("class_weight", lam.new_ones(self.shape[1]))
+        weight = x.get("class_weight", lam.new_ones(self.shape[1]))
         kind = self.options.get("loss", "cross_entropy")
-        at_lam, at_adv = (reference.row_losses(x, q, kept, weight, kind) for x in leaves.values())
+        at_lam, at_adv = (reference.row_losses(x[name], q, kept, weight, kind) for name in self.leaves)
         delta = (at_adv - at_lam).detach()
         mask = delta > 0 if mask is None else mask
         loss = torch.where(mask, at_adv, at_lam)
-        values = {"loss": loss.detach(), "δ": delta, **gradients(loss, leaves, "", inputs["upstream"])}
-        return Outcome(values, mask, delta, loss.detach())
+        return Outcome({"loss": loss, "δ": delta}, mask, delta, loss.detach())

@@ -56,17 +56,10 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str], parse: Call
 
 
 def read_tsv(path: str | os.PathLike[str], num_classes: int) -> tuple[list[str], list[int]]:
-    """Reads one split, as `read_table` does.
-
-    Args:
-        path: the file; its first line is `label<TAB>text`, every other line one example.
-        num_classes: labels are integers from 0 to num_classes - 1.
-
-    Returns:
-        texts and labels, of equal length, in the order of the file.
+    """Reads texts and their labels, 0 to num_classes - 1, from a file with the header `label<TAB>text`.
 
     Raises:
-        ValueError: the file is missing, unreadable, empty or malformed; names the file and the line.
+        ValueError: as of `read_table`.
     """
 
     def example(label: str, text: str) -> tuple[str, int]:

@@ -22,43 +22,39 @@ _SIZES = (2000, 250, 500)  # of train, dev and test
 _SLOT = re.compile(r"\{(\w+)\}")
 
 _SLOTS = {
-    "hum": """actor president author king singer inventor queen poet explorer general painter composer
-        scientist coach player architect founder senator director philosopher chemist emperor astronaut pope
-        dancer governor pilot sculptor admiral physicist surgeon novelist monk golfer judge prophet tenor
-        magician jockey outlaw skater pirate drummer botanist swimmer playwright comedian boxer economist team
-        company band tribe family university group club gang committee""",
-    "enty": """animal book color disease movie language sport car dog plant game song food drink ship
-        instrument bird religion flower metal currency fish novel product tree newspaper gas weapon element
-        drug fruit cheese vitamin letter word insect dance magazine opera fabric gem machine tool spice toy
-        wine mineral symbol organ poem muscle computer cereal snake whale statue mushroom sauce motorcycle
-        satellite award breed liquid crop dinosaur flag""",
-    "loc": """city country state river island mountain continent lake town ocean desert planet county village
-        street capital park peninsula volcano valley canyon sea airport stadium bay colony castle prison
-        museum port province waterfall cathedral hotel bridge swamp galaxy harbor palace region""",
-    "num": """year date number population speed distance height age price weight length temperature percentage
-        salary size depth cost width rate zip area diameter code score odds""",
-    "desc": """origin meaning purpose definition difference function cause reason effect history process
-        method nature significance role theory structure basis description importance symptom advantage
-        content style tale motto""",
-    "country": """France China Spain Italy Brazil India Mexico Canada Egypt Japan Russia Kenya Peru Greece
-        Turkey Norway Chile Cuba Poland Ireland Vietnam Austria Iran Portugal Morocco Nepal Iceland Ghana
-        Malta Fiji""",
-    "event": """war Olympics election revolution festival race battle eclipse earthquake trial strike flood
-        parade marathon treaty crusade plague fair""",
-    "thing": """rainbow battery telescope engine yogurt volcano thermometer virus glacier piano compass
-        tornado laser penicillin submarine tax cloud satellite violin diamond mortgage microscope bagel comet
-        zipper paprika magnet hologram typhoon turbine marble saxophone quark calorie aspirin iceberg
-        parachute barometer tundra""",
-    "act": """built discovered invented won visited painted designed sold crossed destroyed founded ruled
-        named recorded explored bought filmed translated guarded restored""",
+    "hum": """actor president author king singer inventor queen poet explorer general painter composer scientist coach
+        player architect founder senator director philosopher chemist emperor astronaut pope dancer governor pilot
+        sculptor admiral physicist surgeon novelist monk golfer judge prophet tenor magician jockey outlaw skater pirate
+        drummer botanist swimmer playwright comedian boxer economist team company band tribe family university group
+        club gang committee""",
+    "enty": """animal book color disease movie language sport car dog plant game song food drink ship instrument bird
+        religion flower metal currency fish novel product tree newspaper gas weapon element drug fruit cheese vitamin
+        letter word insect dance magazine opera fabric gem machine tool spice toy wine mineral symbol organ poem muscle
+        computer cereal snake whale statue mushroom sauce motorcycle satellite award breed liquid crop dinosaur flag""",
+    "loc": """city country state river island mountain continent lake town ocean desert planet county village street
+        capital park peninsula volcano valley canyon sea airport stadium bay colony castle prison museum port province
+        waterfall cathedral hotel bridge swamp galaxy harbor palace region""",
+    "num": """year date number population speed distance height age price weight length temperature percentage salary
+        size depth cost width rate zip area diameter code score odds""",
+    "desc": """origin meaning purpose definition difference function cause reason effect history process method nature
+        significance role theory structure basis description importance symptom advantage content style tale motto""",
+    "country": """France China Spain Italy Brazil India Mexico Canada Egypt Japan Russia Kenya Peru Greece Turkey Norway
+        Chile Cuba Poland Ireland Vietnam Austria Iran Portugal Morocco Nepal Iceland Ghana Malta Fiji""",
+    "event": """war Olympics election revolution festival race battle eclipse earthquake trial strike flood parade
+        marathon treaty crusade plague fair""",
+    "thing": """rainbow battery telescope engine yogurt volcano thermometer virus glacier piano compass tornado laser
+        penicillin submarine tax cloud satellite violin diamond mortgage microscope bagel comet zipper paprika magnet
+        hologram typhoon turbine marble saxophone quark calorie aspirin iceberg parachute barometer tundra""",
+    "act": """built discovered invented won visited painted designed sold crossed destroyed founded ruled named recorded
+        explored bought filmed translated guarded restored""",
     "verb": "like buy visit paint sell find study lose describe own guard copy sketch praise",
-    "adj": """first largest oldest greatest fastest smallest longest best tallest only last richest highest
-        rarest deadliest heaviest coldest""",
+    "adj": """first largest oldest greatest fastest smallest longest best tallest only last richest highest rarest
+        deadliest heaviest coldest""",
     "degree": "long old tall far deep fast high large heavy cold rich",
-    "unit": """miles people men women feet days pounds countries players calories bones hours dollars gallons
-        moons teeth votes""",
-    "first": """John Mary Karel Anna Peter Irma Louis Vera Hugo Clara Otto Nora Felix Ida Boris Lena Marco
-        Olga Simon Greta Pavel Rosa Viktor Elsa Jonas""",
+    "unit": """miles people men women feet days pounds countries players calories bones hours dollars gallons moons
+        teeth votes""",
+    "first": """John Mary Karel Anna Peter Irma Louis Vera Hugo Clara Otto Nora Felix Ida Boris Lena Marco Olga Simon
+        Greta Pavel Rosa Viktor Elsa Jonas""",
     "start": "Bra Kel Mor Tan Vel Dor Sal Hin Lor Gar Pem Ros Tib Wen Zol Fer Cas Nev Rud Bel",
     "middle": "a en il o ar em i ot un el",
     "end": "son ski ton man berg well ford ley ner by",

@@ -14,23 +14,14 @@ from fastamp.data.tokens import clean_str, clean_str_sst
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus that is read, or, without a repository, generated.
+    """A corpus that is read, or, without a repository, generated."""
 
-    Attributes:
-        label_names: of class 0, 1, ...
-        repository, revision: its name on the hub, and the commit, so that the data cannot change.
-        sizes: number of examples of every part: "train", "dev" and "test", or "all".
-        column: of the hub's, which holds the class.
-        classes: what stands in that column for class 0, 1, ...; its name where it is None.
-        tokenise: text to tokens.
-    """
-
-    label_names: tuple[str, ...]
-    repository: str = ""
-    revision: str = ""
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    column: str = "label_text"
-    classes: tuple[str | int, ...] | None = None
+    label_names: tuple[str, ...]  # of class 0, 1, ...
+    repository: str = ""  # on the hub
+    revision: str = ""  # its commit, so that the data cannot change
+    sizes: Mapping[str, int] = field(default_factory=dict)  # examples of "train", "dev" and "test", or of "all"
+    column: str = "label_text"  # of the hub's, which holds the class
+    classes: tuple[str | int, ...] | None = None  # what stands there for class 0, 1, ...; its name where it is None
     tokenise: Callable[..., list[str]] = clean_str
 
 
@@ -81,11 +72,11 @@ Examples = tuple[Sequence[str], Sequence[int]]  # texts and labels, of equal len
 def read(name: str, data_dir: str | os.PathLike[str] | None) -> dict[str, Examples]:
     """Texts and labels of every part of a corpus: from files, without a folder from the hub.
 
-    Of the hub, examples of a part "all" are put in order of their class, as the data files have them. MR then has the
+    The hub's examples of a part "all" are put in order of their class, as the data files have them. MR then has the
     files' order, and with it their folds; SUBJ has another order within the classes.
 
     Raises:
-        ValueError: a missing or malformed file. Of the hub: the package `datasets` is not installed; it cannot be
+        ValueError: a missing or malformed file. For the hub: the package `datasets` is not installed; it cannot be
             reached and nothing is cached; or what is there has other splits, columns, classes or numbers of examples
             than expected.
     """

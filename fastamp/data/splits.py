@@ -14,14 +14,7 @@ FOLD_SEED = 20210907
 
 
 def hold_out(size: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """Holds out a random tenth.
-
-    Args:
-        size: number of examples.
-        generator: a CPU generator.
-
-    Returns:
-        the indices that stay and those held out, each in ascending order.
+    """Holds out a random tenth, drawn by a CPU generator: the indices that stay and those held out, both ascending.
 
     Raises:
         ValueError: a tenth of so few is none or all.
@@ -34,17 +27,10 @@ def hold_out(size: int, generator: torch.Generator) -> tuple[list[int], list[int
 
 
 def leave_fold_out(size: int, fold: int) -> tuple[list[int], list[int]]:
-    """Splits off one of the `FOLDS` folds of a cross-validation.
+    """Splits off fold 0 to FOLDS - 1: the indices of the other folds and of this one, both ascending.
 
     The examples are shuffled once, by `FOLD_SEED`, whatever their classes, and cut into folds whose sizes differ by
     one at most. So the folds depend on `size` only, and partition the examples.
-
-    Args:
-        size: number of examples.
-        fold: 0 to FOLDS - 1.
-
-    Returns:
-        the indices of the other folds and of this one, each in ascending order.
 
     Raises:
         ValueError: fewer examples than folds.
@@ -63,13 +49,8 @@ def stratified_subset(labels: Sequence[int], fraction: float, generator: torch.G
     (j + 1/2) / n, which is the method of Sainte-Laguë. The subset is the beginning of that order, so from one state of
     the generator a smaller subset is part of every larger one.
 
-    Args:
-        labels: class of every example.
-        fraction: in (0, 1].
-        generator: a CPU generator.
-
     Returns:
-        indices in ascending order: round(fraction · N) of them, or one a class where that is more.
+        round(fraction · N) indices in ascending order, or one a class where that is more.
     """
     sizes = Counter(labels)
     drawn: Counter[int] = Counter()

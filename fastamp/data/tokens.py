@@ -12,12 +12,7 @@ _PUNCTUATION = re.compile(r"([,!()?])")
 def clean_str(text: str, *, lower: bool = True) -> list[str]:
     """Tokens of a sentence by Kim's `clean_str`, which splits off contractions and punctuation.
 
-    Args:
-        text: one sentence.
-        lower: lower-case the tokens; Kim does for every set but TREC.
-
-    Returns:
-        tokens; none where the text holds no ASCII letter, digit or one of `` (),!?'` ``.
+    There are none where the text holds no ASCII letter, digit or one of `` (),!?'` ``. Kim keeps the case of TREC only.
     """
     text = _OTHER.sub(" ", text)
     text = _PUNCTUATION.sub(r" \1 ", _SUFFIX.sub(r" \1", text))

@@ -23,17 +23,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class WordVectors:
-    """Vectors of the words that were asked for.
+    """Vectors of the words that were asked for."""
 
-    Attributes:
-        rows: word to row of `table`.
-        table: (words, dim), float32.
-        digest: SHA-256 of the lines taken, to tell one file's vectors from another's.
-    """
-
-    rows: dict[str, int]
-    table: Tensor
-    digest: str
+    rows: dict[str, int]  # word to row of `table`
+    table: Tensor  # (words, dim), float32
+    digest: str  # SHA-256 of the lines taken, to tell one file's vectors from another's
 
     @property
     def dim(self) -> int:
@@ -58,7 +52,7 @@ def read_vectors(path: str | os.PathLike[str], words: Collection[str]) -> WordVe
     """Reads the vectors of `words` from a GloVe text file, `word v1 v2 ...` a line, plain or gzip-compressed.
 
     The first line sets the width. Every line must have as many values; only those of words asked for are
-    parsed. A word may hold spaces, as a few in GloVe 840B do. Of a word's several lines the first counts.
+    parsed. A word may hold spaces, as a few in GloVe 840B do. The first of a word's several lines counts.
 
     A large file takes long to read, so the last two results are kept for the life of the process, and given again for
     the same words while the file's size and time of change stay the same.

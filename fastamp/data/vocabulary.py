@@ -47,13 +47,9 @@ class Vocabulary:
         return word in self._ids
 
     def encode(self, sentences: Sequence[Sequence[str]]) -> Tensor:
-        """Ids of tokenised sentences, padded on the right.
+        """Ids (N, T), int64, on the CPU, of tokenised sentences, padded on the right; T is at least 1.
 
-        Args:
-            sentences: N sequences of tokens; one without tokens becomes a single unknown word.
-
-        Returns:
-            (N, T), int64, on the CPU, T being the longest sentence's length (at least 1).
+        A sentence without tokens becomes a single unknown word.
         """
         rows = [[self._ids.get(token, UNK) for token in tokens] or [UNK] for tokens in sentences]
         longest = max(map(len, rows), default=1)

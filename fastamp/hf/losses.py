@@ -246,12 +246,9 @@ def check_counts(criterion: AMPLoss) -> None:
 
 
 def check_arguments(args: TrainingArguments, criterion: AMPLoss, *, at_a_layer: bool = False) -> None:
-    """ValueError for arguments that would be ignored or are not supported, a warning for those that change the method.
+    """ValueError for a Trainer's arguments that would be ignored or are not supported, a warning for some others.
 
-    Args:
-        args: the Trainer's.
-        criterion: the Trainer's.
-        at_a_layer: mixing is done inside the model, by `AMPLoss.step`.
+    Those change the method. `at_a_layer`: mixing is done inside the model, by `AMPLoss.step`.
     """
     smoothing = criterion.policy.label_smoothing
     if args.label_smoothing_factor not in (0, smoothing):

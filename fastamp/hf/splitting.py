@@ -209,15 +209,7 @@ class Rest(_Part):
         return given
 
     def forward(self, mixed: Tensor, **context: Any) -> Tensor:
-        """Logits of mixed hidden states.
-
-        Args:
-            mixed: of the shape that g returns, floating point.
-            **context: what `context` returns.
-
-        Returns:
-            (B, C) logits.
-        """
+        """Logits (B, C) of mixed hidden states, of the shape that g returns, and of what `context` returns."""
         follow_mode(self.pairs)
         if not torch.compiler.is_compiling() and hasattr(self.holder, "unshard"):
             # FSDP2 takes the end of any backward pass, that of the λ-gradient too, for the end of the step, and gives

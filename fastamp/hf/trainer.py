@@ -10,16 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fastamp.hf.losses import (
-    LOG_KEYS,
-    SentLoss,
-    check_arguments,
-    check_head,
-    checked_items,
-    checked_labels,
-    mode_of,
-    row_sums,
-)
+from fastamp.hf import losses
+from fastamp.hf.losses import SentLoss
 from fastamp.hf.splitting import split
 from fastamp.hf.views import unwrapped
 from fastamp.loss import AMPLoss
@@ -77,7 +69,7 @@ class MixedPass:
             return_stats=True,
         )
         # A plain dict: wrappers do not find the tensors in any other.
-        results = {"loss": loss, "mixing_sums": row_sums(stats)}
+        results = {"loss": loss, "mixing_sums": losses.row_sums(stats)}
         if self.sharded:
             self._uncast = dict(results)
         return results
@@ -115,8 +107,8 @@ class AMPTrainerMixin:
         self._loss = _MixedLoss(criterion)
         trainer: Any = self
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)  # type: ignore[call-arg]
-        check_arguments(trainer.args, criterion, at_a_layer=mix_at != "logits")
-        check_head(unwrapped(trainer.model))
+        losses.check_arguments(trainer.args, criterion, at_a_layer=mix_at != "logits")
+        losses.check_head(unwrapped(trainer.model))
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
         if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
             raise ValueError("AMPTrainer does not run under tensor, context or sequence parallelism")
@@ -144,20 +136,20 @@ class AMPTrainerMixin:
         trainer: Any = super()
         if self.mix_at == "logits" or not torch.is_grad_enabled():
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = checked_labels(inputs.get("labels"))
+        labels = losses.checked_labels(inputs.get("labels"))
         if self._pass is None or self._pass.model is not model:
             self._pass = self._loss.mixed_pass = MixedPass(self.criterion, model, self.mix_at)
         mix = self.criterion.sample(len(labels), device=labels.device)
-        self._pass.prepare(labels, mix, checked_items(num_items_in_batch))
+        self._pass.prepare(labels, mix, losses.checked_items(num_items_in_batch))
         self._loss.reached = True
         # accelerate puts autocast into the forward that the mixed pass stands in for.
         autocast = self.accelerator.autocast()  # type: ignore[attr-defined]
-        with mode_of(self.criterion, True), autocast, forward_of(self._pass.inner, self._pass.run):
+        with losses.mode_of(self.criterion, True), autocast, forward_of(self._pass.inner, self._pass.run):
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer.log, with mix/... in the logs of training steps. Collective for these."""
-        if "loss" in logs and LOG_KEYS[0] not in logs:
+        if "loss" in logs and losses.LOG_KEYS[0] not in logs:
             logs.update(self._loss.pop_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

@@ -15,10 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 def view_of(origin: nn.Module, children: dict[str, nn.Module | None], **attributes: Any) -> nn.Module:
     """A module of origin's class that shares its parameters, buffers, hooks and all children not given here.
 
-    Args:
-        origin: the module to look at.
-        children: direct children that are others in the view; None takes one away.
-        **attributes: attributes that are others in the view.
+    A direct child that is None is taken away; attributes are those that are others in the view.
     """
     # Not copy.copy: FSDP2 gives modules a class whose __new__ undoes its wrapping.
     view: nn.Module = object.__new__(type(origin))
@@ -55,9 +52,7 @@ class PassLayer(nn.Module):
 class GivenBase(nn.Module):
     """Stands in for the base model under a classification head: what goes in is its last hidden state.
 
-    Args:
-        pooler: the base model's own pooler, whose output some heads take, or None.
-        pooled: what goes in is the pooler's output already.
+    Or, where it is `pooled`, the pooler's output already. Some heads take that of the base model's own pooler.
     """
 
     def __init__(self, pooler: nn.Module | None, *, pooled: bool = False) -> None:

@@ -52,10 +52,9 @@ class AttentionBiLSTM(WordModel):
         return self.classifier(self.dropout(self.encode(ids).relu()))
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Features of sentences before the ReLU, (B, hidden_size), float32; zero where a row holds no word.
+        """Features of sentences before the ReLU, (B, hidden_size), float32, of ids (B, T), int64, T at least 1.
 
-        Args:
-            ids: (B, T), int64, T at least 1; id 0 pads on the right.
+        Id 0 pads on the right. Zero where a row holds no word.
         """
         return self.encoder(self.embed(ids), ids != PAD)
 
@@ -78,15 +77,7 @@ class AttentionBiLSTM(WordModel):
 
 
 class AttentionEncoder(nn.Module):
-    """The states of an LSTM of both directions, summed by attention.
-
-    Args:
-        width: D of the input.
-        hidden_size: of the output, even.
-
-    Raises:
-        ValueError: a hidden_size that is odd or below 1.
-    """
+    """The states of an LSTM of both directions, summed by attention: width D to an even `hidden_size`."""
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
@@ -100,14 +91,9 @@ class AttentionEncoder(nn.Module):
         self.score = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
-        """Features of sentences.
+        """Features (B, hidden_size) of word vectors (B, T, D), floating point; zero where a row holds no word.
 
-        Args:
-            embedded: (B, T, D), floating point.
-            mask: (B, T), bool; which positions hold a word: those on the left of a row.
-
-        Returns:
-            (B, hidden_size), of the dtype of `embedded`; zero where a row holds no word.
+        The mask (B, T), bool, tells which positions hold a word: those on the left of a row.
         """
         states = self.states(embedded, mask)
         return torch.bmm(self.attention(states, mask)[:, None], states)[:, 0]

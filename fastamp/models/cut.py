@@ -31,9 +31,7 @@ class Rest(nn.Module):
     def context(self, ids: Tensor, mix: Mix | None = None) -> dict[str, Tensor]:
         """What f takes beside the mixed hidden state: nothing, unless a subclass says otherwise.
 
-        Args:
-            ids: (B, T), int64, of the unmixed rows.
-            mix: the mix of the batch, without which it is the context of the unmixed rows.
+        It is of ids (B, T), int64, of the unmixed rows, and of the mix of the batch; without one of the unmixed rows.
         """
         return {}
 

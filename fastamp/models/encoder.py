@@ -77,12 +77,7 @@ class TransformerClassifier(nn.Module):
 
 
 class EncoderRest(Rest):
-    """f of `TransformerClassifier.split`.
-
-    Args:
-        body: f of fastamp.hf.split.
-        inputs: ids to what its model takes.
-    """
+    """f of `TransformerClassifier.split`: f of fastamp.hf.split, and what makes its model's inputs of ids."""
 
     body: HFRest
 
@@ -145,13 +140,9 @@ class PretrainedEncoder:
         return cls(str(name_or_dir), tokenizer, tokenizer.pad_token_id, digest, length)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Ids of sentences, special tokens included; the end of one longer than `max_length` is cut off.
+        """Ids (N, T), int64, on the CPU, of N sentences, at least one, special tokens included.
 
-        Args:
-            texts: N sentences, at least one.
-
-        Returns:
-            (N, T), int64, on the CPU, padded on the right by `pad_id`; T is the longest sentence's length.
+        `pad_id` pads on the right; the end of a sentence longer than `max_length` is cut off.
         """
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
         return self.tokenizer(list(texts), **options)["input_ids"].cpu()  # where the default device put it
@@ -167,16 +158,10 @@ class PretrainedEncoder:
         check_sizes(num_classes=num_classes)
         from transformers import AutoModelForSequenceClassification
 
-        model = _loaded(
-            lambda name: AutoModelForSequenceClassification.from_pretrained(
-                # Of a classifier with another number of classes only the encoder is taken.
-                name,
-                num_labels=num_classes,
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-            ),
-            self.name,
-        )
+        # A classifier with another number of classes gives its encoder only.
+        options = {"num_labels": num_classes, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+        load = AutoModelForSequenceClassification.from_pretrained
+        model = _loaded(lambda name: load(name, **options), self.name)
         classifier = TransformerClassifier(model)
         if classifier.pad_id != self.pad_id:
             raise ValueError(

@@ -17,7 +17,7 @@ _OUTPUTS = 64
 class NonlinearMixup(nn.Module):
     """Non-linear Mixup of Guo, AAAI 2020, around any model of this package: a reimplementation, with inferred details.
 
-        X̃ = M ⊙ X_r + (1 - M) ⊙ X_π(r),      M ~ Beta(α, α), T x D, for each row anew
+        X̃ = M ⊙ X_r + (1 - M) ⊙ X_π(r),      M ~ Beta(α, α), T x D, drawn for each row
         θ = σ(W vec(X̃) + b),                   in (0, 1)^k
         ỹ = θ ⊙ E[y_r] + (1 - θ) ⊙ E[y_π(r)],  E (C, k) learned, as are W and b
         loss = mean over rows of 1 - cos(f(X̃), ỹ);    the prediction for x is argmax_c cos(f(x), E_c)
@@ -79,7 +79,7 @@ class NonlinearMixup(nn.Module):
         return F.normalize(self.model(ids)) @ F.normalize(self.labels.weight).T
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch, mixed anew at each call.
+        """The loss of a batch, mixed by new draws at each call.
 
         Args:
             ids: (B, T), int64, T at most `length`.

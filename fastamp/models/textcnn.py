@@ -56,10 +56,9 @@ class TextCNN(WordModel):
         return self.classifier(self.dropout(self.encode(ids)))
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Features of sentences before dropout, (B, maps * len(widths)), float32, non-negative.
+        """Features of sentences before dropout, (B, maps * len(widths)), float32, non-negative, of ids (B, T), int64.
 
-        Args:
-            ids: (B, T), int64, T at least 1; id 0 pads on the right.
+        T is at least 1; id 0 pads on the right.
         """
         return self.pool(self.windows(ids), ids != PAD)
 
@@ -90,26 +89,17 @@ class TextCNN(WordModel):
         return self._convolve_words(ids) if ids.device.type == "cpu" else self.convolve(self.embed(ids))
 
     def convolve(self, embedded: Tensor) -> Tensor:
-        """Filter responses before the non-linearity: affine in the word vectors.
+        """Filter responses before the non-linearity, (B, T, maps * len(widths)): affine in the word vectors (B, T, D).
 
-        Args:
-            embedded: (B, T, D), float32; zero where padded.
-
-        Returns:
-            (B, T, maps * len(widths)), float32; entry t is of the window that starts at word t.
+        Those are zero where padded. Entry t is of the window that starts at word t.
         """
         return _convolved(self.convolutions, embedded)
 
     @staticmethod
     def pool(windows: Tensor, mask: Tensor) -> Tensor:
-        """Maximum over time of the rectified filter responses.
+        """Maximum over time, (B, F), of the rectified filter responses (B, T, F) where a mask (B, T), bool, has a word.
 
-        Args:
-            windows: (B, T, F), float; as `convolve` gives it.
-            mask: (B, T), bool; which positions hold a word.
-
-        Returns:
-            (B, F), of the dtype of `windows`; zero where a row holds no word.
+        Zero where a row holds none.
         """
         # The maximum first: ReLU is monotone, and a masked -inf becomes the zero of an empty row.
         return windows.masked_fill(~mask[:, :, None], -torch.inf).max(1).values.relu()

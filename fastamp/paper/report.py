@@ -11,30 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastamp.paper import plots
+from fastamp.paper import plots, views
 from fastamp.paper.display import duration
 from fastamp.paper.plan import Request
 from fastamp.paper.published import CITATION, LOW_RESOURCE_REDUCTION_UP_TO, REDUCTION_UP_TO, PublishedCell
 from fastamp.paper.results import Results
 from fastamp.paper.statistics import ENOUGH_PAIRS, by_cell, finished, paired
-from fastamp.paper.views import (
-    LEAST,
-    LEAST_LABEL,
-    MISSING,
-    TOO_FEW,
-    UNEVEN,
-    Comparison,
-    Line,
-    View,
-    compare,
-    comparison_table,
-    error_table,
-    method_label,
-    model_label,
-    ratio_label,
-    reading,
-    views,
-)
+from fastamp.paper.views import Comparison, Line, View, method_label, model_label, ratio_label, reading
 
 FILE = "report.md"
 CROSS_VALIDATED = ("subj", "mr")
@@ -63,8 +46,8 @@ def render(results: Results, published: Mapping[PublishedCell, float] | None = N
     """
     runs = finished(results.records)
     failed = sorted((record["key"], record["error"]) for record in results.records if record["status"] == "failed")
-    shown = views(runs, results.specification["requests"])
-    compared = compare(shown)
+    shown = views.views(runs, results.specification["requests"])
+    compared = views.compare(shown)
     blocks = ["# Results", "\n".join(f"- {line}" for line in _header(runs, len(failed), results.specification))]
     if shown:
         blocks += ["## The paper's claims", _claims(runs), "## How to read the tables", _notes(runs)]
@@ -172,17 +155,17 @@ def _notes(runs: Sequence[Line]) -> str:
         "step of least dev error.",
         "`a ± s (n)`: mean and sample standard deviation over n seeds. s is the noise of one run, not of the mean. A "
         "seed decides initial weights, order, dropout and mixing, and dev data and subsets where they are drawn.",
-        f"`{LEAST_LABEL}`: the published code's metric, the least test error over all evaluations of a run. It selects "
-        "the model by the test data and so is too low; not to be set against other work's test errors.",
-        f"`{MISSING}`: no run. {UNEVEN}: a row without the table's largest number of seeds in every cell; compare it "
-        "in the comparisons only, which take the seeds that both sides have.",
+        f"`{views.LEAST_LABEL}`: the published code's metric, the least test error over all evaluations of a run. It "
+        "selects the model by the test data and so is too low; not to be set against other work's test errors.",
+        f"`{views.MISSING}`: no run. {views.UNEVEN}: a row without the table's largest number of seeds in every cell; "
+        "compare it in the comparisons only, which take the seeds that both sides have.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
         "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where the "
         "interval alone does; else within noise. The interval is too narrow for few seeds: where nothing acts it "
-        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). Of a whole "
+        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). For a whole "
         "table believe q.",
-        f"{TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
+        f"{views.TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of different comparisons in this report, whatever tables they stand in (false discovery rate, "
         "Benjamini and Hochberg).",
@@ -218,9 +201,9 @@ def _section(view: View, found: Sequence[Comparison], published: Mapping[Publish
     ]
     if absent:
         blocks.append(f"Not run: {'; '.join(absent)}.")
-    blocks += ["Test error at the step of least dev error, mean ± std (n):", error_table(view, published)]
+    blocks += ["Test error at the step of least dev error, mean ± std (n):", views.error_table(view, published)]
     if found:
-        blocks += ["### Comparisons", comparison_table(view, found)]
+        blocks += ["### Comparisons", views.comparison_table(view, found)]
     if view.experiment.columns == "ratio":
-        blocks += [f"### Test error, {LEAST_LABEL}", error_table(view, metric=LEAST)]
+        blocks += [f"### Test error, {views.LEAST_LABEL}", views.error_table(view, metric=views.LEAST)]
     return blocks

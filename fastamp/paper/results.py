@@ -52,7 +52,7 @@ class Results:
 def read(folder: str | os.PathLike[str]) -> Results:
     """Reads a results folder, even while runs are added to it; changes nothing.
 
-    A last line without its end is left out, and a notice says so. Of a run that was tried again the newest line counts.
+    A last line without its end is left out, and a notice says so. The newest line of a run that was tried again counts.
 
     Raises:
         ValueError: no results folder, one of another format, a damaged line, or a second line of a run that is done.

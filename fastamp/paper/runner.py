@@ -220,7 +220,7 @@ def time_left(
     """Seconds left of the runs of known rate, and the number of the others.
 
     A run's rate is that of the nearest kind: of runs of the same backbone and method; else of one that differs in α or
-    ε; else of the backbone. Of a kind it is that of the last run that is done, evaluations and all else included, or
+    ε; else of the backbone. A kind's rate is that of the last run that is done, evaluations and all else included, or
     of one under way.
     """
     rates = {kind: at.rate for at in active if at.rate for kind in _kinds(at.run.model, at.run.method)}

@@ -32,23 +32,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against a baseline, over the seeds that both have.
+    """A method against a baseline, over the seeds that both have."""
 
-    Attributes:
-        n: number of such seeds.
-        unequal: number of them at which the two differ; the others do not count in the test.
-        difference: mean of method - baseline, in points of percent; below zero the method is better.
-        interval: bootstrap interval of `difference` at `CONFIDENCE`; None for one pair.
-        p: of the Wilcoxon signed-rank test, two-sided; 1 where no pair differs.
-        improvement: (m_baseline - m_method) / m_baseline in percent, of the means over these seeds; None for a
-            baseline without errors.
-    """
-
-    n: int
-    unequal: int
-    difference: float
-    interval: tuple[float, float] | None
-    p: float
+    n: int  # number of such seeds
+    unequal: int  # of them those at which the two differ; the others do not count in the test
+    difference: float  # mean of method - baseline, in points of percent; below zero the method is better
+    interval: tuple[float, float] | None  # bootstrap interval of `difference` at `CONFIDENCE`; None for one pair
+    p: float  # of the Wilcoxon signed-rank test, two-sided; 1 where no pair differs
+    # (m_baseline - m_method) / m_baseline in percent, of the means over these seeds; None for a baseline without errors
     improvement: float | None
 
     @property
@@ -93,7 +84,7 @@ def summary(values: Sequence[float]) -> Summary:
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Bootstrap interval of the mean at `CONFIDENCE`, the same at every call; None for fewer than two values.
 
-    Bias-corrected and accelerated (Efron, 1987); where that is not defined, by percentiles. Of few values it is too
+    Bias-corrected and accelerated (Efron, 1987); where that is not defined, by percentiles. For few values it is too
     narrow: over n draws of Gaussian noise about zero it leaves zero out in 50%, 27%, 17%, 9% and 7% of cases for
     n = 2, 3, 5, 10 and 20 (2000 simulations each).
     """
@@ -118,8 +109,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 def signed_rank_p(differences: Sequence[float]) -> float:
     """Two-sided p of the Wilcoxon signed-rank test; 1 where all differences are zero.
 
-    Zeros are dropped, as Wilcoxon does. Of up to `_EXACT` others p is exact, ties or not: the signed ranks under all
-    signs. Of more it is `scipy.stats.wilcoxon`'s, which is exact up to 50 without ties, and then approximates.
+    Zeros are dropped, as Wilcoxon does. For up to `_EXACT` others p is exact, ties or not: the signed ranks under all
+    signs. For more it is `scipy.stats.wilcoxon`'s, which is exact up to 50 without ties, and then approximates.
     """
     unequal = np.array([difference for difference in differences if difference != 0])
     if not unequal.size:

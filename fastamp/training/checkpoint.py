@@ -89,14 +89,10 @@ def load_tensors(path: Path, advice: str = START_OVER) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """JSON lines appended to a file, from a byte offset on; what stood behind it is cut off.
-
-    Args:
-        path: the file; made if there is none.
-        offset: end of the last line to keep.
+    """JSON lines appended to a file, which is made if there is none, from the end of the last line to keep on.
 
     Raises:
-        ValueError: the file is shorter than `offset`.
+        ValueError: the file is shorter than `offset`, in bytes.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:

@@ -16,12 +16,7 @@ MODELS = ("textcnn", "bilstm", "bert")
 METHODS = (
     "none",
     "double-softmax",
-    "word-mixup",
-    "word-maxop",
-    "word-amp",
-    "sent-mixup",
-    "sent-maxop",
-    "sent-amp",
+    *(f"{at}-{kind}" for at in ("word", "sent") for kind in ("mixup", "maxop", "amp")),
     "nonlinear-mixup",
 )
 PRESETS = ("default", "paper", "official")

@@ -56,12 +56,9 @@ def mixed_losses(
 
 
 def best_model(config: TrainConfig, run: str | os.PathLike[str], task: Task) -> nn.Module:
-    """A run's model of least dev error, in eval mode and on the CPU; the global generators are left as they were.
+    """The model of least dev error of the run in a folder, in eval mode and on the CPU.
 
-    Args:
-        config: the run.
-        run: its folder.
-        task: what the run was trained on.
+    The global generators are left as they were. `task` is what the run was trained on.
 
     Raises:
         ValueError: its best.pt is damaged.

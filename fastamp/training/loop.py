@@ -17,16 +17,9 @@ from torch import Tensor
 
 import fastamp
 from fastamp.checks import NonFiniteError
+from fastamp.training import checkpoint
 from fastamp.training.batches import Batches, error_rate
-from fastamp.training.checkpoint import (
-    START_OVER,
-    MetricsLog,
-    damaged,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
-)
+from fastamp.training.checkpoint import START_OVER, MetricsLog, damaged
 from fastamp.training.config import TrainConfig, usable_device
 from fastamp.training.objectives import make_objective
 from fastamp.training.task import Task
@@ -120,10 +113,10 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, listener: Listene
         _claim(out, config, task)  # after all that can be refused: a mistake must not take the folder
         saved = out / "last.pt"
         if saved.exists():
-            run.restore(load_tensors(saved), saved)
-        described = load_json(out / "config.json")
+            run.restore(checkpoint.load_tensors(saved), saved)
+        described = checkpoint.load_json(out / "config.json")
         if described["steps"] != config.steps:
-            save_json(out / "config.json", {**described, "steps": config.steps})
+            checkpoint.save_json(out / "config.json", {**described, "steps": config.steps})
         return run.finish(listener or Listener())
 
 
@@ -145,7 +138,7 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
     """Makes `out` this run's folder, or refuses another run's."""
     described = out / "config.json"
     if described.exists():
-        there = load_json(described)
+        there = checkpoint.load_json(described)
         steps = there.get("steps")
         longer = isinstance(steps, int) and steps < config.steps  # which is the same run
         differences = config.differences({**there, "steps": config.steps} if longer else there)
@@ -161,7 +154,7 @@ def _claim(out: Path, config: TrainConfig, task: Task) -> None:
             raise ValueError(f"{out} holds a {name} without a config.json; give an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     versions = {"fastamp": fastamp.__version__, "torch": torch.__version__}
-    save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
+    checkpoint.save_json(described, {**config.to_dict(), "data": task.fingerprint(), "versions": versions})
 
 
 class _Run:
@@ -259,21 +252,21 @@ class _Run:
             listener.on_step(step, loss)
             last = step == config.steps
             evaluate = last or step % config.eval_every == 0
-            checkpoint = last or step % config.checkpoint_every == 0
-            if not (evaluate or checkpoint):
+            save = last or step % config.checkpoint_every == 0
+            if not (evaluate or save):
                 continue
             self._check_finite()
             at["window_seconds"] += time.perf_counter() - began
             if evaluate:
                 self._evaluate(stats, metrics, listener)
-            if checkpoint:
+            if save:
                 at["offset"] = metrics.sync()
                 if last:
                     # Behind the offset, so that more steps cut it off.
                     result = {k: v for k, v in asdict(self._result()).items() if k != "resumed_from"}
                     metrics.append({"final": True, **result})
                     metrics.sync()
-                save_tensors(self.out / "last.pt", self.state())
+                checkpoint.save_tensors(self.out / "last.pt", self.state())
                 listener.on_save(step)
             began = time.perf_counter()
 
@@ -307,7 +300,7 @@ class _Run:
         if record["dev_error"] < at["best"]["dev_error"]:
             at["best"] = record
             # Before last.pt: a resumed run either has this file already or comes by here once more.
-            save_tensors(
+            checkpoint.save_tensors(
                 self.out / "best.pt",
                 {
                     "model": self.model.state_dict(),

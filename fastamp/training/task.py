@@ -54,12 +54,7 @@ class Task:
         return PAD if self.encoder is None else self.encoder.pad_id
 
     def model(self, config: TrainConfig, generator: torch.Generator | None = None) -> nn.Module:
-        """A new model, its weights drawn from the global generator.
-
-        Args:
-            config: the run.
-            generator: of what the model draws itself, as Non-linear Mixup does; not needed to evaluate it.
-        """
+        """A new model, its weights drawn from the global generator; what it draws itself is drawn from `generator`."""
         classes = self.corpus.num_classes
         if config.method != "nonlinear-mixup":
             return self._backbone(config, classes)

@@ -17,23 +17,13 @@ _WARM_UPS = 3
 
 
 class Updater:
-    """Runs one step of an optimiser after another.
-
-    Args:
-        objective: gives the loss.
-        optimizer: over the objective's parameters.
-        clip_norm: bound on the norm of all gradients together, or None.
-    """
+    """Runs one step of an optimiser after another; `clip_norm` bounds the norm of all gradients together."""
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
 
     def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, fastamp.MixStats | None]:
-        """Updates the parameters by a batch.
-
-        Args:
-            ids: (B, T), int64.
-            labels: (B,), int64.
+        """Updates the parameters by a batch of ids (B, T) and labels (B,), both int64.
 
         Returns:
             The loss before the update, (), detached, and the facts of the step where there are any.

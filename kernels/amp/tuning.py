@@ -1,12 +1,14 @@
 """FASTAMP_AUTOTUNE=1: every launch is searched for on the device it runs on, once, and remembered on disk.
 
 Without it the launches of config.py are taken, and nothing here is done but one comparison. Candidates are the
-neighbours of that launch: some of its numbers halved and doubled. A kernel that is tuned writes all of its outputs anew
-whenever it runs, so running it often does no harm; the one that works in place is not tuned.
+neighbours of that launch: some of its numbers halved and doubled. A kernel that is tuned writes all of its outputs
+whenever it runs, so running it often does no harm; the one that works in place is not tuned. `triton.autotune` is of no
+use here: its configurations stand fixed at import, where these follow from the shape, and outputs follow from them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +19,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,6 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from .config import next_power_of_2
 from .launch import is_captured
 
-FORMAT = 1
 MAX_WARPS = 32
 WARMUP_MS, TIMED_MS = 5, 25  # of each candidate on a GPU; elsewhere it runs INTERPRETED times
 INTERPRETED = 3
@@ -45,6 +45,9 @@ def _is_on() -> bool:
 
 
 ENABLED = _is_on()
+_chosen: dict[tuple[Path, str], Launch] = {}  # in this process, by the file of the device and what decides
+_unwritable: set[Path] = set()
+_lock = threading.RLock()
 
 
 def tuned(
@@ -68,12 +71,12 @@ def tuned(
     *facts, device = about()
     if is_captured(device):
         return run(launch)  # a captured stream cannot be waited for
-    store = _store(device)
-    key = " ".join(map(str, (kernel, *facts)))
-    with store.lock:
-        chosen = store.chosen.get(key)
-        if chosen is None:
-            chosen = store.chosen[key] = _search(launch, free, run, device, store, key)
+    file, key = _file(device), " ".join(map(str, (kernel, *facts)))
+    with _lock:
+        if (file, key) not in _chosen:
+            candidates = {_text(candidate): candidate for candidate in neighbours(launch, free)}
+            _chosen[file, key] = candidates[_fastest(candidates, run, device, file, key)]
+        chosen = _chosen[file, key]
     return run(chosen)
 
 
@@ -93,65 +96,35 @@ def neighbours(launch: Launch, free: tuple[str, ...]) -> Iterator[Launch]:
         yield launch._replace(**dict(zip(free, values, strict=True)))
 
 
-@dataclass
-class _Store:
-    """What is known of one device."""
-
-    path: Path | None  # None once it could not be written
-    chosen: dict[str, Launch]
-    times: dict[str, dict[str, Any]]  # what the file holds: by kernel and facts the launch, and milliseconds of each
-    head: dict[str, Any]
-    lock: threading.RLock
-
-
-_stores: dict[str, _Store] = {}
-_stores_lock = threading.Lock()
-
-
-def _store(device: torch.device) -> _Store:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    with _stores_lock:
-        if name not in _stores:
-            slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-            head = {"format": FORMAT, "device": name, "triton": triton.__version__, "kernels": _source()}
-            path = folder() / f"launches-{slug}.json"
-            _stores[name] = _Store(path, {}, _read(path, head), head, threading.RLock())
-        return _stores[name]
-
-
 def folder() -> Path:
     """Where launches are remembered: $FASTAMP_CACHE, or fastamp in the user's cache."""
     own = os.environ.get("FASTAMP_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastamp"
 
 
-def _source() -> str:
-    """Of the kernels: another version of them is tuned anew."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _file(device: torch.device) -> Path:
+    """A file for every device, version of Triton and version of the kernels."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    return folder() / f"launches-{slug}-triton-{triton.__version__}-{_kernels()}.json"
 
 
-def _read(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    try:
-        held = json.loads(path.read_text())
-        if all(held[name] == value for name, value in head.items()):
-            return dict(held["launches"])
-    except OSError:
-        pass  # if it cannot be written either, that is said then
-    except (ValueError, KeyError, TypeError):
-        warnings.warn(f"{path} is not a file of launches; they are searched for anew", stacklevel=4)
-    return {}
+@functools.cache
+def _kernels() -> str:
+    sources = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
-def _search(
-    launch: Launch, free: tuple[str, ...], run: Callable[[Launch], Any], device: torch.device, store: _Store, key: str
-) -> Launch:
-    candidates = {_text(candidate): candidate for candidate in neighbours(launch, free)}
-    known = store.times.get(key)
+def _text(launch: Launch) -> str:
+    return " ".join(f"{name}={value}" for name, value in launch._asdict().items())
+
+
+def _fastest(
+    candidates: dict[str, Launch], run: Callable[[Launch], Any], device: torch.device, file: Path, key: str
+) -> str:
+    known = _read(file).get(key)
     if known is not None and known["launch"] in candidates:
-        return candidates[known["launch"]]
+        return str(known["launch"])
     times: dict[str, float | None] = {}
     for text, candidate in candidates.items():
         try:
@@ -160,13 +133,8 @@ def _search(
             times[text] = None  # more than this device has
     fits = {text: ms for text, ms in times.items() if ms is not None}
     best = min(fits, key=fits.__getitem__)
-    store.times[key] = {"launch": best, "ms": times}
-    _write(store)
-    return candidates[best]
-
-
-def _text(launch: Launch) -> str:
-    return " ".join(f"{name}={value}" for name, value in launch._asdict().items())
+    _add(file, key, {"launch": best, "ms": times})
+    return best
 
 
 def _milliseconds(run: Callable[[Launch], Any], launch: Launch, device: torch.device) -> float:
@@ -184,22 +152,35 @@ def _milliseconds(run: Callable[[Launch], Any], launch: Launch, device: torch.de
     return 1e3 * statistics.median(seconds)
 
 
-def _write(store: _Store) -> None:
-    """Replace the file as a whole, with what another process has found since it was read."""
-    path = store.path
-    if path is None:
+def _read(file: Path) -> dict[str, Any]:
+    """By kernel and facts the launch, and milliseconds of each candidate."""
+    try:
+        held = json.loads(file.read_text())
+        if all("launch" in entry for entry in held.values()):
+            return dict(held)
+    except OSError:
+        return {}  # if it cannot be written either, that is said then
+    except (ValueError, AttributeError, TypeError):
+        pass
+    warnings.warn(f"{file} is not a file of launches; they are searched for again", stacklevel=5)
+    return {}
+
+
+def _add(file: Path, key: str, entry: dict[str, Any]) -> None:
+    """Replaces the file as a whole, with what other processes have found since."""
+    if file in _unwritable:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        merged = {**_read(path, store.head), **store.times}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({**store.head, "launches": dict(sorted(merged.items()))}, file, indent=1)
-        os.replace(file.name, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = {**_read(file), key: entry}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as scratch:
+            json.dump(dict(sorted(held.items())), scratch, indent=1)
+        os.replace(scratch.name, file)
     except OSError as error:
         # A step does not end for want of a file that only saves the next process a search.
-        store.path = None
+        _unwritable.add(file)
         warnings.warn(
-            f"{path} cannot be written ({error}): the launches that are found are lost with this process. "
+            f"{file} cannot be written ({error}): the launches that are found are lost with this process. "
             f"FASTAMP_CACHE names another folder",
-            stacklevel=4,
+            stacklevel=5,
         )
