@@ -32,16 +32,12 @@ DTYPES = tuple(TOLERANCE)
 # Where Triton kernels run: in its interpreter, on CPU tensors, unless there is a GPU.
 TRITON_DEVICE = "cuda" if HAS_GPU else "cpu"
 
-settings.register_profile(
-    "fastamp",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=50,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("fastamp")
-INTERPRETED = settings(max_examples=20)
+_OURS = {"derandomize": True, "deadline": None, "database": None}
+_OURS["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("fastamp", max_examples=20, **_OURS)
+settings.register_profile("thorough", max_examples=200, **_OURS)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fastamp"))
+INTERPRETED = settings(max_examples=settings.default.max_examples * 2 // 5)  # the interpreter is slow
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,10 +77,8 @@ def triton_backend() -> Iterator[str]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
     """Rows of more than 8 classes go through the looping kernels, 8 classes a tile."""
-    _set_constants(monkeypatch, "REGISTER_WORDS", 8)
-    _set_constants(monkeypatch, "LOOP_WORDS", 8)
-    _set_constants(monkeypatch, "PAIR_WORDS", 8)
-    _set_constants(monkeypatch, "WORDS_PER_WARP", 8)
+    for prefix in ("REGISTER_WORDS", "LOOP_WORDS", "PAIR_WORDS", "WORDS_PER_WARP"):
+        _set_constants(monkeypatch, prefix, 8)
 
 
 @pytest.fixture

@@ -228,8 +228,6 @@ def test_autocast_and_arguments_of_other_dtypes(backend):
 @pytest.mark.parametrize(
     ("loss", "dtype"), [("cross_entropy", torch.float16), ("softmax_bce", torch.bfloat16)], ids=str
 )
-    ("loss", "dtype"), [("cross_entropy", torch.float16), ("softmax_bce", torch.bfloat16)], ids=str
-)
 def test_forward_and_backward_compute_in_the_same_precision(backend, dtype, loss):
     """Low precision is what goes in and comes out, once."""
     case = random_case(6, 5, dtype=dtype, loss=loss, step_size=0.3, reduction="sum")
