@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layers import FORMATS, draw, formatted, gradient, rows
 from strategies import LAYOUTS, laid_out
@@ -41,6 +41,8 @@ def assert_layers_hold(case):
     assert torch.equal(values, before)
     assert mixed.dtype == again.dtype == dtype
     assert mixed.is_contiguous()
+    assert ours["∇λ"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not ours["∇λ"].requires_grad
 
     def by_definition(precision):
         hidden, up, g = (x.detach().to(precision) for x in (values, upstream, grad_mixed))
@@ -57,24 +59,16 @@ def assert_layers_hold(case):
         assert_no_worse(name, value.detach(), truth[name].detach(), composed[name].detach(), dtype)
 
 
-@settings(INTERPRETED)
+@INTERPRETED
 @given(case=layers())
 def test_rows_of_any_shape_and_layout_hold_the_contract(poisoned_empty, backend, case):
     assert_layers_hold(case)
 
 
-@settings(INTERPRETED)
+@INTERPRETED
 @given(case=layers())
 def test_rows_cut_into_many_parts_hold_the_contract(poisoned_empty, tiny_tiles, case):
     assert_layers_hold(case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [4099, 9001])
-def test_long_rows_hold_the_contract(poisoned_empty, backend, dtype, width):
-    """The launches as they are: a row in registers, and parts of it."""
-    values = [rows(3, width, dtype=dtype) / (width**0.5 if i == 1 else 1) for i in range(3)]
-    assert_layers_hold((*values, *draw(3)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,), (3, 2, 0)])
@@ -104,29 +98,25 @@ def test_infinities_give_what_arithmetic_gives(backend):
 
 @pytest.mark.parametrize("form", ["stride 0", "transposed", "sliced"])
 def test_upstream_gradients_of_any_strides(backend, form):
-    """5, 6: stride 0 from a sum, and what cat and transpose hand down."""
-    values = rows(5, 6, 4).requires_grad_()
-    lam, partner = draw(5)
-    wide = torch.randn(4, 6, 10)
+    """A sum hands stride 0 down, cat and transpose others."""
+    values = rows(3, 6, 4).requires_grad_()
+    lam, partner = draw(3)
     upstream = {
-        "stride 0": torch.tensor(0.7).expand(5, 6, 4),
-        "transposed": wide[..., :5].transpose(0, 2),
-        "sliced": torch.randn(5, 13, 4)[:, ::2][:, :6],
+        "stride 0": torch.tensor(0.7).expand(3, 6, 4),
+        "transposed": torch.randn(4, 6, 10)[..., :3].transpose(0, 2),
+        "sliced": torch.randn(3, 13, 4)[:, ::2][:, :6],
     }[form]
-    for op in (
-        lambda h: functional.mix(h, lam, partner),
-        lambda h: functional.remix(h, lam, partner, upstream)[1],
+    for mixed in (
+        functional.mix(values, lam, partner),
+        functional.remix(values, lam, partner, upstream)[1],
     ):
-        mixed = op(values)
         expected = gradient(mixed, values, upstream.contiguous())
         assert torch.equal(gradient(mixed, values, upstream), expected)
-        doubled = gradient(mixed, values, 2 * upstream)
-        torch.testing.assert_close(doubled, 2 * expected)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_memory_format_of_rows_is_kept(backend, form):
-    """44: as by any elementwise operation of torch."""
+    """As by any elementwise operation of torch."""
     values = formatted(form).requires_grad_()
     upstream, grad_mixed = torch.randn(values.shape), torch.randn(values.shape)
     alike = upstream.clone().as_strided(values.shape, (0.5 * values).stride()).copy_(upstream)
@@ -162,23 +152,21 @@ def test_the_lambda_gradient_is_divided(tiny_tiles, divisor, width):
     torch.testing.assert_close(mixed, functional.mix(values, lam_adv, partner))
 
 
-def test_three_runs_give_the_same_bits(tiny_tiles):
+def test_two_runs_give_the_same_bits(tiny_tiles):
     values, grad_mixed, upstream = (rows(5, 37) for _ in range(3))
     lam, partner = draw(5)
     ids, table = torch.randint(3, (5, 4)), rows(3, 9).requires_grad_()
     runs = []
-    for _ in range(3):
+    for _ in range(2):
         leaf = values.clone().requires_grad_()
         lam_adv, mixed = functional.remix(leaf, lam, partner, grad_mixed)
         embedded = functional.embedding_mix(ids, table, lam, partner)
         grad = gradient(embedded, table, torch.ones(()).expand(embedded.shape))
         runs.append((lam_adv, mixed, gradient(mixed, leaf, upstream), embedded, grad))
-    for other in runs[1:]:
-        assert all(map(torch.equal, runs[0], other))
+    assert all(map(torch.equal, *runs))
 
 
 def test_backward_twice_gives_the_same_and_keeps_what_it_gave(backend):
-    """2: a second backward rescales what the first one gave."""
     values, table = rows(4, 6).requires_grad_(), rows(5, 3).requires_grad_()
     lam, partner = draw(4)
     for leaf, output in (
@@ -195,7 +183,7 @@ def test_backward_twice_gives_the_same_and_keeps_what_it_gave(backend):
 
 
 def test_linear_operations_can_be_differentiated_twice(backend):
-    """3: right, since what is linear has a gradient that is linear in the upstream gradient."""
+    """Right, since what is linear has a gradient that is linear in the upstream gradient."""
     lam, partner = draw(3, dtype=torch.float64)
     ids = torch.tensor([[0, 2], [2, 2], [1, 0]])
     values, table = rows(3, 2, dtype=torch.float64), rows(3, 1, dtype=torch.float64)
@@ -248,7 +236,7 @@ def test_torch_func_passes_through_mixing(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_autocast_changes_nothing(backend, dtype):
-    """18: arithmetic is float32, or float64, whatever runs around it."""
+    """Arithmetic is float32, or float64, whatever runs around it."""
     values, table, logits = (rows(4, 5, dtype=dtype).requires_grad_() for _ in range(3))
     ids, target = torch.randint(4, (4, 6)), torch.randint(5, (4,))
     lam, partner = draw(4, dtype=dtype)
@@ -271,7 +259,6 @@ def test_autocast_changes_nothing(backend, dtype):
 @pytest.mark.large
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31(backend):
-    """8: int32 offset overflow."""
     if backend == "torch" or not HAS_GPU:
         pytest.skip("takes a GPU")
     values = torch.zeros(3, 2**30 + 8, dtype=torch.bfloat16)
