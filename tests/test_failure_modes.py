@@ -10,7 +10,7 @@ from conftest import HAS_GPU, assert_contract, by_definition, by_library, random
 from torch import nn
 
 from fastamp import AMPLoss, Mix
-from fastamp.functional import amp_cross_entropy, embedding_mix, linear_amp_cross_entropy
+from fastamp.functional import amp_cross_entropy, embedding_mix
 
 LOSSES = ("cross_entropy", "softmax_bce")
 
@@ -216,13 +216,14 @@ def test_an_ignored_label_takes_no_part(backend, ignored, loss):
     assert other is None or not torch.isclose(other, ours.loss)
 
 
-def test_autocast_and_arguments_of_other_dtypes(backend):
-    for dtype in (torch.float16, torch.bfloat16):
-        case = random_case(6, 5, dtype=dtype, weight=torch.rand(5, dtype=torch.float64))
-        assert_contract(case._replace(target=torch.rand(6, 5, dtype=torch.float64).softmax(1)))
-        with torch.autocast(case.logits.device.type, dtype=torch.bfloat16):
-            ours = by_library(case)
-        assert torch.equal(ours.grad_logits, by_library(case).grad_logits)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_and_arguments_of_other_dtypes(backend, dtype):
+    case = random_case(6, 5, dtype=dtype, weight=torch.rand(5, dtype=torch.float64))
+    case = case._replace(target=torch.rand(6, 5, dtype=torch.float64).softmax(1))
+    outside = assert_contract(case)
+    with torch.autocast(case.logits.device.type, dtype=torch.bfloat16):
+        inside = by_library(case)
+    assert all(map(torch.equal, inside, outside))
 
 
 @pytest.mark.parametrize(
@@ -342,18 +343,6 @@ def test_the_step_of_lambda_leaves_no_gradient_behind(backend):
     assert x.grad is None
 
 
-def test_both_passes_share_the_dropout_mask_and_draw_nothing(backend):
-    hidden, weight, case = torch.randn(6, 8), torch.randn(5, 8), random_case(6, 5)
-    keep = F.dropout(torch.ones(6, 8), 0.5)
-    state = torch.get_rng_state()
-    options = {"activation": "relu", "dropout_mask": keep, "return_stats": True}
-    _, stats = linear_amp_cross_entropy(hidden, weight, None, case.target, case.lam, case.partner, **options)
-    assert torch.equal(torch.get_rng_state(), state)
-    # Redrawn masks would make |δ| about 0.1 and half of its signs wrong.
-    assert (stats.delta >= -1e-6).all()
-    assert (stats.delta <= 2.1e-3 * stats.grad.abs() + 1e-5).all()
-
-
 def spy(monkeypatch, backend):
     """Whether each call of the computation below is to make a gradient, as a list that fills."""
     module, name, option = {
@@ -404,17 +393,3 @@ def test_hooks_see_the_complete_gradient_once_and_may_replace_it(backend):
     (grad,) = seen
     torch.testing.assert_close(grad, expected)
     torch.testing.assert_close(logits.grad, 2 * expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_the_loss_is_that_of_the_low_precision_logits(backend, dtype):
-    model, x, case = nn.Linear(6, 5), torch.randn(6, 6), random_case(6, 5)
-    with torch.autocast(x.device.type, dtype=dtype):
-        logits = model(x)
-        loss = call(case, logits)
-    assert logits.dtype == dtype
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, call(case, logits.detach()))
-    loss.backward()
-    assert model.weight.grad.dtype == torch.float32
-    assert model.weight.grad.abs().sum() > 0

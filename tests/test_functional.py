@@ -35,7 +35,9 @@ def head(batch=4, depth=6, classes=4, *, relu=True, dropout=True, **options):
 )
 def test_a_head_is_no_worse_than_its_composition(backend, dtype, relu, dropout, bias):
     call = head(5, 10, dtype=dtype, relu=relu, dropout=dropout, bias=bias, step_size=0.05, reduction="none")
+    state = torch.get_rng_state()
     call.assert_contract()
+    assert torch.equal(torch.get_rng_state(), state)  # both passes take the mask that is given, and draw none
 
 
 @pytest.mark.parametrize(

@@ -3,72 +3,51 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
+from conftest import DTYPES, HAS_GPU
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import FORMATS, draw, formatted, gradient, rows
-from strategies import LAYOUTS, laid_out
+from strategies import DRAWS, assert_case_holds
 
 import fastamp
-from fastamp import Mix, functional, reference
+from fastamp import Mix, functional
+from fastamp.conformance import OperationCase
 from fastamp.ops import mix, remix
 from fastamp.policy import checked_policy
 
-
-@st.composite
-def layers(draw_):
-    """Rows, λ, partners, gradients and their layouts."""
-    batch = draw_(st.integers(1, 7))
-    inner = draw_(st.lists(st.integers(1, 9), max_size=3))
-    dtype, layout = draw_(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
-    torch.manual_seed(draw_(st.integers(0, 2**16)))
-    lam, partner = draw(batch, dtype=dtype, outside=draw_(st.booleans()))
-    partner = torch.arange(batch) if draw_(st.sampled_from([False, False, True])) else partner
-    values = [laid_out(rows(batch, *inner, dtype=dtype), draw_(layout)) for _ in range(3)]
-    return *values, laid_out(lam, draw_(layout)), laid_out(partner, draw_(layout))
+ROWS = {
+    "op": st.sampled_from(["mix", "lambda_grad", "remix"]),
+    "shape": st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    "clip": st.sampled_from([0.4, None]),
+    "outside": st.booleans(),
+}
 
 
-def assert_layers_hold(case):
-    """Every operation on hidden rows against its definition in float64 and its composition in the dtype."""
-    values, grad_mixed, upstream, lam, partner = case
-    dtype = values.dtype
-    leaf = values.detach().requires_grad_()
-    before = values.clone()
-    mixed = functional.mix(leaf, lam, partner)
-    ours = {"m": mixed, "dh": gradient(mixed, leaf, upstream), "∇λ": functional.lambda_grad(grad_mixed, leaf, partner)}
-    lam_adv, again = functional.remix(leaf, lam, partner, grad_mixed, step_size=0.7, grad_clip=0.4)
-    ours |= {"λ'": lam_adv, "m(λ')": again, "dh(λ')": gradient(again, leaf, upstream)}
-    assert torch.equal(values, before)
-    assert mixed.dtype == again.dtype == dtype
-    assert mixed.is_contiguous()
-    assert ours["∇λ"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert not ours["∇λ"].requires_grad
-
-    def by_definition(precision):
-        hidden, up, g = (x.detach().to(precision) for x in (values, upstream, grad_mixed))
-        hidden, at = hidden.requires_grad_(), lam.detach().to(precision).requires_grad_()
-        mixed = reference.mix(hidden, at, partner)
-        (grad,) = torch.autograd.grad(mixed, at, g, retain_graph=True)
-        lam_adv = (at + 0.7 * grad.clamp(-0.4, 0.4)).detach()
-        again = reference.mix(hidden, lam_adv, partner)
-        found = {"m": mixed, "dh": gradient(mixed, hidden, up), "∇λ": grad, "λ'": lam_adv}
-        return found | {"m(λ')": again, "dh(λ')": gradient(again, hidden, up)}
-
-    truth, composed = by_definition(torch.float64), by_definition(dtype)
-    for name, value in ours.items():
-        assert_no_worse(name, value.detach(), truth[name].detach(), composed[name].detach(), dtype)
+def assert_rows_hold(op, shape, clip, outside, **drawn):
+    options = {"step_size": 0.7, "grad_clip": clip, "clamp": not outside} if op == "remix" else {}
+    assert_case_holds(OperationCase(op, "any", tuple(shape), options=options), outside=outside, **drawn)
 
 
-@INTERPRETED
-@given(case=layers())
-def test_rows_of_any_shape_and_layout_hold_the_contract(poisoned_empty, backend, case):
-    assert_layers_hold(case)
+@given(**ROWS, **DRAWS)
+def test_rows_of_any_shape_and_layout_hold_the_contract(backend, **drawn):
+    assert_rows_hold(**drawn)
 
 
-@INTERPRETED
-@given(case=layers())
-def test_rows_cut_into_many_parts_hold_the_contract(poisoned_empty, tiny_tiles, case):
-    assert_layers_hold(case)
+@given(**ROWS, **DRAWS)
+def test_rows_cut_into_many_parts_hold_the_contract(tiny_tiles, **drawn):
+    assert_rows_hold(**drawn)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_have_the_dtype_of_their_rows_and_lambda_that_of_arithmetic(backend, dtype):
+    values, (lam, partner) = rows(3, 4, dtype=dtype).requires_grad_(), draw(3, dtype=dtype)
+    grad = functional.lambda_grad(values, values, partner)
+    lam_adv, again = functional.remix(values, lam, partner, values)
+    mixed = functional.mix(values, lam, partner)
+    embedded = functional.embedding_mix(torch.tensor([[0], [2], [1]]), values, lam, partner)
+    assert mixed.dtype == again.dtype == embedded.dtype == dtype
+    assert lam_adv.dtype == grad.dtype == lam.dtype
+    assert not grad.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,), (3, 2, 0)])

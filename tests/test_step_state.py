@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,18 +30,21 @@ def masked(p: Problem, seed: int):
 
 @PLANS
 @pytest.mark.parametrize("context", [None, {}], ids=["closure", "rows"])
-def test_both_passes_share_their_dropout_masks(context, plan):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_both_passes_share_their_dropout_masks(checkpointed, context, plan):
     p = problem(seed=3)
     truth = p.truth(masked(p, seed=7), **WAVY_STEP)
     assert p.rejected(truth[0]) > 0
+    network = with_dropout(p)
     torch.manual_seed(7)
-    ours = p.step(with_dropout(p), context=context, plan=plan, **WAVY_STEP)
+    f = (lambda m: checkpoint(network, m, use_reentrant=False)) if checkpointed else network
+    ours = p.step(f, context=context, plan=plan, **WAVY_STEP)
     assert_same(ours, truth)
     assert ours[1].plan == ("both" if plan == "both" else "merged")  # no sub-batch: its masks could not be had
 
 
 @PLANS
-def test_redrawn_dropout_is_the_published_codes(plan):
+def test_redrawn_dropout_is_the_published_codes_and_costs_nothing_where_there_is_none(plan):
     p = problem(seed=3)
     network = with_dropout(p)
     torch.manual_seed(7)
@@ -50,13 +53,7 @@ def test_redrawn_dropout_is_the_published_codes(plan):
     ours = p.step(network, dropout="redrawn", plan=plan, context={}, **WAVY_STEP)
     assert_same(ours, truth)
     assert ours[1].plan == "both"
-
-
-def test_redrawn_dropout_that_is_not_there_costs_nothing():
-    p = problem()
-    ours = p.step(dropout="redrawn", **WAVY_STEP)
-    assert ours[1].plan == "merged"
-    assert_same(ours, p.truth(**WAVY_STEP))
+    assert p.step(dropout="redrawn", **WAVY_STEP)[1].plan == "merged"
 
 
 @PLANS
@@ -133,25 +130,24 @@ def test_recurrent_layers_without_dropout_between_them_are_let_pass():
 
 @pytest.mark.filterwarnings("ignore:dropout2d")
 @pytest.mark.parametrize(
-    ("layer", "shape", "mask"),
+    ("layer", "shape", "channels"),
     [
-        (nn.Dropout1d, (3, 4, 5), (3, 4, 1)),
-        (nn.Dropout1d, (4, 5), (4, 1)),
-        (nn.Dropout2d, (3, 4, 5, 6), (3, 4, 1, 1)),
-        (nn.Dropout2d, (3, 4, 5), (3, 4, 1)),
-        (nn.Dropout3d, (2, 3, 4, 5, 6), (2, 3, 1, 1, 1)),
-        (nn.Dropout3d, (3, 4, 5, 6), (3, 1, 1, 1)),
+        (nn.Dropout1d, (3, 4, 5), 2),
+        (nn.Dropout1d, (4, 5), 1),
+        (nn.Dropout2d, (3, 4, 5, 6), 2),
+        (nn.Dropout2d, (3, 4, 5), 2),
+        (nn.Dropout3d, (2, 3, 4, 5, 6), 2),
+        (nn.Dropout3d, (3, 4, 5, 6), 1),
     ],
 )
-def test_channels_are_dropped_as_torch_drops_them(layer, shape, mask):
+def test_channels_are_dropped_as_torch_drops_them(layer, shape, channels):
     x = torch.ones(shape)
     for _ in range(5):  # torch's own, to know what is asked for
-        dropped = layer(0.5)(x) == 0
-        whole = dropped.reshape(*mask[: mask.index(1)], -1)
-        assert (whole.all(-1) | ~whole.any(-1)).all()
+        dropped = (layer(0.5)(x) == 0).flatten(channels)
+        assert (dropped.all(-1) | ~dropped.any(-1)).all()
     with RecordedMasks() as masks:
         layer(0.5)(x)
-    assert masks.masks[0].shape == mask
+    assert masks.masks[0].shape == shape[:channels] + (1,) * (len(shape) - channels)
 
 
 @pytest.fixture
@@ -277,23 +273,18 @@ def test_batch_statistics_are_noticed_where_a_module_hides_them():
 
 
 def test_threads_do_not_see_each_others_batch_statistics():
-    plans: dict[int, set[str]] = {}
-
-    def work(index: int) -> None:
+    def plans(index: int) -> set[str]:
         torch.manual_seed(index)
         middle = nn.BatchNorm1d(16) if index % 2 else nn.Identity()
         network = nn.Sequential(nn.Linear(WIDTH, 16), middle, nn.Linear(16, CLASSES))
         hidden, target = torch.randn(BATCH, WIDTH), torch.randint(CLASSES, (BATCH,))
         steps = [AMPLoss().step(lambda m: network(m), hidden, target, return_stats=True) for _ in range(15)]
-        plans[index] = {stats.plan for _, stats in steps}
+        return {stats.plan for _, stats in steps}
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert plans[1] == plans[3] == {"both"}
-    assert "both" not in plans[0] | plans[2]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(plans, range(4)))
+    assert found[1] == found[3] == {"both"}
+    assert "both" not in found[0] | found[2]
 
 
 def test_frozen_batch_statistics_couple_nothing():
@@ -336,16 +327,6 @@ def test_under_autocast_no_parameter_loses_its_gradient(plan):
     for grad, true in zip(grads, truth[1], strict=True):
         assert (grad - true).norm() < 0.05 * norm
         assert (grad != 0).any()
-
-
-@PLANS
-def test_activation_checkpointing(plan):
-    p = problem(seed=3)
-    network = with_dropout(p)
-    truth = p.truth(masked(p, seed=7), **WAVY_STEP)
-    torch.manual_seed(7)
-    ours = p.step(lambda m: checkpoint(network, m, use_reentrant=False), plan=plan, **WAVY_STEP)
-    assert_same(ours, truth)
 
 
 def test_random_states_are_as_before_after_an_error():
