@@ -42,11 +42,11 @@ def _patch_the_language_once_a_launch() -> None:
         patched.add(seen_by(fn))
         return patch(fn)
 
-    def launch_anew(*args: Any, **kwargs: Any) -> Any:
+    def launch_afresh(*args: Any, **kwargs: Any) -> Any:
         patched.clear()
         return launch(*args, **kwargs)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
 
 
 if not HAS_GPU and has_triton():

@@ -80,13 +80,13 @@ def test_small_heads_are_not_cut_nor_those_whose_gradients_are_the_larger_part()
 
 
 def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
-    chunk, sums = 2 * 4 * (8 + chunked_head.OUTSIDE) * 60, 4 * wanted_elements(15, 4, 60, ALL)
+    chunk, sums = 2 * 4 * (4 + chunked_head.OUTSIDE) * 60, 4 * wanted_elements(15, 4, 60, ALL)
     monkeypatch.setattr(chunked_head, "SAVED_BYTES", 2 * 4 * 15 * 60 - chunk - sums)
     monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
     call = Call(15, 4, 60, chunk_rows=None)
     with Made() as made:
         loss = call.by_library()[0]
-    assert made.largest == 4 * (8 + chunked_head.OUTSIDE) * 60
+    assert made.largest == 4 * (4 + chunked_head.OUTSIDE) * 60
     torch.testing.assert_close(loss, call.by_library(chunk_rows=15)[0])
     with Made() as made:
         Call(14, 4, 60, chunk_rows=None).by_library()

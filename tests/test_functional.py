@@ -82,7 +82,7 @@ def rejected(call):
 def test_behind_a_relu_rows_keep_lambda(backend):
     """The loss is not convex in λ there."""
     call = head(12, 7, 3, dropout=False, step_size=1.0)
-    call.linear_weight *= 3
+    call.linear_weight *= 6
     assert rejected(call) > 0
 
 
