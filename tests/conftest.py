@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -23,6 +24,35 @@ if not HAS_GPU:
     # Decided when a kernel is decorated, so before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def _patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter does so again in every function that a kernel calls, for most of its time."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[tuple[bool, ...]] = set()
+
+    @functools.cache
+    def seen_by(fn: Any) -> tuple[bool, ...]:
+        modules = {id(value) for value in fn.__globals__.values()}
+        return tuple(id(module) in modules for module in (language, language.core))
+
+    def patch_once(fn: Any) -> Any:
+        if seen_by(fn) in patched:
+            return None
+        patched.add(seen_by(fn))
+        return patch(fn)
+
+    def launch_afresh(*args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+if not HAS_GPU and has_triton():
+    _patch_the_language_once_a_launch()
+
 torch.set_num_threads(1)
 # torch.device as a context keeps the functions that it found at its first use, which a fixture may have replaced.
 with torch.device("cpu"):
@@ -33,16 +63,12 @@ DTYPES = tuple(TOLERANCE)
 # Where Triton kernels run: in its interpreter, on CPU tensors, unless there is a GPU.
 TRITON_DEVICE = "cuda" if HAS_GPU else "cpu"
 
-settings.register_profile(
-    "fastamp",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=50,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("fastamp")
-INTERPRETED = settings(max_examples=20)
+_OURS = {"derandomize": True, "deadline": None, "database": None}
+_OURS["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("fastamp", max_examples=20, **_OURS)
+settings.register_profile("thorough", max_examples=200, **_OURS)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fastamp"))
+INTERPRETED = settings(max_examples=settings.default.max_examples * 2 // 5)  # the interpreter is slow
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,6 +99,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled is left from the test before, or for the one after."""
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield
+    dynamo.reset()
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn; tensors made in the test lie where it runs."""
@@ -96,6 +132,17 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, triton_backend: str) -> None:
     """Rows of more than 8 classes go through the looping kernels, 8 classes a tile; shorter ones through registers."""
     words = ("REGISTER_WORDS", "LOOP_WORDS", "GRAD_WORDS", "SELECT_WORDS", "LEAST_WORDS")
     _set_constants(monkeypatch, dict.fromkeys(words, 8) | {"FEW_CLASSES": 0, "CAREFUL_COLUMNS": 4})
+
+
+@pytest.fixture(params=["torch", "triton", "loops"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The closed form, kernels of whole rows, and kernels that loop over 8 classes a tile, in turn."""
+    if request.param != "torch":
+        request.getfixturevalue({"triton": "triton_backend", "loops": "small_tiles"}[request.param])
+        yield request.param
+        return
+    with fastamp.set_backend("torch"), torch.device("cpu"):
+        yield "torch"
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Steps in several processes, beside the same steps in one; run by test_distributed.py through torchrun.
 
-torchrun --standalone --nproc-per-node 2 tests/distributed_steps.py ddp|ddp-unused|ddp-static|fsdp|draws
+torchrun --standalone --nproc-per-node 2 tests/distributed_steps.py ddp|ddp-unused|ddp-static|ddp-loop|fsdp|draws
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -87,16 +88,27 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def network(*, used: bool = True) -> Network:
+    """From one seed; `used`: without a parameter that gets no gradient, which plain DDP takes for an error."""
+    torch.manual_seed(0)
+    made = Network().double()
+    made.unused.requires_grad_(not used)
+    return made
+
+
+def assert_same_gradients(expected: nn.Module, model: nn.Module) -> None:
+    found = gradients(model)
+    for name, grad in gradients(expected).items():
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-6, msg=name)
+
+
 def compare(kind: str, rank: int, ranks: int) -> None:
     """Gradients on `ranks` processes against those of one, on the joined batch, for every plan."""
+    options = {"ddp": {}, "ddp-unused": {"find_unused_parameters": True}, "ddp-static": {"static_graph": True}}
     for plan in ("auto", "merged", "both"):
-        torch.manual_seed(0)
-        alone = StepInForward(Network(), AMPLoss(**STEP)).double()
+        alone = StepInForward(network(), AMPLoss(**STEP))
         alone(*joined(ranks), plan).backward()
-        expected = gradients(alone)
-
-        torch.manual_seed(0)
-        model: nn.Module = StepInForward(Network(), AMPLoss(**STEP)).double()
+        model: nn.Module = StepInForward(network(used=kind == "ddp"), AMPLoss(**STEP))
         if kind == "fsdp":
             # Not the wrapper: every pass has to go through a sharded module's own forward, since the backward of the
             # first one leaves all parameters sharded.
@@ -104,37 +116,35 @@ def compare(kind: str, rank: int, ranks: int) -> None:
                 fully_shard(block)
             fully_shard(model.network)
         else:
-            options = {"ddp": {}, "ddp-unused": {"find_unused_parameters": True}, "ddp-static": {"static_graph": True}}
-            if kind == "ddp":  # which needs a gradient for every parameter
-                model.network.unused.requires_grad_(False)
             model = DistributedDataParallel(model, **options[kind])
         for _ in range(2):  # the second time round a reducer that was left in a wrong state says so
             model.zero_grad()
             model(*batch(rank), plan).backward()
-        found = gradients(model)
-        for name, grad in expected.items():
-            assert (found[name] - grad).abs().max() < 1e-6, (kind, plan, name)
+        assert_same_gradients(alone, model)
     print(f"{kind}: as one process", flush=True)
 
 
 def user_loop(rank: int, ranks: int) -> None:
     """Plain use of DDP: hidden from the wrapped model, f through the wrapped model."""
-    torch.manual_seed(0)
-    alone = Network().double()
-    alone.unused.requires_grad_(False)
-    x, target, mix = joined(ranks)
-    AMPLoss(**STEP).step(lambda m: alone(hidden=m), alone(x, stop=True), target, mix=mix).backward()
-    torch.manual_seed(0)
-    model = Network().double()
-    model.unused.requires_grad_(False)
+
+    def step(model: nn.Module, x: Tensor, target: Tensor, mix: Mix) -> None:
+        AMPLoss(**STEP).step(lambda m: model(hidden=m), model(x, stop=True), target, mix=mix).backward()
+
+    alone, model = network(), network()
+    step(alone, *joined(ranks))
     wrapped = DistributedDataParallel(model)
-    x, target, mix = batch(rank)
     for _ in range(2):
         wrapped.zero_grad()
-        AMPLoss(**STEP).step(lambda m: wrapped(hidden=m), wrapped(x, stop=True), target, mix=mix).backward()
-    for name, grad in gradients(alone).items():
-        torch.testing.assert_close(gradients(wrapped)[name], grad, rtol=0, atol=1e-6)
+        step(wrapped, *batch(rank))
+    assert_same_gradients(alone, wrapped)
     print("ddp-loop: as one process", flush=True)
+
+
+def gathered(value: Any) -> list[Any]:
+    """That of every rank."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def draws(rank: int, ranks: int) -> None:
@@ -142,34 +152,27 @@ def draws(rank: int, ranks: int) -> None:
     for options in ({}, {"alpha": 0.3}, {"pairing": "matching"}):
         torch.manual_seed(0)
         criterion = AMPLoss(**options)
-        mixes = [criterion.sample(64, device="cpu") for _ in range(2)]
-        for mix in mixes:
+        for mix in [criterion.sample(64, device="cpu") for _ in range(2)]:
             assert mix.partner.sort().values.equal(torch.arange(64))
             if "pairing" in options:
                 assert mix.partner[mix.partner].equal(torch.arange(64))
-            every = [None] * ranks
-            dist.all_gather_object(every, (mix.lam.tolist(), mix.partner.tolist()))
-            assert len({tuple(lam) for lam, _ in every}) == ranks
-            assert len({tuple(partner) for _, partner in every}) == ranks
-            first, second = ({x for x in lam if 0 < x < 1} for lam, _ in every[:2])  # Beta(0.3) rounds to 0 and 1, too
+            lams, partners = gathered(mix.lam.tolist()), gathered(mix.partner.tolist())
+            assert len({tuple(partner) for partner in partners}) == ranks
+            first, second = ({x for x in lam if 0 < x < 1} for lam in lams[:2])  # Beta(0.3) also rounds to 0 and 1
             assert not first & second
-        states: list[Any] = [None] * ranks
-        dist.all_gather_object(states, torch.get_rng_state().tolist())
+        states = gathered(torch.get_rng_state().tolist())
         assert states[0] == states[1]  # in step, whatever the number of ranks
     torch.manual_seed(0)
-    uneven: list[Any] = [None] * ranks
-    dist.all_gather_object(uneven, AMPLoss().sample(8 - 4 * rank, device="cpu").lam.tolist())
+    uneven = gathered(AMPLoss().sample(8 - 4 * rank, device="cpu").lam.tolist())
     assert not set(uneven[0]) & set(uneven[1])  # a last batch may be smaller on one rank
-    own = AMPLoss(generator=torch.Generator().manual_seed(5)).sample(8, device="cpu")
-    every = [None] * ranks
-    dist.all_gather_object(every, own.lam.tolist())
-    assert every[0] == every[1]
+    own = gathered(AMPLoss(generator=torch.Generator().manual_seed(5)).sample(8, device="cpu").lam.tolist())
+    assert own[0] == own[1]
     print("draws: different on every rank", flush=True)
 
 
 def leave() -> None:
     """End this process with all its work done: the last line of a program that torchrun runs."""
-    dist.barrier()  # nobody leaves while another still talks to it
+    dist.barrier()  # no process leaves while another still talks to it
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -181,14 +184,9 @@ def main(kinds: list[str]) -> None:
     """Run some checks in this process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     for kind in kinds:
-        if kind == "draws":
-            draws(rank, ranks)
-        elif kind == "ddp-loop":
-            user_loop(rank, ranks)
-        else:
-            compare(kind, rank, ranks)
+        check = {"draws": draws, "ddp-loop": user_loop}.get(kind, functools.partial(compare, kind))
+        check(dist.get_rank(), dist.get_world_size())
     leave()
 
 

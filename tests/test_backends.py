@@ -5,16 +5,14 @@ import subprocess
 import pytest
 import torch
 from conftest import DTYPES, INTERPRETED, assert_contract, by_definition, by_library, random_case
-from hypothesis import given, settings
+from hypothesis import given
 from strategies import LAYOUTS, cases, laid_out
 
 import fastamp
 from fastamp.functional import amp_cross_entropy
-from fastamp.mixing import draw
 from fastamp.policy import Policy
 
 LOSSES = ("cross_entropy", "softmax_bce")
-MODES = ("amp", "maxop", "mixup")
 
 
 @given(case=cases(max_batch=40))
@@ -25,7 +23,7 @@ def test_closed_forms_are_no_worse_than_the_composition(case):
 
 @INTERPRETED
 @given(case=cases())
-def test_kernels_with_the_batch_in_one_program_are_no_worse_than_the_composition(triton_backend, case):
+def test_kernels_with_the_batch_in_one_program_are_no_worse_than_the_composition(triton_backend, poisoned_empty, case):
     assert_contract(case)
 
 
@@ -39,71 +37,49 @@ def test_the_fixtures_take_the_kernels_that_they_name(small_tiles, request):
     assert forward_config(9, 5, 4, policy).block_b < 9
 
 
-@settings(max_examples=14)
-@given(case=cases(max_batch=6, min_classes=9, max_classes=27))
-def test_looping_kernels_are_no_worse_than_the_composition(small_tiles, case):
+@INTERPRETED
+@given(case=cases(max_batch=4, min_classes=9, max_classes=21))
+def test_looping_kernels_are_no_worse_than_the_composition(small_tiles, poisoned_empty, case):
     assert_contract(case)
 
 
 @INTERPRETED
-@given(case=cases(max_classes=20))
-def test_kernels_over_several_programs_are_no_worse_than_the_composition(many_programs, case):
+@given(case=cases(max_batch=6, max_classes=12))
+def test_kernels_over_several_programs_are_no_worse_than_the_composition(many_programs, poisoned_empty, case):
     assert_contract(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "loss"), [("amp", LOSSES[0]), ("amp", LOSSES[1]), ("maxop", LOSSES[0])])
 def test_every_dtype_loss_and_mode_holds_the_contract(backend, mode, loss, dtype):
     assert_contract(random_case(7, 6, dtype=dtype, mode=mode, loss=loss, step_size=0.3))
 
 
-@pytest.mark.parametrize("classes", [1000, 1025])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 1000), (torch.bfloat16, 1025)], ids=str)
 def test_a_row_of_a_thousand_classes_holds_the_contract(backend, dtype, classes):
-    assert_contract(random_case(5, classes, dtype=dtype))
+    assert_contract(random_case(3, classes, dtype=dtype))
 
 
-def test_a_row_longer_than_registers_holds_the_contract(triton_backend):
-    case = random_case(3, 8195)
-    ours = assert_contract(case)
-    assert ours.mask.all()
-
-
-def test_a_batch_larger_than_one_program_holds_the_contract(backend):
+def test_a_batch_larger_than_one_program_holds_the_contract(triton_backend):
     assert_contract(random_case(131, 3, step_size=0.3))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("pairing", ["permutation", "matching"])
-@pytest.mark.parametrize("batch", [1, 2, 5, 6])
-def test_both_pairings_hold_the_contract(backend, batch, pairing, loss):
-    lam, partner = draw(batch, pairing=pairing)
-    assert_contract(random_case(batch, 5, loss=loss)._replace(lam=lam, partner=partner))
+def test_one_row_one_class_and_equal_labels_are_ordinary(backend, loss):
+    for batch, classes in ((1, 1), (1, 4), (4, 1)):
+        assert_contract(random_case(batch, classes, loss=loss))
+    assert_contract(random_case(6, 4, loss=loss)._replace(target=torch.full((6,), 2)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("batch", "classes"), [(1, 1), (1, 4), (4, 1), (3, 2)])
-def test_one_row_and_one_class_are_ordinary(backend, batch, classes, loss):
-    assert_contract(random_case(batch, classes, loss=loss))
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_empty_batch_gives_what_cross_entropy_gives(backend, reduction):
-    logits = torch.empty(0, 3, requires_grad=True)
+def test_an_empty_batch_gives_what_cross_entropy_gives(backend):
     empty = torch.empty(0, dtype=torch.int64)
-    loss, stats = amp_cross_entropy(logits, empty, torch.empty(0), empty, reduction=reduction, return_stats=True)
-    expected = torch.nn.functional.cross_entropy(logits, empty, reduction=reduction)
-    torch.testing.assert_close(loss, expected, equal_nan=True)
-    loss.sum().backward()
-    assert logits.grad.shape == (0, 3)
-    assert all(field.shape == (0,) for field in stats[:5])
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_equal_labels_hold_the_contract(backend, loss):
-    case = random_case(6, 4, loss=loss)
-    assert_contract(case._replace(target=torch.full_like(case.target, 2)))
+    for reduction in ("mean", "sum", "none"):
+        logits = torch.empty(0, 3, requires_grad=True)
+        loss, stats = amp_cross_entropy(logits, empty, torch.empty(0), empty, reduction=reduction, return_stats=True)
+        expected = torch.nn.functional.cross_entropy(logits, empty, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert torch.autograd.grad(loss.sum(), logits)[0].shape == (0, 3)
+        assert all(field.shape == (0,) for field in stats[:5])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -117,46 +93,15 @@ def test_a_row_paired_with_itself_has_its_own_loss_and_no_step(backend, loss):
     assert torch.equal(ours.lam_adv[alone], case.lam[alone])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("argument", ["logits", "target", "soft target", "lam", "partner", "weight"])
-def test_any_strides_give_the_values_of_the_contiguous_tensor(backend, argument, layout):
+@pytest.mark.parametrize(("layout", "soft"), [(layout, i % 2 == 1) for i, layout in enumerate(LAYOUTS)])
+def test_any_strides_give_the_values_of_the_contiguous_tensor(backend, layout, soft):
     case = random_case(6, 5, step_size=0.3, weight=0.5 + torch.rand(5))
-    if argument == "soft target":
+    if soft:
         case = case._replace(target=torch.rand(6, 5).softmax(1))
-    field = argument.split()[-1]
-    if field == "weight":
-        strided = case._replace(options={**case.options, "weight": laid_out(case.options["weight"], layout)})
-    else:
-        strided = case._replace(**{field: laid_out(getattr(case, field), layout)})
-    if layout == "expanded" and field in ("logits", "target"):
-        case = case._replace(**{field: getattr(strided, field).contiguous()})
-    for name, plain, other in zip(("loss", "gradient"), by_library(case), by_library(strided), strict=False):
-        torch.testing.assert_close(other, plain, msg=name)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("classes", [5, 21])
-def test_every_output_element_is_written(poisoned_empty, small_tiles, classes, reduction, loss):
-    ours = by_library(random_case(6, classes, loss=loss, reduction=reduction))
-    for name, value in ours._asdict().items():
-        assert value.isfinite().all(), name
-
-
-def test_every_output_element_is_written_over_several_programs(poisoned_empty, many_programs):
-    ours = by_library(random_case(7, 5))
-    for name, value in ours._asdict().items():
-        assert value.isfinite().all(), name
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_float64_is_computed_in_float64_with_lambda_in_float64(backend, loss):
-    case = random_case(6, 5, dtype=torch.float64, loss=loss)
-    lam = torch.rand(6, dtype=torch.float64)
-    ours, truth = by_library(case._replace(lam=lam)), by_definition(case._replace(lam=lam), torch.float64)
-    assert ours.lam_adv.dtype == torch.float64
-    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours.grad_logits, truth.grad_logits, rtol=1e-11, atol=1e-12)
+    strided = case._replace(**{name: laid_out(getattr(case, name), layout) for name in case._fields[:4]})
+    strided = strided._replace(options={**case.options, "weight": laid_out(case.options["weight"], layout)})
+    plain = case._replace(logits=strided.logits.contiguous(), target=strided.target.contiguous())
+    torch.testing.assert_close(by_library(strided), by_library(plain))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -173,28 +118,27 @@ def test_delta_is_free_of_cancellation(backend):
     case = random_case(8, 6, step_size=1e-9, tie_tol=0.0, grad_clip=None)
     ours, truth = by_library(case), by_definition(case, torch.float64)
     other = case.partner != torch.arange(8)
-    change = (truth.grad * truth.grad * 1e-9)[other]  # to first order; float64 has 7 digits of δ left
-    step = ours.lam_adv - case.lam
-    exact = (step.double() * truth.grad)[other]
-    assert change.min() > 1e-12
+    exact = ((ours.lam_adv - case.lam).double() * truth.grad)[other]  # to first order
+    assert (truth.grad**2 * 1e-9)[other].min() > 1e-12
     torch.testing.assert_close(ours.delta[other].double(), exact, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("error", "is_translated"),
-    [
-        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), True),
-        (RuntimeError("0 active drivers ([]). There should only be one."), True),
-        (RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"), True),
-        (subprocess.CalledProcessError(1, ["gcc"]), True),
-        (AssertionError("libcuda.so cannot found!"), True),
-        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
-        (torch.OutOfMemoryError("CUDA out of memory."), False),
-        (KeyboardInterrupt(), False),
-    ],
-    ids=str,
-)
-def test_where_triton_cannot_work_the_error_names_the_other_backend(triton_backend, monkeypatch, error, is_translated):
+TRANSLATED = [
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    RuntimeError("0 active drivers ([]). There should only be one."),
+    RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"),
+    subprocess.CalledProcessError(1, ["gcc"]),
+    AssertionError("libcuda.so cannot found!"),
+]
+PASSED_ON = [
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("error", TRANSLATED + PASSED_ON, ids=str)
+def test_where_triton_cannot_work_the_error_names_the_other_backend(triton_backend, monkeypatch, error):
     from fastamp.kernels.rows_grad import _amp_total_kernel
 
     def run(*given, **options):
@@ -202,20 +146,12 @@ def test_where_triton_cannot_work_the_error_names_the_other_backend(triton_backe
 
     case = random_case(6, 5)
     monkeypatch.setattr(type(_amp_total_kernel), "run", run)
-    if is_translated:
-        with pytest.raises(RuntimeError, match=r'fastamp\.set_backend\("torch"\)') as raised:
-            by_library(case)
-        assert raised.value.__cause__ is error
-        assert str(error) in str(raised.value)
-    else:
+    if error in PASSED_ON:
         with pytest.raises(type(error)) as raised:
             by_library(case)
         assert raised.value is error
-
-
-def test_the_two_backends_agree_on_the_statistics(triton_backend):
-    case = random_case(9, 7, step_size=0.3)
-    ours = by_library(case)
-    with fastamp.set_backend("torch"):
-        other = by_library(case)
-    torch.testing.assert_close(ours, other, rtol=2e-5, atol=1e-6)
+        return
+    with pytest.raises(RuntimeError, match=r'fastamp\.set_backend\("torch"\)') as raised:
+        by_library(case)
+    assert raised.value.__cause__ is error
+    assert str(error) in str(raised.value)

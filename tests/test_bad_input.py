@@ -13,25 +13,15 @@ from fastamp import functional as F
 
 def args(**changed):
     """Arguments of amp_cross_entropy for 4 rows of 3 classes."""
-    return {
-        "logits": torch.zeros(4, 3),
-        "target": torch.tensor([0, 1, 2, 0]),
-        "lam": torch.full((4,), 0.5),
-        "partner": torch.tensor([1, 0, 3, 2]),
-        **changed,
-    }
+    mix = {"lam": torch.full((4,), 0.5), "partner": torch.tensor([1, 0, 3, 2])}
+    return {"logits": torch.zeros(4, 3), "target": torch.tensor([0, 1, 2, 0]), **mix, **changed}
 
 
 def head(**changed):
     """Arguments of linear_amp_cross_entropy for 4 rows of 5 features and 3 classes."""
-    base = {k: v for k, v in args().items() if k != "logits"}
-    return {
-        "hidden": torch.zeros(4, 5),
-        "linear_weight": torch.zeros(3, 5),
-        "linear_bias": torch.zeros(3),
-        **base,
-        **changed,
-    }
+    given = {"hidden": torch.zeros(4, 5), "linear_weight": torch.zeros(3, 5), "linear_bias": torch.zeros(3), **args()}
+    del given["logits"]
+    return {**given, **changed}
 
 
 def meta(*shape, dtype=torch.float32):
@@ -42,12 +32,7 @@ FLOATS = "float16, bfloat16, float32 or float64"
 ROWS = [
     ({"logits": [[0.0, 1.0]]}, TypeError, "logits must be a tensor, got list"),
     ({"logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, rf"logits must be {FLOATS}, got torch\.int64; embed"),
-    ({"logits": torch.zeros(4, 3, dtype=torch.bool)}, TypeError, rf"logits must be {FLOATS}, got torch\.bool"),
-    (
-        {"logits": torch.zeros(4, 3, dtype=torch.complex64)},
-        TypeError,
-        rf"logits must be {FLOATS}, got torch\.complex64",
-    ),
+    ({"logits": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, r"logits must be .* got torch\.complex64"),
     ({"logits": torch.zeros(4)}, ValueError, r"logits must have 2 dimensions, got shape \(4,\)"),
     (
         {"logits": torch.zeros(4, 3, 1)},
@@ -60,26 +45,15 @@ ROWS = [
     ({"logits": torch.zeros(4, 0)}, ValueError, r"logits must have at least one class, got shape \(4, 0\)"),
     ({"target": [0, 1, 2, 0]}, TypeError, "target must be a tensor, got list"),
     ({"target": torch.tensor([0, 1, 2])}, ValueError, r"target of class indices must have shape \(4,\).*got \(3,\)"),
-    ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target .* must have shape \(4,\).*got \(4, 1\)"),
-    (
-        {"target": torch.zeros(4, dtype=torch.int32)},
-        TypeError,
-        r"target must be int64 or uint8 class indices or .*got torch\.int32; pass target\.long\(\)",
-    ),
+    ({"target": torch.zeros(4, dtype=torch.int32)}, TypeError, r"target must be int64 or uint8 .*target\.long\(\)"),
     ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, r"target must be int64 .*got torch\.bool; pass"),
     ({"target": torch.zeros(4, 2)}, ValueError, r"target of probabilities must .*\(4, 3\), got \(4, 2\)"),
-    ({"target": torch.zeros(4)}, ValueError, r"target of probabilities must .*\(4, 3\), got \(4,\)"),
-    (
-        {"target": torch.tensor([0, 3, 2, 0])},
-        ValueError,
-        r"target must lie in 0\.\.2 .*ignore_index \(-100\), got 3 in row 1",
-    ),
+    ({"target": torch.tensor([0, 3, 2, 0])}, ValueError, r"must lie in 0\.\.2 .*ignore_index \(-100\), got 3 in row 1"),
     ({"target": torch.tensor([0, 1, -1, 0])}, ValueError, r"target must lie in 0\.\.2 .*got -1 in row 2"),
     ({"target": meta(4, dtype=torch.int64)}, ValueError, "target is on meta, the rows to mix are on cpu"),
     ({"lam": 0.5}, TypeError, "lam must be a tensor, got float"),
     ({"lam": torch.ones(4, dtype=torch.int64)}, TypeError, r"lam must be floating point, got torch\.int64"),
     ({"lam": torch.rand(3)}, ValueError, r"lam must have shape \(4,\), one a row, or \(\).*, got \(3,\)"),
-    ({"lam": torch.rand(4, 1)}, ValueError, r"lam must have shape \(4,\), one a row, or \(\).*, got \(4, 1\)"),
     ({"lam": torch.tensor(1.5)}, ValueError, r"lam must lie in \[0, 1\], got values from 1\.5 to 1\.5"),
     ({"lam": torch.tensor([0.0, 1.5, 0.5, 0.5])}, ValueError, r"lam must lie in \[0, 1\], got values from 0 to 1\.5"),
     ({"lam": torch.tensor([-0.25, 1, 0.5, 0.5])}, ValueError, r"lam must lie in \[0, 1\], got values from -0\.25 to 1"),
@@ -90,12 +64,7 @@ ROWS = [
     ({"partner": torch.tensor([1, 0, 3, 2]).int()}, TypeError, r"partner must be .* torch\.int32; pass partner\.long"),
     ({"partner": torch.tensor([1, 0, 2])}, ValueError, r"partner must have shape \(4,\), one a row, got \(3,\)"),
     ({"partner": torch.tensor([1, 0, 4, 2])}, ValueError, r"partner must lie in 0\.\.3, got values from 0 to 4"),
-    ({"partner": torch.tensor([1, 0, -1, 2])}, ValueError, r"partner must lie in 0\.\.3, got values from -1 to 2"),
-    (
-        {"partner": torch.tensor([1, 0, 1, 2])},
-        ValueError,
-        r"partner must be a permutation of 0\.\.3, but row 1 is .* 2 rows",
-    ),
+    ({"partner": torch.tensor([1, 0, 1, 2])}, ValueError, r"a permutation of 0\.\.3, but row 1 is .* 2 rows"),
     ({"partner": meta(4, dtype=torch.int64)}, ValueError, "partner is on meta, the rows to mix are on cpu"),
     ({"weight": [1.0, 1.0, 1.0]}, TypeError, "weight must be a tensor or None, got list"),
     ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, r"weight must be floating point, got torch\.int64"),
@@ -112,19 +81,15 @@ OPTIONS = [
     ({"loss": "bce"}, ValueError, "loss must be one of 'cross_entropy', 'softmax_bce'; got 'bce'"),
     ({"grad_scale": 2}, ValueError, "grad_scale must be one of 'row', 'mean'; got 2"),
     ({"step_size": float("nan")}, ValueError, "step_size must be a finite number >= 0, got nan"),
-    ({"step_size": float("inf")}, ValueError, "step_size must be a finite number >= 0, got inf"),
     ({"step_size": -1e-3}, ValueError, r"step_size must be a finite number >= 0, got -0\.001"),
     ({"step_size": "small"}, TypeError, "step_size must be a finite number >= 0, got 'small'"),
     ({"step_size": True}, TypeError, "step_size must be .*, got True"),
     ({"step_size": torch.tensor(0.1)}, TypeError, r"step_size must be .*, got tensor\(0\.1"),
     ({"grad_clip": 0}, ValueError, "grad_clip must be a finite number > 0 or None, got 0"),
-    ({"grad_clip": -1.0}, ValueError, r"grad_clip must be .*, got -1\.0"),
     ({"clamp": "no"}, TypeError, "clamp must be True or False, got 'no'"),
     ({"tie_tol": "exact"}, TypeError, "tie_tol must be a finite number >= 0 or 'auto', got 'exact'"),
     ({"tie_tol": -1.0}, ValueError, r"tie_tol must be .*, got -1\.0"),
-    ({"tie_tol": None}, TypeError, "tie_tol must be .*, got None"),
     ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an int, got 1\.0"),
-    ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be a finite number >= 0 and <= 1, got 1\.5"),
     ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be .*, got -0\.1"),
 ]
@@ -136,11 +101,10 @@ def test_amp_cross_entropy_names_what_is_wrong(changed, error, message):
         F.amp_cross_entropy(**args(**changed))
 
 
-def test_an_option_that_does_not_exist_is_refused():
+@pytest.mark.parametrize("call", [lambda: F.amp_cross_entropy(**args(epsilon=1)), lambda: AMPLoss(epsilon=1)])
+def test_an_option_that_does_not_exist_is_refused(call):
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
-        F.amp_cross_entropy(**args(epsilon=1))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
-        AMPLoss(epsilon=1)
+        call()
 
 
 @pytest.mark.parametrize(
@@ -148,33 +112,17 @@ def test_an_option_that_does_not_exist_is_refused():
     [
         *[row for row in ROWS + OPTIONS if "logits" not in row[0]],
         ({"hidden": [[0.0]]}, TypeError, "hidden must be a tensor, got list"),
-        (
-            {"hidden": torch.zeros(4, 5, dtype=torch.int64)},
-            TypeError,
-            r"hidden must be .*got torch\.int64; embed integer",
-        ),
-        (
-            {"hidden": torch.zeros(4, 5, 1)},
-            ValueError,
-            r"hidden must have 2 dimensions, .*make every position one, by hidden\.flatten\(0, -2\)",
-        ),
+        ({"hidden": torch.zeros(4, 5).long()}, TypeError, r"hidden must be .*got torch\.int64; embed integer"),
+        ({"hidden": torch.zeros(4, 5, 1)}, ValueError, r"hidden must have 2 dimensions, .*hidden\.flatten\(0, -2\)"),
         ({"linear_weight": torch.zeros(3)}, ValueError, r"linear_weight must have 2 dimensions, got shape \(3,\)"),
         ({"linear_weight": torch.zeros(3, 4)}, ValueError, r"linear_weight must be \(C, 5\) .*got \(3, 4\)"),
-        (
-            {"linear_weight": torch.zeros(0, 5)},
-            ValueError,
-            r"linear_weight must have at least one class, got .*\(0, 5\)",
-        ),
+        ({"linear_weight": torch.zeros(0, 5)}, ValueError, r"linear_weight must have at least one class, .*\(0, 5\)"),
         ({"linear_weight": [0.0]}, TypeError, "linear_weight must be a tensor, got list"),
         ({"linear_weight": meta(3, 5)}, ValueError, "linear_weight is on meta"),
         ({"linear_bias": torch.zeros(4)}, ValueError, r"linear_bias must have shape \(3,\).*got \(4,\)"),
         ({"linear_bias": 0.0}, TypeError, "linear_bias must be a tensor or None, got float"),
         ({"activation": "gelu"}, ValueError, "activation must be None or 'relu'; got 'gelu'"),
-        (
-            {"dropout_mask": torch.ones(4, 3)},
-            ValueError,
-            r"dropout_mask must have hidden's shape \(4, 5\), got \(4, 3\)",
-        ),
+        ({"dropout_mask": torch.ones(4, 3)}, ValueError, r"dropout_mask must have .* \(4, 5\), got \(4, 3\)"),
         ({"dropout_mask": torch.ones(4, 5, dtype=torch.bool)}, TypeError, r"dropout_mask must be .*got torch\.bool"),
         ({"dropout_mask": meta(4, 5)}, ValueError, "dropout_mask is on meta"),
     ],
@@ -194,24 +142,14 @@ HIDDEN, LAM, PARTNER = torch.zeros(4, 2, 3), torch.full((4,), 0.5), torch.tensor
         (
             lambda: F.mix(torch.tensor(1.0), LAM, PARTNER),
             ValueError,
-            "hidden must have a batch dimension, got a scalar",
+            "hidden must have a batch dimension",
         ),
-        (
-            lambda: F.mix(HIDDEN.byte(), LAM, PARTNER),
-            TypeError,
-            r"got torch\.uint8; make pixels .* by \.float\(\) / 255",
-        ),
+        (lambda: F.mix(HIDDEN.byte(), LAM, PARTNER), TypeError, r"torch\.uint8; make pixels .* by \.float\(\) / 255"),
         (lambda: F.mix(HIDDEN.bool(), LAM, PARTNER), TypeError, r"got torch\.bool$"),
         (lambda: F.mix(HIDDEN, LAM[:3], PARTNER), ValueError, r"lam must have shape \(4,\), one a row, .*, got \(3,\)"),
-        (lambda: F.mix(HIDDEN, LAM.long(), PARTNER), TypeError, "lam must be floating point"),
-        (lambda: F.mix(HIDDEN, LAM, PARTNER[:3]), ValueError, r"partner must have shape \(4,\)"),
         (lambda: F.mix(HIDDEN, LAM, PARTNER * 2), ValueError, r"partner must lie in 0\.\.3"),
         (lambda: F.mix(HIDDEN, meta(4), PARTNER), ValueError, "lam is on meta"),
-        (
-            lambda: F.lambda_grad(HIDDEN[:3], HIDDEN, PARTNER),
-            ValueError,
-            r"grad_mixed must have hidden's shape \(4, 2, 3\)",
-        ),
+        (lambda: F.lambda_grad(HIDDEN[:3], HIDDEN, PARTNER), ValueError, r"grad_mixed must .* shape \(4, 2, 3\)"),
         (lambda: F.lambda_grad(None, HIDDEN, PARTNER), TypeError, "grad_mixed must be a tensor, got NoneType"),
         (lambda: F.lambda_grad(meta(4, 2, 3), HIDDEN, PARTNER), ValueError, "grad_mixed is on meta"),
         (lambda: F.remix([1.0], LAM, PARTNER, HIDDEN), TypeError, "hidden must be a tensor, got list"),
@@ -234,7 +172,6 @@ def test_the_other_functions_name_what_is_wrong(call, error, message):
     [
         *OPTIONS,
         ({"alpha": 0}, ValueError, "alpha must be a finite number > 0, got 0"),
-        ({"alpha": -0.5}, ValueError, r"alpha must be .*, got -0\.5"),
         ({"alpha": None}, TypeError, "alpha must be .*, got None"),
         ({"pairing": "any"}, ValueError, "pairing must be one of 'permutation', 'matching'; got 'any'"),
         ({"reduction": None}, ValueError, "reduction must be one of 'mean', 'sum', 'none'; got None"),
@@ -333,16 +270,7 @@ def test_a_window_on_another_device_is_named():
         criterion(Z, Y)
 
 
-def test_labels_are_checked_before_anything_is_drawn():
-    state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="target must lie in"):
-        AMPLoss()(torch.zeros(2, 3), torch.tensor([0, 7]))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("function", ["amp_cross_entropy", "linear_amp_cross_entropy", "criterion", "mix"])
-def test_a_dtensor_is_refused_by_name(function, monkeypatch):
-    """17: with what to pass instead."""
+def test_a_dtensor_is_refused_by_name(monkeypatch):
     from torch.distributed.tensor import DTensor
 
     assert sys.modules["torch.distributed.tensor"].DTensor is DTensor
@@ -352,21 +280,17 @@ def test_a_dtensor_is_refused_by_name(function, monkeypatch):
 
     monkeypatch.setattr(sys.modules["torch.distributed.tensor"], "DTensor", Sharded)
     rows = torch.zeros(4, 3).as_subclass(Sharded)
-    call, name = {
-        "amp_cross_entropy": (lambda: F.amp_cross_entropy(**args(logits=rows)), "logits"),
-        "linear_amp_cross_entropy": (
-            lambda: F.linear_amp_cross_entropy(**head(hidden=rows, linear_weight=torch.zeros(3, 3))),
-            "hidden",
-        ),
-        "criterion": (lambda: AMPLoss()(rows, args()["target"]), "logits"),
-        "mix": (lambda: F.mix(rows, LAM, PARTNER), "hidden"),
-    }[function]
-    with pytest.raises(TypeError, match=rf"{name} is a DTensor.*{name}\.to_local\(\).*{name}\.full_tensor\(\)"):
-        call()
+    for name, call in (
+        ("logits", lambda: F.amp_cross_entropy(**args(logits=rows))),
+        ("hidden", lambda: F.linear_amp_cross_entropy(**head(hidden=rows, linear_weight=torch.zeros(3, 3)))),
+        ("logits", lambda: AMPLoss()(rows, args()["target"])),
+        ("hidden", lambda: F.mix(rows, LAM, PARTNER)),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} is a DTensor.*{name}\.to_local\(\).*{name}\.full_tensor\(\)"):
+            call()
 
 
 def test_a_real_dtensor_is_refused(tmp_path):
-    """17: on a mesh of one process."""
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 

@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from chunked_calls import KINDS, NAMES, Call, Made, partners
 from conftest import DTYPES, HAS_GPU, INTERPRETED, TOLERANCE, assert_no_worse
+from heads import KINDS, NAMES, Call, Made, partners
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import laid_out, options
+from strategies import options
 from torch import nn
 
 import fastamp
 from fastamp.functional import linear_amp_cross_entropy
 from fastamp.ops import chunked_head
-
-# --- the order of rows
 
 
 @given(batch=st.integers(1, 40), chunk_rows=st.integers(1, 45), kind=KINDS, seed=st.integers(0, 2**16))
@@ -35,12 +33,9 @@ def test_the_order_is_made_without_a_look_at_the_permutation():
     assert [chunk.own for chunk in chunked_head.chunks(on_meta, 16)] == [16, 16, 16, 2]
 
 
-# --- the numbers
-
-
 @st.composite
 def calls(draw):
-    batch, classes, depth = draw(st.integers(1, 12)), draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    batch, classes, depth = draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.integers(1, 6))
     soft, kind = draw(st.booleans()), draw(KINDS)
     chosen = draw(options(batch, classes, soft=soft))
     rows, bias = draw(st.integers(1, 14)), draw(st.booleans())
@@ -67,39 +62,29 @@ def test_closed_forms_in_chunks_are_the_definition(call):
 @given(call=calls())
 def test_kernels_in_chunks_are_the_definition(triton_backend, call):
     for name in ("hidden", "linear_weight", "linear_bias", "target", "lam", "partner"):
-        setattr(call, name, None if getattr(call, name) is None else getattr(call, name).to(torch.get_default_device()))
+        value = getattr(call, name)
+        setattr(call, name, None if value is None else value.to(torch.get_default_device()))
     call.assert_contract()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_is_no_worse_than_its_composition(backend, dtype, reduction):
-    Call(9, 8, 19, dtype=dtype, step_size=0.05, reduction=reduction).assert_contract()
+def test_every_dtype_is_no_worse_than_its_composition(backend, dtype):
+    for reduction in ("mean", "none"):
+        Call(5, 8, 19, dtype=dtype, step_size=0.05, reduction=reduction).assert_contract()
 
 
-@pytest.mark.parametrize("classes", [4100, 37])
-def test_rows_of_either_kernel_hold_the_contract(triton_backend, classes):
-    Call(5, 4, classes, chunk_rows=2, step_size=0.05, loss="cross_entropy").assert_contract()
-
-
-def test_any_strides_give_the_numbers_of_contiguous_tensors(backend):
-    call = Call(step_size=0.1)
-    loss, _, leaves = call.by_library()
-    expected = call.gradients(loss, leaves)
-    for name in (*NAMES, "target", "lam", "partner"):
-        setattr(call, name, laid_out(getattr(call, name), "every second"))
-    strided, _, leaves = call.by_library()
-    torch.testing.assert_close(strided, loss)
-    torch.testing.assert_close(call.gradients(strided, leaves), expected)
+@pytest.mark.parametrize("classes", [8, 37])
+def test_rows_of_either_kernel_hold_the_contract(small_tiles, classes):
+    Call(5, 4, classes, chunk_rows=2, step_size=0.05).assert_contract()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_gradients_of_unlikely_classes_survive_until_the_loss_scale_is_known(backend, dtype):
     """The forward pass makes them, of p / B below the smallest float16."""
-    call = Call(16, 4, 2000, dtype=dtype, chunk_rows=6)
+    call = Call(8, 4, 2000, dtype=dtype, chunk_rows=5)
     call.linear_weight *= 0.1
     call.linear_bias = torch.zeros(2000, dtype=dtype)
-    call.linear_bias[500:] = -9
+    call.linear_bias[500:] = -10
     call.upstream, call.target = torch.tensor(2.0**15), call.target % 500
     ours, truth = (call.gradients(run[0], run[2]) for run in (call.by_library(), call.by_definition(torch.float64)))
     rare = truth[2][500:]
@@ -123,60 +108,26 @@ def test_chunks_take_the_dtype_of_autocast(backend):
     assert (loss - truth).abs() > 1e-6  # it did round
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_backward_twice_gives_the_same_and_keeps_what_it_gave(backend, reduction):
-    call = Call(reduction=reduction)
-    loss, _, leaves = call.by_library()
-    first = call.gradients(loss, leaves, retain_graph=True)
-    copies = [grad.clone() for grad in first]
-    doubled = call.gradients(loss, leaves, 2 * call.upstream, retain_graph=True)
-    again = call.gradients(loss, leaves)
-    for grad, copy, double, last in zip(first, copies, doubled, again, strict=True):
-        assert torch.equal(grad, copy)
-        assert torch.equal(last, copy)
-        torch.testing.assert_close(double, 2 * copy, rtol=1e-6, atol=1e-7)
-
-
 def test_an_upstream_gradient_of_stride_zero_is_that_of_the_sum(backend):
-    call = Call(reduction="none")
-    losses, _, leaves = call.by_library()
+    call = Call()
+    losses, _, leaves = call.by_library(reduction="none")
     total, _, total_leaves = call.by_library(reduction="sum")
-    ones = torch.ones(()).expand(len(call.hidden))
-    for mine, expected in zip(
-        call.gradients(losses, leaves, ones), call.gradients(total, total_leaves, torch.ones(())), strict=True
-    ):
-        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    mine = call.gradients(losses, leaves, torch.ones(()).expand(len(call.hidden)))
+    expected = call.gradients(total, total_leaves, torch.ones(()))
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_inputs_give_the_same_bits(backend):
-    call = Call(23, 6, 30, chunk_rows=4)
-    runs = [(loss.detach(), *stats[1:5], *call.gradients(loss, leaves)) for loss, stats, leaves in
-            (call.by_library() for _ in range(2))]  # fmt: skip
+    call, runs = Call(13, 6, 30, chunk_rows=4), []
+    for _ in range(2):
+        loss, stats, leaves = call.by_library()
+        runs.append((loss.detach(), *stats[1:5], *call.gradients(loss, leaves)))
     assert all(map(torch.equal, *runs))
 
 
-def test_a_second_derivative_is_refused(backend):
-    loss, _, leaves = Call().by_library()
-    with pytest.raises(RuntimeError, match="once, not twice"):
-        torch.autograd.grad(loss.square(), leaves[0], create_graph=True)
-
-
-def test_an_empty_batch_gives_what_the_whole_gives(backend):
-    call = Call(0, chunk_rows=4)
-    for reduction in ("mean", "sum", "none"):
-        loss, _, leaves = call.by_library(reduction=reduction)
-        whole, _, _ = call.by_library(reduction=reduction, chunk_rows=None)
-        torch.testing.assert_close(loss, whole, equal_nan=True)
-        assert not any(grad.any() for grad in call.gradients(loss.sum(), leaves))
-
-
-# --- what is made, and what is not
-
-
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "soft"), [("mean", False), ("none", True)])
 def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
-    batch, classes, rows = 64, 120, 6
+    batch, classes, rows = 16, 60, 3
     call = Call(batch, 4, classes, dtype=torch.bfloat16, chunk_rows=rows, reduction=reduction)
     if soft:
         call.target = torch.rand(batch, classes).softmax(1)
@@ -190,10 +141,12 @@ def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
     assert made.largest >= 2 * batch * classes
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    ("which", "reduction"),
+    [((True, False, False), "mean"), ((False, True, False), "none"), ((False, False, True), "mean")],
+)
 def test_only_gradients_that_are_asked_for_are_made(backend, which, reduction):
-    call = Call(9, 5, 13, chunk_rows=2, reduction=reduction)
+    call = Call(5, 4, 9, chunk_rows=2, reduction=reduction)
     loss, _, leaves = call.by_library()
     expected = call.gradients(loss, leaves)
     leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, which, strict=True)]
@@ -202,9 +155,9 @@ def test_only_gradients_that_are_asked_for_are_made(backend, which, reduction):
         (mine,) = call.gradients(loss, leaves)
     torch.testing.assert_close(mine, expected[which.index(True)])
     if not which[0]:
-        assert (9, 5) not in made.shapes  # that of the gradient to hidden
+        assert (5, 4) not in made.shapes  # that of the gradient to hidden
     if not which[1]:
-        assert (13, 5) not in made.shapes
+        assert (9, 4) not in made.shapes
 
 
 def test_inference_makes_no_gradient(backend, monkeypatch):
@@ -220,14 +173,10 @@ def test_inference_makes_no_gradient(backend, monkeypatch):
     call.by_library([None if leaf is None else leaf.detach() for leaf in call.leaves()])
 
 
-# --- arguments
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
         ({"chunk_rows": 0}, ValueError, "chunk_rows must be an int >= 1 or None, got 0"),
-        ({"chunk_rows": -3}, ValueError, "chunk_rows must be an int >= 1 or None, got -3"),
         ({"chunk_rows": True}, TypeError, "chunk_rows must be an int >= 1 or None, got True"),
         ({"chunk_rows": 2.0}, TypeError, r"chunk_rows must be an int >= 1 or None, got 2\.0"),
         ({"activation": "relu"}, NotImplementedError, "chunk_rows takes neither an activation nor a dropout_mask"),
@@ -237,13 +186,6 @@ def test_inference_makes_no_gradient(backend, monkeypatch):
 def test_chunk_rows_that_cannot_be_are_refused(changed, error, message):
     with pytest.raises(error, match=message):
         Call().by_library(**changed)
-
-
-def test_a_label_out_of_range_is_refused():
-    call = Call(classes=11)
-    call.target[4] = 11
-    with pytest.raises(ValueError, match=r"target must lie in 0\.\.10 .* got 11 in row 4"):
-        call.by_library()
 
 
 def test_a_compiled_step_breaks_its_graph_and_gives_the_numbers_of_eager_mode(backend):

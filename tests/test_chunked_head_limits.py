@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from chunked_calls import NAMES, Call, Made, partners, peak_bytes
 from conftest import assert_no_worse
+from heads import NAMES, Call, Made, partners, peak_bytes
 from torch import nn
 
 from fastamp import AMPLoss, Mix
@@ -15,9 +15,6 @@ from fastamp.ops import chunked_head
 from fastamp.reduction import Reduction
 
 ALL = (True, True, True)
-
-
-# --- how many rows
 
 
 def automatic_rows(batch, depth, classes, dtype, needs=ALL):
@@ -74,35 +71,26 @@ def test_chunks_of_huge_heads_are_a_part_of_what_the_gradients_take(shape, dtype
     assert 8 <= rows < batch
 
 
-def test_small_heads_are_not_cut():
+def test_small_heads_are_not_cut_nor_those_whose_gradients_are_the_larger_part():
     assert automatic_rows(50, 300, 6, torch.float32) is None
     assert automatic_rows(1024, 1024, 21841, torch.bfloat16) is None
-
-
-def test_gradients_that_nobody_wants_do_not_keep_logits_whole():
     shape = (4096, 4096, 128_256, torch.bfloat16)
     assert automatic_rows(*shape) is None
     assert automatic_rows(*shape, (True, False, True)) is not None
 
 
 def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
-    chunk, sums = 2 * 4 * (8 + chunked_head.OUTSIDE) * 200, 4 * wanted_elements(30, 4, 200, ALL)
-    monkeypatch.setattr(chunked_head, "SAVED_BYTES", 2 * 4 * 30 * 200 - chunk - sums)
+    chunk, sums = 2 * 4 * (4 + chunked_head.OUTSIDE) * 60, 4 * wanted_elements(15, 4, 60, ALL)
+    monkeypatch.setattr(chunked_head, "SAVED_BYTES", 2 * 4 * 15 * 60 - chunk - sums)
     monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
-    call = Call(30, 4, 200, chunk_rows=None)
-    leaves = call.leaves()
+    call = Call(15, 4, 60, chunk_rows=None)
     with Made() as made:
-        loss = call.by_library(leaves)[0]
-    assert made.largest == 4 * (8 + chunked_head.OUTSIDE) * 200
-    whole = call.by_library(chunk_rows=30)[0]
-    torch.testing.assert_close(loss, whole)
-    smaller = Call(29, 4, 200, chunk_rows=None)
+        loss = call.by_library()[0]
+    assert made.largest == 4 * (4 + chunked_head.OUTSIDE) * 60
+    torch.testing.assert_close(loss, call.by_library(chunk_rows=15)[0])
     with Made() as made:
-        smaller.by_library()
-    assert made.largest == 4 * 29 * 200
-
-
-# --- what backward makes
+        Call(14, 4, 60, chunk_rows=None).by_library()
+    assert made.largest == 4 * 14 * 60
 
 
 def test_a_half_gradient_is_scaled_without_a_second_wide_one():
@@ -124,9 +112,6 @@ def test_compiled_autograd_runs_the_chunks_of_backward_as_they_are(backend, redu
         loss.backward(call.upstream.to(loss))
     for leaf, grad in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, grad)
-
-
-# --- half precision
 
 
 class Wide:
@@ -153,8 +138,7 @@ class Wide:
 
 
 @pytest.mark.parametrize("adds", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "reduction"), [(torch.float16, "mean"), (torch.bfloat16, "none")], ids=str)
 def test_products_that_are_left_in_float32_hold_the_contract(monkeypatch, dtype, reduction, adds):
     call = Call(9, 8, 19, dtype=dtype, step_size=0.05, reduction=reduction)
     wide = Wide(monkeypatch, adds)
@@ -203,23 +187,18 @@ def test_float16_gradients_are_finite_where_those_of_the_whole_are(backend, make
         torch.testing.assert_close(mine.double(), true, rtol=1e-2, atol=2e-3 * largest)
 
 
-@pytest.mark.parametrize("factor", [2.0**-20, 2.0**12])
-@pytest.mark.parametrize("options", [{"mode": "mixup"}, {"grad_scale": "mean"}], ids=str)
+@pytest.mark.parametrize(("factor", "options"), [(2.0**-20, {"mode": "mixup"}), (2.0**12, {"grad_scale": "mean"})])
 def test_a_factor_of_all_class_weights_changes_no_gradient_of_the_mean(backend, factor, options):
-    call = Call(16, 6, 300, dtype=torch.float16, **options)
-    call.upstream, weight = torch.tensor(2.0**10), 0.5 + torch.rand(300)
+    call = Call(7, 6, 60, dtype=torch.float16, **options)
+    call.upstream, weight = torch.tensor(2.0**10), 0.5 + torch.rand(60)
     runs = (call.by_library(weight=weight), call.by_library(weight=factor * weight))
     expected, mine = (call.gradients(loss, leaves) for loss, _, leaves in runs)
     torch.testing.assert_close(mine, expected, rtol=2e-3, atol=1e-5)
 
 
-# --- rows that are NaN, and divisors of zero
-
-
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("chunk_rows", [1, 2, 5])
+@pytest.mark.parametrize(("chunk_rows", "reduction"), [(1, "sum"), (2, "none"), (5, "sum")])
 def test_a_row_of_nan_reaches_the_rows_it_is_mixed_with_alone(backend, chunk_rows, reduction):
-    for kind in ("one cycle", "one cycle", "permutation", "permutation"):
+    for kind in ("one cycle", "permutation"):
         call = Call(12, 4, 9, chunk_rows=chunk_rows, reduction=reduction)
         call.partner = partners(kind, 12)
         call.hidden[4] = torch.nan
@@ -238,61 +217,51 @@ def test_a_count_of_zero_gives_what_the_whole_gives(backend):
     assert not any(grad.any() for grad in call.gradients(loss, leaves))
 
 
-# --- arguments
-
-
 @pytest.mark.parametrize("chunk_rows", [None, 3])
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("autocast", "name", "dtype", "message"),
     [
-        ({"linear_bias": torch.float64}, "linear_bias must have hidden's dtype torch.float32 outside torch.autocast"),
-        ({"linear_weight": torch.float16}, "linear_weight must have hidden's dtype torch.float32 outside"),
-        ({"autocast": True, "hidden": torch.float64}, "linear_weight must have hidden's dtype torch.float64, got"),
-        (
-            {"autocast": True, "linear_weight": torch.float64},
-            "linear_weight must have .* got torch.float64: torch",
-        ),
-        ({"autocast": True, "linear_bias": torch.float64}, "linear_bias must have hidden's dtype torch.float32, got"),
+        (False, "linear_bias", torch.float64, "must have hidden's dtype torch.float32 outside torch.autocast"),
+        (False, "linear_weight", torch.float16, "must have hidden's dtype torch.float32 outside"),
+        (True, "hidden", torch.float64, "linear_weight must have hidden's dtype torch.float64, got"),
+        (True, "linear_weight", torch.float64, "must have .* got torch.float64: torch"),
+        (True, "linear_bias", torch.float64, "must have hidden's dtype torch.float32, got"),
     ],
 )
-def test_dtypes_that_a_linear_layer_does_not_take_are_refused(backend, chunk_rows, changed, message):
+def test_dtypes_that_a_linear_layer_does_not_take_are_refused(chunk_rows, autocast, name, dtype, message):
     call = Call(chunk_rows=chunk_rows)
-    autocast = changed.get("autocast", False)
-    for name in set(changed) - {"autocast"}:
-        setattr(call, name, getattr(call, name).to(changed[name]))
+    setattr(call, name, getattr(call, name).to(dtype))
+    message = message if name == "hidden" else f"{name} {message}"
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match=message):
         call.by_library()
 
 
-@pytest.mark.parametrize("of", ["chunks", "whole", "logits", "criterion"])
-def test_class_weights_that_want_a_gradient_are_refused(backend, of):
+def test_class_weights_that_want_a_gradient_are_refused():
     call, weight = Call(), torch.rand(11).requires_grad_()
     logits, batch = torch.randn(7, 11), (call.target, call.lam, call.partner)
-    run = {
-        "chunks": lambda: call.by_library(weight=weight)[0],
-        "whole": lambda: call.by_library(weight=weight, chunk_rows=None)[0],
-        "logits": lambda: amp_cross_entropy(logits, *batch, weight=weight),
-        "criterion": lambda: AMPLoss(weight=weight)(logits, call.target),
-    }[of]
-    with pytest.raises(ValueError, match=r"weight must not require a gradient.*weight\.detach\(\)"):
-        run()
-    with torch.no_grad():
-        assert run().isfinite()
+    for run in (
+        lambda: call.by_library(weight=weight)[0],
+        lambda: call.by_library(weight=weight, chunk_rows=None)[0],
+        lambda: amp_cross_entropy(logits, *batch, weight=weight),
+        lambda: AMPLoss(weight=weight)(logits, call.target),
+    ):
+        with pytest.raises(ValueError, match=r"weight must not require a gradient.*weight\.detach\(\)"):
+            run()
+        with torch.no_grad():
+            assert run().isfinite()
 
 
-def test_a_count_on_the_cpu_is_a_number_for_rows_elsewhere(monkeypatch):
+def test_a_count_on_the_cpu_is_a_number_for_rows_elsewhere():
     """Where a copy of it would wait for the device."""
-    elsewhere = torch.device("meta")
+    elsewhere, here = torch.device("meta"), torch.tensor(4.0)
     assert checked_num_items(torch.tensor(4), elsewhere) == 4
-    assert isinstance(checked_num_items(torch.tensor(4.0), elsewhere), float)
-    here = torch.tensor(4.0)
+    assert isinstance(checked_num_items(here, elsewhere), float)
     assert checked_num_items(here, torch.device("cpu")) is here
     with pytest.raises(ValueError, match="num_items must be a finite number > 0 or None, got 0"):
         checked_num_items(torch.tensor(0.0), elsewhere)
 
 
-@pytest.mark.parametrize("of", ["head", "logits", "criterion"])
-def test_every_loss_takes_such_a_count(monkeypatch, of):
+def test_every_loss_takes_such_a_count(monkeypatch):
     given = []
 
     def step(*arguments, **_):
@@ -305,13 +274,10 @@ def test_every_loss_takes_such_a_count(monkeypatch, of):
         rows, weight, logits = torch.empty(4, 3), torch.empty(5, 3), torch.empty(4, 5)
         target, lam, partner = torch.empty(4, dtype=torch.int64), torch.empty(4), torch.empty(4, dtype=torch.int64)
     count = torch.tensor(2.0)
-    if of == "head":
-        linear_amp_cross_entropy(rows, weight, None, target, lam, partner, num_items=count)
-    elif of == "logits":
-        amp_cross_entropy(logits, target, lam, partner, num_items=count)
-    else:
-        AMPLoss()(logits, target, mix=Mix(lam, partner), num_items=count)
-    assert [type(one) for one in given] == [float]
+    linear_amp_cross_entropy(rows, weight, None, target, lam, partner, num_items=count)
+    amp_cross_entropy(logits, target, lam, partner, num_items=count)
+    AMPLoss()(logits, target, mix=Mix(lam, partner), num_items=count)
+    assert [type(one) for one in given] == [float] * 3
 
 
 TRANSFORMS = {

@@ -1,5 +1,6 @@
 """Confident predictions, -inf and NaN; and what is particular to AMP: ties, branches, clamping, equal rows."""
 
+import contextlib
 import math
 from decimal import Decimal, getcontext
 
@@ -9,10 +10,8 @@ import torch.nn.functional as F
 from conftest import INTERPRETED, assert_contract, by_definition, by_library, random_case
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import laid_out
 
 import fastamp
-from fastamp import reference
 from fastamp.functional import amp_cross_entropy
 from fastamp.ops import rows
 from fastamp.policy import Policy
@@ -41,7 +40,7 @@ def exact(a, b, labels, lam, step):
 
 @pytest.mark.parametrize("scale", [1.0, 8.0, 30.0])
 def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
-    """20: cancellation where the loss is about 1e-13, or where p rounds to 1."""
+    """Cancellation where the loss is about 1e-13, or where p rounds to 1."""
     logits = scale * torch.tensor([[1.0, 0.0, -0.5], [0.75, -0.25, 0.0], [0.0, 1.0, -1.0]])
     target, lam, partner = torch.tensor([0, 0, 1]), torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 2, 0])
     loss, stats = amp_cross_entropy(
@@ -61,12 +60,14 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
         assert abs(loss[r].item() - value - delta) <= 2e-6 * max(1.0, abs(value)) + slack
 
 
-@pytest.mark.parametrize("pairing", ["permutation", "matching"])
-@pytest.mark.parametrize("reach", [1e-3, 0.06, 0.065, 0.2, 0.3, 2.0])
+@pytest.mark.parametrize(
+    ("pairing", "reach"),
+    [("permutation", reach) for reach in (1e-3, 0.06, 0.065, 0.2, 0.3, 2.0)] + [("matching", 0.06), ("matching", 0.3)],
+)
 def test_delta_of_long_rows_keeps_its_digits_from_moments_and_from_passes(small_tiles, pairing, reach):
     # Compared with 0: where δ decides nothing it need not have its digits.
-    case = random_case(8, 37, step_size=1.0, pairing=pairing, tie_tol=0.0)
-    case = case._replace(partner=torch.arange(8).roll(4))
+    case = random_case(4, 37, step_size=1.0, pairing=pairing, tie_tol=0.0)
+    case = case._replace(partner=torch.arange(4).roll(2))
     spread = (case.logits - case.logits[case.partner]).abs().amax()
     # ∇λ is clipped to 1 wherever it is larger: the largest |η d| is `reach`, whatever way is taken for it.
     case.options["step_size"] = float(reach / spread)
@@ -83,18 +84,14 @@ def test_delta_of_long_rows_keeps_its_digits_from_moments_and_from_passes(small_
     torch.testing.assert_close(ours.delta.double(), loss(ours.lam_adv) - loss(case.lam), rtol=1e-5, atol=1e-10)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("scale", [30.0, 100.0])
+@pytest.mark.parametrize(("loss", "scale"), [("cross_entropy", 100.0), ("softmax_bce", 30.0), ("softmax_bce", 100.0)])
 def test_saturated_rows_have_finite_losses_and_gradients(backend, loss, scale):
-    """20: probabilities that round to 0 and 1."""
+    """Probabilities that round to 0 and 1."""
     case = random_case(8, 5, loss=loss, step_size=0.3, reduction="none")
     case = case._replace(logits=scale * torch.randn(8, 5))
     ours, truth = by_library(case), by_definition(case, torch.float64)
     assert all(value.isfinite().all() for value in ours)
     torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=1e-5, atol=1e-4 * scale)
-
-
-# --- -inf and NaN
 
 
 def excluding(loss="cross_entropy", **options):
@@ -105,25 +102,12 @@ def excluding(loss="cross_entropy", **options):
     return case._replace(logits=logits, target=torch.randint(4, (6,)), partner=torch.tensor([3, 2, 0, 1, 5, 4]))
 
 
-@pytest.mark.parametrize("mode", ["amp", "maxop", "mixup"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("classes", [6, 14])
-def test_a_class_that_is_minus_infinity_is_excluded_from_its_pairs(small_tiles, classes, reduction, mode):
-    """22: 0 times -inf."""
+@pytest.mark.parametrize(("mode", "reduction"), [("amp", "mean"), ("maxop", "none"), ("mixup", "mean")])
+def test_a_class_that_is_minus_infinity_is_excluded_from_its_pairs(kernel, mode, reduction):
+    """Not 0 times -inf."""
     case = excluding(mode=mode, reduction=reduction, step_size=0.3)
-    if classes > 6:
-        case = case._replace(logits=torch.cat([case.logits, torch.randn(6, classes - 6)], 1))
-    _hold_exclusion(case)
-
-
-@pytest.mark.parametrize("mode", ["amp", "mixup"])
-def test_a_class_that_is_minus_infinity_is_excluded_in_closed_form(mode):
-    """22: 0 times -inf, on the other backend."""
-    with fastamp.set_backend("torch"):
-        _hold_exclusion(excluding(mode=mode, step_size=0.3))
-
-
-def _hold_exclusion(case):
+    if kernel == "loops":
+        case = case._replace(logits=torch.cat([case.logits, torch.randn(6, 8)], 1))
     ours = assert_contract(case)
     assert all(value.isfinite().all() for value in ours)
     excluded = case.logits == -torch.inf
@@ -137,7 +121,6 @@ def _hold_exclusion(case):
 
 @pytest.mark.parametrize("label_of", ["row", "partner"])
 def test_a_label_on_an_excluded_class_makes_the_loss_infinite(backend, label_of):
-    """22: as nn.CrossEntropyLoss has it."""
     case = random_case(4, 4, reduction="none")._replace(partner=torch.tensor([1, 0, 3, 2]))
     logits, target = case.logits.clone(), torch.tensor([0, 1, 2, 3])
     logits[0, 0 if label_of == "row" else 1] = -torch.inf
@@ -148,12 +131,11 @@ def test_a_label_on_an_excluded_class_makes_the_loss_infinite(backend, label_of)
     assert not ours.grad_logits.isnan().any()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_nan_poisons_its_own_pairs_alone(backend, loss, value):
-    case = random_case(6, 5, loss=loss, reduction="none")
+@pytest.mark.parametrize(("loss", "value"), [("cross_entropy", torch.nan), ("softmax_bce", torch.inf)])
+def test_a_nan_poisons_its_own_pairs_alone(kernel, loss, value):
+    case = random_case(6, 11, loss=loss, reduction="none")
     logits, partner = case.logits.clone(), torch.tensor([1, 0, 3, 2, 5, 4])
-    logits[2, 1] = value
+    logits[2, 9] = value
     ours = by_library(case._replace(logits=logits, partner=partner))
     clean = by_library(case._replace(partner=partner))
     others = [0, 1, 4, 5]
@@ -161,16 +143,6 @@ def test_a_nan_poisons_its_own_pairs_alone(backend, loss, value):
         torch.testing.assert_close(mine[others], expected[others], rtol=1e-6, atol=1e-6, msg=name)
     assert ours.loss[[2, 3]].isnan().all()
     assert ours.grad_logits[[2, 3]].isnan().any(1).all()
-
-
-def test_a_nan_among_the_logits_of_a_looping_kernel_reaches_its_loss(small_tiles):
-    case = random_case(4, 20, reduction="none")
-    case.logits[1, 17] = torch.nan
-    ours = by_library(case._replace(partner=torch.tensor([1, 0, 3, 2])))
-    assert ours.loss.isnan().tolist() == [True, True, False, False]
-
-
-# --- of AMP itself
 
 
 @INTERPRETED
@@ -202,30 +174,29 @@ NOT_CONVEX = {
 }
 
 
-@pytest.mark.parametrize("where", ["one program", "many_programs", "small_tiles", "pairs", "closed form"])
+@pytest.mark.parametrize("where", ["torch", "triton_backend", "many_programs", "small_tiles", "pairs"])
 @pytest.mark.parametrize("options", NOT_CONVEX.values(), ids=NOT_CONVEX)
 def test_where_the_loss_is_not_convex_a_step_can_be_rejected(request, where, options):
     """S·lse(x) - ⟨t, x⟩ is convex only for S >= 0, and δ >= η∇λ >= 0 only where η has the sign of ∇λ."""
-    request.getfixturevalue("triton_backend" if where != "closed form" else "request")
-    if where in ("many_programs", "small_tiles"):
-        request.getfixturevalue(where)
+    if where != "torch":
+        request.getfixturevalue("small_tiles" if where == "pairs" else where)
     case = random_case(32, 3, step_size=1.0, grad_clip=None, reduction="sum", **options)
     target = case.options.pop("target", case.target)
-    if where == "closed form":  # of small logits and steps, the shorter way is taken
+    if where == "torch":  # of small logits and steps, the shorter way is taken
         case.options.update(step_size=10.0, grad_clip=0.02)
         case = case._replace(logits=case.logits.clamp(-2.5, 2.5))
     if where == "pairs":
-        request.getfixturevalue("small_tiles")
         case.options["pairing"] = "matching"
         case = case._replace(partner=torch.arange(32).view(-1, 2).flip(1).flatten())
     if where in ("small_tiles", "pairs"):  # more classes than a tile has
-        wide = [torch.full((32, 7), -40.0), torch.zeros(32, 7), torch.ones(7)]
-        case = case._replace(logits=torch.cat([case.logits, wide[0]], 1))
-        target = torch.cat([target, wide[1]], 1) if target.is_floating_point() else target
+        case = case._replace(logits=F.pad(case.logits, (0, 7), value=-40.0))
+        target = F.pad(target, (0, 7)) if target.is_floating_point() else target
         if "weight" in case.options:
-            case.options["weight"] = torch.cat([case.options["weight"], wide[2]])
+            case.options["weight"] = F.pad(case.options["weight"], (0, 7), value=1.0)
     case = case._replace(target=target)
-    ours, truth = by_library(case), by_definition(case, torch.float64)
+    with fastamp.set_backend("torch") if where == "torch" else contextlib.nullcontext():
+        ours = by_library(case)
+    truth = by_definition(case, torch.float64)
     clear = truth.delta.abs() > 1e-5
     assert (~truth.mask & clear).any()
     assert torch.equal(ours.mask[clear], truth.mask[clear])
@@ -234,7 +205,7 @@ def test_where_the_loss_is_not_convex_a_step_can_be_rejected(request, where, opt
 def test_with_softmax_bce_a_step_can_be_rejected(backend):
     """The theorem is one of cross-entropy."""
     torch.manual_seed(0)
-    case = random_case(64, 3, dtype=torch.float64, loss="softmax_bce", step_size=1.0, tie_tol=0.0, reduction="none")
+    case = random_case(32, 3, dtype=torch.float64, loss="softmax_bce", step_size=1.0, tie_tol=0.0, reduction="none")
     case = case._replace(logits=3 * case.logits)
     ours = assert_contract(case)
     rejected = ~ours.mask & (ours.grad != 0)
@@ -307,29 +278,3 @@ def test_two_rows_of_one_label_are_moved_all_the_same(backend):
     )
     ours = assert_contract(case)
     assert (ours.grad != 0).all()
-
-
-@pytest.mark.parametrize("start", [1, 2, 3])
-def test_label_views_need_not_be_aligned(backend, start):
-    case = random_case(6, 5)
-    everything = torch.randint(5, (6 + start,))
-    everything[start:] = case.target
-    view = everything[start:]
-    assert view.storage_offset() == start
-    ours, expected = by_library(case._replace(target=view)), by_library(case)
-    assert torch.equal(ours.loss, expected.loss)
-    shifted = case._replace(logits=laid_out(case.logits, "misaligned"), lam=laid_out(case.lam, "misaligned"))
-    assert torch.equal(by_library(shifted).grad_logits, expected.grad_logits)
-
-
-def test_the_label_mass_stays_at_lambda_when_lambda_moves(backend):
-    """Eq. 8 and 20: only the mixture moves, the targets do not."""
-    case = random_case(6, 5, dtype=torch.float64, mode="maxop", step_size=0.5, reduction="none")
-    case = case._replace(upstream=torch.ones(6))
-    ours = by_library(case)
-    x = reference.mix(case.logits, ours.lam_adv, case.partner)
-    terms = [F.cross_entropy(x, t, reduction="none") for t in (case.target, case.target[case.partner])]
-    fixed = case.lam * terms[0] + (1 - case.lam) * terms[1]
-    moved = ours.lam_adv * terms[0] + (1 - ours.lam_adv) * terms[1]
-    torch.testing.assert_close(ours.loss, fixed, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(ours.loss, moved)

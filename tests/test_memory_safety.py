@@ -5,7 +5,6 @@ of NaN, and what the kernel did to it is copied back. An element read from beyon
 shows, also one of NaN: no two NaN of the buffers have the same bits, or hardly any.
 """
 
-import importlib.util
 import os
 import pkgutil
 import subprocess
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import sanitize
 import torch
 from conftest import DTYPES, HAS_GPU, TRITON_DEVICE
 from torch import Tensor
@@ -25,22 +25,10 @@ import triton.language as tl  # noqa: E402
 
 BENCH = Path(__file__).parents[1] / "bench"
 MARGIN = 1 << 14  # elements on either side, more than any tile
+CHUNKS = {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
 LAUNCHED = {
-    "amp_cross_entropy": {
-        "_amp_cross_entropy_kernel",
-        "_amp_rows_kernel",
-        "_amp_pairs_kernel",
-        "_amp_rows_grad_kernel",
-        "_amp_total_kernel",
-        "_rescale_kernel",
-    },
-    "linear_amp_cross_entropy": {
-        "_linear_amp_cross_entropy_kernel",
-        "_amp_total_kernel",
-        "_amp_cross_entropy_kernel",  # of chunks, as all below
-        "_amp_rows_kernel",
-        "_amp_rows_grad_kernel",
-    },
+    "amp_cross_entropy": CHUNKS | {"_amp_pairs_kernel", "_amp_total_kernel", "_rescale_kernel"},
+    "linear_amp_cross_entropy": CHUNKS | {"_linear_amp_cross_entropy_kernel", "_amp_total_kernel"},
     "mix": {"_mix_kernel", "_mix_grad_kernel"},
     "lambda_grad": {"_inner_product_kernel"},
     "remix": {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
@@ -59,16 +47,6 @@ SMALL = {
 }
 
 
-def load_bench(name):
-    """A program of bench/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sanitize = load_bench("sanitize")
 CASES = sanitize.small_cases(interpreted=TRITON_DEVICE == "cpu")
 
 
@@ -156,10 +134,10 @@ def total_kernel(
     tl.store(totals_ptr + at, tl.zeros((BLOCK,), tl.float32) + total, mask=written)
 
 
-def launch_total(**further) -> Tensor:
-    values, totals = torch.ones(13, device=TRITON_DEVICE), torch.zeros(13, device=TRITON_DEVICE)
+def launch_total(totals=None, **further) -> Tensor:
+    totals = torch.zeros(13, device=TRITON_DEVICE) if totals is None else totals
     beyond = dict.fromkeys(("READ_BEFORE", "READ_AFTER", "WRITE_BEFORE", "WRITE_AFTER"), 0) | further
-    total_kernel[(1,)](values, totals, 13, **beyond, BLOCK=16)
+    total_kernel[(1,)](torch.ones(13, device=TRITON_DEVICE), totals, 13, **beyond, BLOCK=16)
     return totals
 
 
@@ -186,8 +164,7 @@ def test_the_guard_shows_one_element_written_too_far(monkeypatch, further, place
 def test_the_guard_shows_what_is_written_between_the_elements_of_a_view(monkeypatch):
     guard = Guard(monkeypatch)
     wide = torch.zeros(26, device=TRITON_DEVICE)
-    beyond = dict.fromkeys(("READ_BEFORE", "READ_AFTER", "WRITE_BEFORE", "WRITE_AFTER"), 0)
-    total_kernel[(1,)](torch.ones(13, device=TRITON_DEVICE), wide[::2], 13, **beyond, BLOCK=16)
+    launch_total(wide[::2])
     assert len(guard.stray) == 1
     assert wide[1::2].eq(0).all()
 

@@ -25,8 +25,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
 def test_lambda_follows_the_beta_law(alpha):
-    """36: both gammas underflow at small α."""
-    assert_beta(draw(20_000, alpha=alpha, generator=seeded()).lam, alpha)
+    """At small α both gammas underflow, which piles λ up at one half."""
+    lam = draw(20_000, alpha=alpha, generator=seeded()).lam
+    assert_beta(lam, alpha)
+    assert alpha > 0.1 or (lam == 0.5).sum() == 0
+    assert abs((lam > 0.5).double().mean().item() - 0.5) < 4 * 0.5 / 20_000**0.5
 
 
 def assert_beta(lam: Tensor, alpha: float) -> None:
@@ -64,7 +67,7 @@ def narrow_device(monkeypatch):
         yield torch.device("cpu", 0)
 
 
-@pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("alpha", [0.02, 1.0])
 def test_a_device_without_float64_draws_by_the_same_law(narrow_device, alpha):
     with pytest.raises(TypeError, match="no float64"):
         torch.zeros(2, dtype=torch.float64, device=narrow_device)
@@ -95,7 +98,7 @@ def test_float64_is_known_to_be_missing_where_it_is(monkeypatch):
 
 
 def test_a_cpu_generator_is_refused_while_a_cuda_graph_is_captured(monkeypatch):
-    """45: the graph would copy from memory that is free when it is replayed."""
+    """The graph would copy from memory that is free when it is replayed."""
     monkeypatch.setattr(fastamp.mixing, "capturing", lambda device: device.type == "cuda")
     generator = seeded()
     before = generator.get_state()
@@ -106,107 +109,84 @@ def test_a_cpu_generator_is_refused_while_a_cuda_graph_is_captured(monkeypatch):
     assert torch.equal(generator.get_state(), before)
 
 
-@pytest.mark.parametrize("alpha", [0.001, 0.02, 0.1])
-def test_a_small_alpha_does_not_pile_lambda_up_at_one_half(alpha):
-    """36: what the underflow makes of λ."""
-    lam = draw(20_000, alpha=alpha, generator=seeded()).lam
-    assert (lam == 0.5).sum() == 0
-    assert lam.isfinite().all()
-    share_of_ones = (lam > 0.5).double().mean().item()
-    assert abs(share_of_ones - 0.5) < 4 * 0.5 / 20_000**0.5
-
-
-@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0, 50.0, 1e4])
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0, 1e4])
 def test_lambda_is_float32_in_the_unit_interval(alpha):
     lam = draw(5000, alpha=alpha).lam
     assert lam.dtype == torch.float32
-    assert lam.min() >= 0
-    assert lam.max() <= 1
+    assert ((lam >= 0) & (lam <= 1)).all()
 
 
 def test_rows_draw_their_lambda_independently():
-    lam = torch.stack([draw(2, alpha=0.5).lam for _ in range(4000)])
+    lam = torch.stack([draw(2, alpha=0.5).lam for _ in range(2000)])
     assert stats.pearsonr(lam[:, 0], lam[:, 1]).pvalue > REJECT
 
 
 def test_partners_are_a_uniform_random_permutation():
     generator = seeded()
-    counts = Counter(tuple(draw(4, generator=generator).partner.tolist()) for _ in range(4800))
+    counts = Counter(tuple(draw(4, generator=generator).partner.tolist()) for _ in range(2400))
     assert set(counts) == set(permutations(range(4)))
     assert stats.chisquare(list(counts.values())).pvalue > REJECT
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 7, 50, 101])
-def test_a_matching_is_an_involution_with_a_fixed_point_only_in_an_odd_batch(batch):
-    partner = draw(batch, pairing="matching", generator=seeded()).partner
-    rows = torch.arange(batch)
-    assert torch.equal(partner[partner], rows)
-    assert (partner == rows).sum() == batch % 2
+def test_a_matching_is_an_involution_with_a_fixed_point_only_in_an_odd_batch():
+    for batch in (0, 1, 2, 3, 4, 7, 50, 101):
+        partner = draw(batch, pairing="matching", generator=seeded()).partner
+        rows = torch.arange(batch)
+        assert torch.equal(partner[partner], rows)
+        assert (partner == rows).sum() == batch % 2
 
 
 @pytest.mark.parametrize(("batch", "count"), [(4, 3), (5, 15)])
 def test_every_matching_is_equally_likely(batch, count):
     generator = seeded()
-    counts = Counter(
-        tuple(draw(batch, pairing="matching", generator=generator).partner.tolist()) for _ in range(count * 200)
-    )
+    draws = (draw(batch, pairing="matching", generator=generator).partner for _ in range(count * 100))
+    counts = Counter(tuple(partner.tolist()) for partner in draws)
     assert len(counts) == count
     assert stats.chisquare(list(counts.values())).pvalue > REJECT
 
 
+def assert_same_draw(one, other):
+    assert torch.equal(one.lam, other.lam)
+    assert torch.equal(one.partner, other.partner)
+
+
 @pytest.mark.parametrize("pairing", ["permutation", "matching"])
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
-def test_a_draw_depends_on_nothing_but_the_generator(alpha, pairing):
-    first = draw(9, alpha=alpha, pairing=pairing, generator=seeded(3))
+def test_a_draw_depends_on_the_generator_alone_and_leaves_the_global_one(alpha, pairing):
+    options = {"alpha": alpha, "pairing": pairing}
+    first = draw(9, **options, generator=seeded(3))
     torch.manual_seed(123)
-    again = draw(9, alpha=alpha, pairing=pairing, generator=seeded(3))
-    other = draw(9, alpha=alpha, pairing=pairing, generator=seeded(4))
-    assert torch.equal(first.lam, again.lam)
-    assert torch.equal(first.partner, again.partner)
-    assert not torch.equal(first.lam, other.lam)
-
-
-def test_a_generator_of_its_own_leaves_the_global_one_alone():
     state = torch.get_rng_state()
-    draw(9, alpha=0.3, pairing="matching", generator=seeded())
+    assert_same_draw(first, draw(9, **options, generator=seeded(3)))
+    assert_same_draw(first, fastamp.AMPLoss(**options, generator=seeded(3)).sample(9, device="cpu"))
+    assert not torch.equal(first.lam, draw(9, **options, generator=seeded(4)).lam)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_without_a_generator_the_global_seed_decides(alpha):
     torch.manual_seed(5)
-    first = draw(9, alpha=alpha)
+    first, second = draw(9, alpha=alpha), draw(9, alpha=alpha)
     torch.manual_seed(5)
-    again = draw(9, alpha=alpha)
-    later = draw(9, alpha=alpha)
-    assert torch.equal(first.lam, again.lam)
-    assert not torch.equal(later.lam, again.lam)
+    assert_same_draw(first, draw(9, alpha=alpha))
+    assert not torch.equal(first.lam, second.lam)
 
 
 @pytest.mark.parametrize("pairing", ["permutation", "matching"])
 def test_a_draw_lies_where_it_was_asked_for(pairing):
-    mix = draw(6, pairing=pairing, device="cpu", generator=seeded())
-    assert isinstance(mix, Mix)
-    assert mix.lam.device.type == mix.partner.device.type == "cpu"
-    assert mix.partner.dtype == torch.int64
-    meta = draw(6, pairing=pairing, device="meta", generator=seeded())
-    assert meta.lam.device.type == meta.partner.device.type == "meta"
-
-
-def test_the_criterion_draws_what_the_function_draws():
-    criterion = fastamp.AMPLoss(alpha=0.4, pairing="matching", generator=seeded(2))
-    mix = criterion.sample(7, device="cpu")
-    expected = draw(7, alpha=0.4, pairing="matching", generator=seeded(2))
-    assert torch.equal(mix.lam, expected.lam)
-    assert torch.equal(mix.partner, expected.partner)
+    for device in ("cpu", "meta"):
+        mix = draw(6, pairing=pairing, device=device, generator=seeded())
+        assert isinstance(mix, Mix)
+        assert mix.lam.device.type == mix.partner.device.type == device
+        assert mix.partner.dtype == torch.int64
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
 def test_the_union_of_masks_keeps_what_either_row_keeps(dtype):
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).to(dtype)
-    mix = Mix(torch.full((3,), 0.5), torch.tensor([2, 1, 0]))
-    assert mix.union(mask).tolist() == torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).to(dtype).tolist()
-    assert mix.union(mask).dtype == dtype
+    union = Mix(torch.full((3,), 0.5), torch.tensor([2, 1, 0])).union(mask)
+    assert union.dtype == dtype
+    assert union.tolist() == mask[[2, 1, 2]].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
@@ -217,12 +197,13 @@ def test_the_union_of_lengths_is_the_longer_one(dtype):
     assert union.dtype == dtype
 
 
-@pytest.mark.parametrize("value", [2, -1])
-def test_the_union_of_other_integers_is_refused(value):
+@pytest.mark.parametrize(("value", "low", "high"), [(2, 0, 2), (-1, -1, 1)])
+def test_the_union_of_other_integers_and_of_additive_masks_is_refused(value, low, high):
     mix = Mix(torch.full((2,), 0.5), torch.tensor([1, 0]))
-    low, high = min(value, 0), max(value, 1)
     with pytest.raises(ValueError, match=rf"mask must be 0 or 1, or \(B,\) lengths, got values from {low} to {high}"):
         mix.union(torch.tensor([[1, 1, value], [1, 0, 0]]))
+    with pytest.raises(TypeError, match=r"mask must be boolean or integer, got torch.float32"):
+        mix.union(torch.zeros(2, 1, 1, 5))
 
 
 def test_a_draw_lies_with_the_generator_unless_a_device_is_named():
@@ -240,7 +221,7 @@ def test_a_draw_moves_to_another_device():
     assert isinstance(moved, Mix)
     assert moved.lam.is_meta
     assert moved.partner.is_meta
-    assert torch.equal(mix.to("cpu").lam, mix.lam)
+    assert_same_draw(mix.to("cpu"), mix)
 
 
 @pytest.mark.gpu
@@ -249,13 +230,5 @@ def test_a_generator_on_the_cpu_serves_the_gpu(alpha):
     mix = draw(64, alpha=alpha, device="cuda", generator=seeded())
     assert mix.lam.is_cuda
     assert mix.partner.is_cuda
-    on_host = draw(64, alpha=alpha, generator=seeded())
-    assert torch.equal(mix.lam.cpu(), on_host.lam)
-    on_device = draw(64, alpha=alpha, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    assert on_device.lam.is_cuda
-
-
-def test_the_union_of_additive_masks_is_refused():
-    mix = Mix(torch.rand(2), torch.tensor([1, 0]))
-    with pytest.raises(TypeError, match=r"mask must be boolean or integer, got torch.float32"):
-        mix.union(torch.zeros(2, 1, 1, 5))
+    assert_same_draw(mix.to("cpu"), draw(64, alpha=alpha, generator=seeded()))
+    assert draw(64, alpha=alpha, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).lam.is_cuda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_contract, by_library, paired_case
+from conftest import INTERPRETED, assert_contract, by_library, paired_case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,11 +13,9 @@ from fastamp import AMPLoss, functional
 
 OPTIONS = [
     {},
-    {"label_smoothing": 0.3},
-    {"ignore_index": 1},
+    {"label_smoothing": 0.3, "ignore_index": 1},
     {"reduction": "none"},
-    {"reduction": "sum", "step_size": 0.5},
-    {"step_size": 0.5, "grad_clip": None},
+    {"reduction": "sum", "step_size": 0.5, "grad_clip": None},
     {"mode": "mixup"},
     {"mode": "maxop", "clamp": True, "step_size": 0.9},
     {"tie_tol": 0.0},
@@ -26,13 +24,17 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("batch", [1, 6, 7])
+@pytest.fixture(params=["many_programs", "small_tiles"])
+def classes(request):
+    """Pairs in registers, or by loops: how many classes a row has then."""
+    request.getfixturevalue(request.param)
+    return 40 if request.param == "many_programs" else 21
+
+
 @pytest.mark.parametrize("kind", ["labels", "probabilities", "weights"])
-@pytest.mark.parametrize("where", ["many_programs", "small_tiles"])
-def test_pairs_hold_the_contract(request, where, kind, batch, options):
-    request.getfixturevalue(where)
-    case = paired_case(batch, 40 if where == "many_programs" else 21, **options)
+@pytest.mark.parametrize(("options", "batch"), [(options, (6, 7, 1, 5)[i % 4]) for i, options in enumerate(OPTIONS)])
+def test_pairs_hold_the_contract(classes, options, batch, kind):
+    case = paired_case(batch, classes, **options)
     if kind == "probabilities":
         case = case._replace(target=torch.rand_like(case.logits).softmax(1))
     elif kind == "weights":
@@ -41,26 +43,22 @@ def test_pairs_hold_the_contract(request, where, kind, batch, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("where", ["many_programs", "small_tiles"])
-def test_pairs_hold_the_contract_in_every_dtype(request, where, dtype):
-    request.getfixturevalue(where)
-    assert_contract(paired_case(7, 40 if where == "many_programs" else 21, dtype=dtype, step_size=0.05))
+def test_pairs_hold_the_contract_in_every_dtype(classes, dtype):
+    assert_contract(paired_case(5, classes, dtype=dtype, step_size=0.05))
 
 
-@given(batch=st.integers(1, 9), classes=st.integers(1, 30), seed=st.integers(0, 99))
-def test_the_promise_changes_nothing(backend, batch, classes, seed):
+@INTERPRETED
+@given(batch=st.integers(1, 9), width=st.integers(1, 30), seed=st.integers(0, 99))
+def test_the_promise_changes_nothing(backend, batch, width, seed):
     torch.manual_seed(seed)
-    case = paired_case(batch, classes, step_size=0.2)
+    case = paired_case(batch, width, step_size=0.2)
     promised = by_library(case)
     del case.options["pairing"]
     for ours, theirs in zip(promised, by_library(case), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("where", ["many_programs", "small_tiles"])
-def test_excluded_classes_offsets_and_strided_rows_of_pairs(request, where):
-    request.getfixturevalue(where)
-    classes = 40 if where == "many_programs" else 21
+def test_excluded_classes_offsets_and_strided_rows_of_pairs(classes):
     case = paired_case(6, classes, step_size=0.1)
     logits = case.logits.clone()
     logits[:, 5] = -torch.inf
@@ -73,10 +71,8 @@ def test_excluded_classes_offsets_and_strided_rows_of_pairs(request, where):
     assert_contract(case._replace(target=torch.full((6,), 1), options={**case.options, "ignore_index": 1}))
 
 
-@pytest.mark.parametrize("where", ["many_programs", "small_tiles"])
-def test_a_second_backward_and_another_upstream_gradient_are_right(request, where, poisoned_empty):
-    request.getfixturevalue(where)
-    case = paired_case(7, 40)
+def test_a_second_backward_and_another_upstream_gradient_are_right(classes, poisoned_empty):
+    case = paired_case(7, classes)
     logits = case.logits.requires_grad_()
     loss = functional.amp_cross_entropy(logits, case.target, case.lam, case.partner, pairing="matching")
     grads = [torch.autograd.grad(loss * factor, logits, retain_graph=True)[0] for factor in (1.0, 2.0, 1.0)]

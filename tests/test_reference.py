@@ -21,6 +21,10 @@ def rows(batch=5, classes=4):
     return torch.randn(batch, classes, dtype=torch.float64), torch.randint(classes, (batch,))
 
 
+def draws(batch=5):
+    return torch.rand(batch, dtype=torch.float64), torch.randperm(batch)
+
+
 def test_two_rows_of_two_classes_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     lam, partner = torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([1, 0])
@@ -71,10 +75,9 @@ def test_a_step_that_lowers_the_loss_is_rejected():
         return torch.cat([torch.zeros_like(x), x], 1)
 
     options = {"step_size": 1.0, "grad_clip": 0.2, "tie_tol": 0.0, "reduction": "none"}
-    result = reference.amp(f, hidden, torch.tensor([0, 0]), lam, partner, **options)
-    plain = reference.amp(f, hidden, torch.tensor([0, 0]), lam, partner, mode="mixup", reduction="none")
-    always = reference.amp(
-        f, hidden, torch.tensor([0, 0]), lam, partner, mode="maxop", step_size=1.0, grad_clip=0.2, reduction="none"
+    result, plain, always = (
+        reference.amp(f, hidden, torch.tensor([0, 0]), lam, partner, mode=mode, **options)
+        for mode in ("amp", "mixup", "maxop")
     )
     assert result.delta[0] < 0
     assert result.mask[0].item() is False
@@ -96,7 +99,7 @@ def test_gradients_of_plain_mixup_are_the_numerical_ones(loss):
 
 def test_the_lambda_gradient_is_the_numerical_one_with_the_label_mass_held_fixed():
     logits, target = rows(6, 4)
-    lam, partner = torch.rand(6, dtype=torch.float64), torch.randperm(6)
+    lam, partner = draws(6)
     q = F.one_hot(target, 4).double()
     t = lam[:, None] * q + (1 - lam[:, None]) * q[partner]
 
@@ -112,7 +115,7 @@ def test_the_lambda_gradient_is_the_numerical_one_with_the_label_mass_held_fixed
 def test_lambda_after_the_step_is_a_constant_to_autograd():
     logits, target = rows(6, 4)
     logits.requires_grad_()
-    lam, partner = torch.rand(6, dtype=torch.float64), torch.randperm(6)
+    lam, partner = draws(6)
     result = reference.amp(identity, logits, target, lam, partner, step_size=0.3, mode="maxop")
     (grad,) = torch.autograd.grad(result.loss, logits)
 
@@ -132,45 +135,28 @@ def test_lambda_after_the_step_is_a_constant_to_autograd():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("kind", ["labels", "ignored labels", "probabilities"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("mode", ["mixup", "amp"])
-def test_at_lambda_one_it_is_cross_entropy(mode, weighted, ignored, smoothing, reduction):
+def test_at_lambda_one_it_is_cross_entropy(weighted, kind, smoothing, reduction):
     logits, target = rows(7, 4)
-    target[2] = ignored
-    weight = torch.rand(4, dtype=torch.float64) if weighted else None
-    options = {"ignore_index": ignored, "label_smoothing": smoothing, "weight": weight}
-    expected = F.cross_entropy(logits, target, reduction=reduction, **options)
-    result = reference.amp(
-        identity,
-        logits,
-        target,
-        torch.ones(7, dtype=torch.float64),
-        torch.randperm(7),
-        mode=mode,
-        step_size=0.0,
-        reduction=reduction,
-        **options,
-    )
-    torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=1e-14)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_at_lambda_one_soft_targets_are_cross_entropys(weighted):
-    logits, _ = rows(7, 4)
-    target = torch.rand(7, 4, dtype=torch.float64)
-    weight = torch.rand(4, dtype=torch.float64) if weighted else None
+    options = {"label_smoothing": smoothing, "weight": torch.rand(4, dtype=torch.float64) if weighted else None}
+    if kind == "ignored labels":
+        target[2] = options["ignore_index"] = 2
+    if kind == "probabilities":
+        target = torch.rand(7, 4, dtype=torch.float64)
+    options["reduction"] = reduction
+    expected = F.cross_entropy(logits, target, **options)
     lam, partner = torch.ones(7, dtype=torch.float64), torch.randperm(7)
-    result = reference.amp(identity, logits, target, lam, partner, step_size=0.0, weight=weight, label_smoothing=0.2)
-    expected = F.cross_entropy(logits, target, weight=weight, label_smoothing=0.2)
-    torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=1e-14)
+    for mode in ("mixup", "amp"):
+        result = reference.amp(identity, logits, target, lam, partner, mode=mode, step_size=0.0, **options)
+        torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=1e-14)
 
 
 def test_the_mixed_loss_is_the_mixture_of_two_cross_entropies():
     logits, target = rows(7, 4)
     target[1] = -100
     weight = torch.rand(4, dtype=torch.float64)
-    lam, partner = torch.rand(7, dtype=torch.float64), torch.randperm(7)
+    lam, partner = draws(7)
     m = reference.mix(logits, lam, partner)
     own = F.cross_entropy(m, target, weight=weight, reduction="none")
     other = F.cross_entropy(m, target[partner], weight=weight, reduction="none")
@@ -208,30 +194,23 @@ def test_official_is_binary_cross_entropy_of_the_softmax_with_the_gradient_of_th
 
 def test_the_gradient_of_the_mean_is_that_of_the_row_over_the_batch_size():
     logits, target = rows(5, 4)
-    lam, partner = torch.rand(5, dtype=torch.float64), torch.randperm(5)
+    lam, partner = draws()
     row = reference.amp(identity, logits, target, lam, partner)
     mean = reference.amp(identity, logits, target, lam, partner, grad_scale="mean")
     torch.testing.assert_close(mean.grad, row.grad / 5)
 
 
 @pytest.mark.parametrize(("clip", "bound"), [(1.0, 1.0), (0.05, 0.05), (None, math.inf)])
-def test_the_clip_bounds_the_step_on_both_sides(clip, bound):
+def test_the_clip_bounds_the_step_on_both_sides_and_a_clamp_lambda(clip, bound):
     logits, target = rows(50, 4)
-    lam, partner = torch.rand(50, dtype=torch.float64), torch.randperm(50)
-    result = reference.amp(identity, 20 * logits, target, lam, partner, step_size=1.0, grad_clip=clip)
+    arguments, options = (identity, 20 * logits, target, *draws(50)), {"step_size": 1.0, "grad_clip": clip}
+    result = reference.amp(*arguments, **options)
     assert result.grad.max() > 1
     assert result.grad.min() < -1
-    torch.testing.assert_close(result.lam_adv - lam, result.grad.clamp(-bound, bound))
-
-
-def test_clamp_keeps_lambda_in_the_unit_interval():
-    logits, target = rows(50, 4)
-    lam, partner = torch.rand(50, dtype=torch.float64), torch.randperm(50)
-    free = reference.amp(identity, 20 * logits, target, lam, partner, step_size=1.0)
-    kept = reference.amp(identity, 20 * logits, target, lam, partner, step_size=1.0, clamp=True)
-    assert free.lam_adv.min() < 0
-    assert free.lam_adv.max() > 1
-    assert torch.equal(kept.lam_adv, free.lam_adv.clamp(0, 1))
+    torch.testing.assert_close(result.lam_adv - arguments[3], result.grad.clamp(-bound, bound))
+    assert result.lam_adv.min() < 0
+    assert result.lam_adv.max() > 1
+    assert torch.equal(reference.amp(*arguments, clamp=True, **options).lam_adv, result.lam_adv.clamp(0, 1))
 
 
 def test_any_network_on_a_hidden_state_of_any_shape():

@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DTYPES, HAS_GPU, INTERPRETED, assert_no_worse
-from hypothesis import given, settings
+from conftest import HAS_GPU, INTERPRETED
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LAYOUTS, laid_out
+from strategies import DRAWS, assert_case_holds
 from torch import Tensor
 
-from fastamp import functional, reference
+from fastamp.conformance import SelectionCase
 from fastamp.functional import select_cross_entropy
 from fastamp.mixing import Mixture
 from fastamp.ops.select_cross_entropy import dispatch
@@ -49,118 +48,51 @@ def by_library(case):
     return loss.detach(), delta, mask, *torch.autograd.grad(loss, leaves, case.upstream.to(loss.dtype))
 
 
-def by_definition(case, dtype, mask):
-    """The losses of `reference.row_losses`; `mask` says which to take."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in case[:2]]
-    lam, partner, options = case.lam.to(dtype), case.partner, case.options
-    target = case.target.to(dtype) if case.target.is_floating_point() else case.target
-    ignored, smoothing = options.get("ignore_index", -100), options.get("label_smoothing", 0.0)
-    q, kept = reference.class_mass(target, leaves[0].detach(), ignored, smoothing)
-    q, kept = lam[:, None] * q + (1 - lam[:, None]) * q[partner], lam * kept + (1 - lam) * kept[partner]
-    weight = torch.ones(leaves[0].shape[1], dtype=dtype) if case.weight is None else case.weight.to(dtype)
-    kind = options.get("loss", "cross_entropy")
-    loss, loss_adv = (reference.row_losses(x, q, kept, weight, kind) for x in leaves)
-    chosen = torch.where(mask, loss_adv, loss)
-    grads = torch.autograd.grad(chosen, leaves, case.upstream.to(dtype))
-    return chosen.detach(), (loss_adv - loss).detach(), mask, *grads
-
-
-def assert_selection_holds(case):
-    ours = by_library(case)
-    mask, dtype = ours[2], case.logits.dtype
-    truth, composed = (by_definition(case, precision, mask) for precision in (torch.float64, dtype))
-    names = ("loss", "delta", "mask", "gradient at λ", "gradient at λ'")
-    for name, *values in zip(names, ours, truth, composed, strict=True):
-        if name != "mask":
-            assert_no_worse(name, *values, dtype)
-    assert_mask(case, mask, truth)
-    return ours
-
-
-def assert_mask(case, mask, truth):
-    if case.options.get("mode", "amp") != "amp":
-        assert torch.equal(mask, torch.full_like(mask, case.options["mode"] == "maxop"))
-        return
-    tolerance = case.options.get("tie_tol", "auto")
-    loss, delta = truth[0] - torch.where(mask, truth[1], 0), truth[1]
-    if tolerance == "auto":
-        tolerance = 4 * torch.finfo(case.logits.dtype).eps * loss.abs().clamp(min=1)
-    expected = (delta > 0) if case.options.get("tie_tol") == 0.0 else delta >= -tolerance
-    noise = 64 * torch.finfo(case.lam.dtype).eps * loss.abs().clamp(min=1)
-    unsure = (delta + torch.as_tensor(tolerance)).abs() <= noise
-    assert ((mask == expected) | unsure).all()
-
-
-@st.composite
-def batches(draw):
-    batch, classes = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 3, 7, 8, 9, 20, 33]))
-    dtype, layout = draw(st.sampled_from(DTYPES)), st.sampled_from(LAYOUTS)
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    options = {
-        "loss": draw(st.sampled_from(LOSSES)),
-        "mode": draw(st.sampled_from(["amp", "amp", "maxop", "mixup"])),
-        "tie_tol": draw(st.sampled_from(["auto", 0.0, 0.05])),
-        "label_smoothing": draw(st.sampled_from([0.0, 0.2])),
-        "ignore_index": draw(st.sampled_from([-100, classes, 0])),
-    }
-    case = random_batch(batch, classes, dtype=dtype, change=draw(st.sampled_from([0.0, 1e-3, 0.2, 3.0])), **options)
-    if draw(st.booleans()):
-        soft = torch.rand(batch, classes).softmax(1).to(draw(st.sampled_from(DTYPES)))
-        case = case._replace(target=soft, options=options | {"ignore_index": -100})
-    elif draw(st.booleans()):
-        case.target[0] = options["ignore_index"]
-    return case._replace(
-        **{name: laid_out(getattr(case, name), draw(layout)) for name in ("logits", "logits_adv", "lam", "upstream")},
-        target=laid_out(case.target, draw(layout)),
-        partner=laid_out(torch.arange(batch) if draw(st.booleans()) else case.partner, draw(layout)),
-        weight=draw(st.sampled_from([None, laid_out(0.5 + torch.rand(classes), draw(layout))])),
-    )
-
-
-@settings(INTERPRETED, max_examples=30)
-@given(case=batches())
-def test_any_selection_holds_the_contract(poisoned_empty, backend, case):
-    assert_selection_holds(case)
-
-
-@settings(INTERPRETED)
-@given(case=batches())
-def test_any_selection_by_loops_holds_the_contract(poisoned_empty, small_tiles, case):
-    assert_selection_holds(case)
+@INTERPRETED
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "shape": st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 7, 8, 9, 20])),
+            "change": st.sampled_from([0.0, 1e-3, 0.2, 3.0]),
+            "soft": st.booleans(),
+            "weighted": st.booleans(),
+            "ignored": st.booleans(),
+            "options": st.fixed_dictionaries(
+                {"loss": st.sampled_from(LOSSES), "label_smoothing": st.sampled_from([0.0, 0.2])}
+            ),
+        }
+    ),
+    **DRAWS,
+)
+def test_any_selection_holds_the_contract(kernel, options, layout, dtype, seed):
+    assert_case_holds(SelectionCase("any", **options), layout, dtype, seed)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_row_longer_than_registers_holds_the_contract(poisoned_empty, backend, loss):
-    classes = 4100 if loss == "cross_entropy" else 300
-    assert_selection_holds(random_batch(2, classes, loss=loss))
-
-
-@pytest.mark.parametrize("by_loop", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_class_excluded_from_both_is_no_change(request, backend, loss, by_loop):
-    """22: -inf logits; 0 · -inf, and -inf - -inf."""
-    if by_loop and backend == "torch":
-        pytest.skip("loops are of the kernels")
-    if by_loop:
-        request.getfixturevalue("small_tiles")
-    case = random_batch(6, 12, loss=loss, tie_tol=0.0)
+def test_a_class_excluded_from_both_is_no_change(kernel, loss):
+    """Neither 0 · -inf nor -inf - -inf."""
+    case = random_batch(5, 12, loss=loss, tie_tol=0.0)
     case.target[case.target == 4] = 0
     case.logits[:, 4] = case.logits_adv[:, 4] = -torch.inf
-    with_class = assert_selection_holds(case)
     without = [x[:, torch.arange(12) != 4] for x in case[:2]]
     target = case.target - (case.target > 4).long()
     others = by_library(case._replace(logits=without[0], logits_adv=without[1], target=target))
-    for one, other in zip(with_class[:3], others[:3], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_library(case)[:3], others[:3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("by_loop", [False, True])
+def test_the_mode_decides_and_an_ignored_label_may_be_a_class(kernel):
+    case = random_batch(5, 12, change=0.5, tie_tol=0.0)
+    loss, delta, *_ = by_library(case._replace(options={"mode": "mixup"}))
+    loss_adv, _, mask, *_ = by_library(case._replace(options={"mode": "maxop"}))
+    assert mask.all()
+    torch.testing.assert_close(loss_adv - loss, delta, rtol=1e-5, atol=2e-6)
+    target = torch.tensor([0, 3, 7, 0, 5])
+    ignored = by_library(case._replace(target=target, options={"ignore_index": 0}))
+    assert all(map(torch.equal, ignored, by_library(case._replace(target=torch.where(target == 0, -100, target)))))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_logit_that_is_nan_makes_the_loss_nan(request, backend, loss, by_loop):
-    if by_loop and backend == "torch":
-        pytest.skip("loops are of the kernels")
-    if by_loop:
-        request.getfixturevalue("small_tiles")
+def test_a_logit_that_is_nan_makes_the_loss_nan(kernel, loss):
     case = random_batch(4, 12, loss=loss, mode="maxop")
     case.logits_adv[0, 3] = torch.nan
     case.logits_adv[1, 3] = torch.inf
@@ -175,11 +107,8 @@ def test_a_logit_that_is_nan_makes_the_loss_nan(request, backend, loss, by_loop)
     assert not mask[:3].any()
 
 
-@pytest.mark.parametrize("by_loop", [False, True])
-def test_a_small_change_keeps_its_digits(request, backend, by_loop):
-    """20: the difference of two losses of about 2 has lost what the change of the logits still holds."""
-    if by_loop and backend == "triton":
-        request.getfixturevalue("small_tiles")
+def test_a_small_change_keeps_its_digits(kernel):
+    """The difference of two losses of about 2 has lost what the change of the logits still holds."""
     logits = torch.randint(-64, 64, (5, 20)) / 64
     case = random_batch(5, 20)._replace(
         logits=logits, logits_adv=logits + torch.randint(-8, 8, (5, 20)) * 2.0**-20, target=torch.arange(5)
@@ -190,12 +119,8 @@ def test_a_small_change_keeps_its_digits(request, backend, by_loop):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-12)
 
 
-@pytest.mark.parametrize("by_loop", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_large_common_offset_costs_no_digits(request, backend, loss, by_loop):
-    """21."""
-    if by_loop and backend == "triton":
-        request.getfixturevalue("small_tiles")
+def test_a_large_common_offset_costs_no_digits(kernel, loss):
     for mode in ("maxop", "mixup"):  # the loss at λ', and at λ
         case = random_batch(5, 20, loss=loss, mode=mode)
         case = case._replace(logits=case.logits.mul(64).round() / 64, logits_adv=case.logits_adv.mul(64).round() / 64)
@@ -206,24 +131,11 @@ def test_a_large_common_offset_costs_no_digits(request, backend, loss, by_loop):
 
 def test_each_gradient_goes_to_the_logits_that_were_taken(backend):
     case = random_batch(8, 5, change=0.5, tie_tol=0.0)._replace(upstream=torch.ones(()).expand(8))
-    _, _, mask, grad, grad_adv = assert_selection_holds(case)
+    _, _, mask, grad, grad_adv = by_library(case)
     assert 0 < mask.sum() < 8
     assert (grad[mask] == 0).all()
     assert (grad_adv[~mask] == 0).all()
     assert (grad[~mask].abs().sum(1) > 0).all()
-
-
-def test_selection_agrees_with_select_loss(backend):
-    case = random_batch(8, 5, change=0.5, tie_tol=0.0)
-    lam = case.lam
-    losses = []
-    for x in case[:2]:
-        own, theirs = (F.cross_entropy(x, y, reduction="none") for y in (case.target, case.target[case.partner]))
-        losses.append(lam * own + (1 - lam) * theirs)
-    loss, delta, mask = functional.select_loss(*losses, tie_tol=0.0)
-    ours = by_library(case)
-    torch.testing.assert_close(ours[:2], (loss, delta), rtol=1e-5, atol=2e-6)
-    assert torch.equal(ours[2], mask)
 
 
 @pytest.mark.parametrize(("ties", "taken"), [((0.0, 0.0), False), ((0.1, 0.0), True), ((0.0, 0.1), True)])
@@ -256,7 +168,6 @@ def test_an_empty_batch_passes(backend):
 
 
 def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(backend):
-    """2, 3."""
     case = random_batch(5, 4)
     leaf = case.logits.requires_grad_()
     loss, _, _ = select_cross_entropy(leaf, case.logits_adv, *case[2:5], mode="mixup")
@@ -269,11 +180,9 @@ def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(backen
         torch.autograd.grad(loss.sum(), leaf, create_graph=True)[0].sum().backward()
 
 
-def test_three_runs_give_the_same_bits(small_tiles):
+def test_two_runs_give_the_same_bits(small_tiles):
     case = random_batch(4, 30)
-    first, *others = (by_library(case) for _ in range(3))
-    for other in others:
-        assert all(map(torch.equal, first, other))
+    assert all(map(torch.equal, by_library(case), by_library(case)))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="values are looked at on the CPU only")

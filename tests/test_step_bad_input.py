@@ -18,101 +18,68 @@ class Output:
     logits = torch.zeros(BATCH, CLASSES)
 
 
-BAD = {
-    "f is no function": ({"f": "network"}, TypeError, "f must be callable, a module or a function.* got str"),
-    "an int hidden": (
+BAD = [
+    ({"f": "network"}, TypeError, "f must be callable, a module or a function.* got str"),
+    (
         {"hidden": torch.ones(BATCH, 4, dtype=torch.int64)},
         TypeError,
-        "hidden must be float16, bfloat16, float32 or float64, got torch.int64; embed integer ids first",
+        "hidden must be float16, .* got torch.int64; embed integer ids first",
     ),
-    "a scalar hidden": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must have a batch dimension, got a scalar"),
-    "a hidden of another kind": ({"hidden": 3.0}, TypeError, "hidden must be a tensor or a dict or tuple.* got float"),
-    "no hidden": ({"hidden": {}}, ValueError, "hidden must have at least one tensor"),
-    "a part that is no tensor": ({"hidden": {"a": None}}, TypeError, r"hidden\['a'\] must be a tensor, got NoneType"),
-    "parts of two sizes": (
+    ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must have a batch dimension, got a"),
+    ({"hidden": 3.0}, TypeError, "hidden must be a tensor or a dict or tuple.* got float"),
+    ({"hidden": {}}, ValueError, "hidden must have at least one tensor"),
+    ({"hidden": {"a": None}}, TypeError, r"hidden\['a'\] must be a tensor, got NoneType"),
+    (
         {"hidden": {"a": HIDDEN, "b": HIDDEN[1:]}},
         ValueError,
-        rf"one batch size, got {BATCH} rows in hidden\['a'\] and {BATCH - 1} in hidden\['b'\]",
+        rf"got {BATCH} rows in hidden\['a'\] and {BATCH - 1} in hidden\['b'\]",
     ),
-    "pixels": (
-        {"hidden": HIDDEN.byte()},
-        TypeError,
-        r"got torch.uint8; make pixels floating point .*\.float\(\) / 255",
-    ),
-    "labels of 32 bits": ({"target": TARGET.int()}, TypeError, r"got torch\.int32; pass target\.long\(\)"),
-    "an integer part": ({"hidden": (HIDDEN, TARGET)}, TypeError, r"hidden\[1\] must be float16"),
-    "a part elsewhere": ({"hidden": (HIDDEN, HIDDEN.to("meta"))}, ValueError, r"hidden\[1\] is on meta"),
-    "a target of another size": ({"target": TARGET[1:]}, ValueError, rf"target .* shape \({BATCH},\)"),
-    "a float label": (
-        {"target": TARGET.float()},
-        ValueError,
-        r"must have shape \(B, C\), got .* indices must be int64",
-    ),
-    "an int32 target": ({"target": TARGET.int()}, TypeError, "target must be int64"),
-    "a label too large": (
-        {"target": torch.full((BATCH,), CLASSES)},
-        ValueError,
-        f"target must lie in 0..{CLASSES - 1}",
-    ),
-    "probabilities of other classes": ({"target": torch.rand(BATCH, CLASSES + 1)}, ValueError, "shape of the logits"),
-    "no target": ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
-    "a context that is no dict": (
-        {"context": [TARGET]},
-        TypeError,
-        "context must be a dict of tensors or None, got list",
-    ),
-    "a context without names": ({"context": {1: TARGET}}, TypeError, "the names of f's arguments as keys, got 1"),
-    "a context of numbers": ({"context": {"n": 2}}, TypeError, r"context\['n'\] must be a tensor or None, got int"),
-    "a context of another size": (
+    ({"hidden": HIDDEN.byte()}, TypeError, r"got torch.uint8; make pixels floating point .*\.float\(\) / 255"),
+    ({"target": TARGET.int()}, TypeError, r"got torch\.int32; pass target\.long\(\)"),
+    ({"hidden": (HIDDEN, TARGET)}, TypeError, r"hidden\[1\] must be float16"),
+    ({"hidden": (HIDDEN, HIDDEN.to("meta"))}, ValueError, r"hidden\[1\] is on meta"),
+    ({"target": TARGET[1:]}, ValueError, rf"target .* shape \({BATCH},\)"),
+    ({"target": TARGET.float()}, ValueError, r"must have shape \(B, C\), got .* must be int64"),
+    ({"target": torch.full((BATCH,), CLASSES)}, ValueError, f"target must lie in 0..{CLASSES - 1}"),
+    ({"target": torch.rand(BATCH, CLASSES + 1)}, ValueError, "shape of the logits"),
+    ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
+    ({"context": [TARGET]}, TypeError, "context must be a dict of .* or None, got list"),
+    ({"context": {1: TARGET}}, TypeError, "the names of f's arguments as keys, got 1"),
+    ({"context": {"n": 2}}, TypeError, r"context\['n'\] must be a tensor or None, got int"),
+    (
         {"context": {"mask": TARGET[:4]}},
         ValueError,
         rf"context\['mask'\] must have {BATCH} rows.* got shape \(4,\); what all rows share belongs into f",
     ),
-    "a context elsewhere": (
-        {"context": {"mask": TARGET.to("meta")}},
-        ValueError,
-        r"context\['mask'\] is on meta, the rows to mix are on cpu",
-    ),
-    "an unknown plan": ({"plan": "fast"}, ValueError, "plan must be one of 'auto', 'merged', 'both'; got 'fast'"),
-    "a mix of another size": (
-        {"mix": Mix(torch.rand(3), torch.arange(3))},
-        ValueError,
-        rf"lam must have shape \({BATCH},\)",
-    ),
-    "f returns too few rows": (
-        {"f": lambda m: NETWORK(m[1:])},
-        ValueError,
-        f"each of hidden's {BATCH} rows, got shape",
-    ),
-    "f returns integers": (
-        {"f": lambda m: NETWORK(m).argmax(1, True)},
-        TypeError,
-        "f's output must be logits, .* got torch.int64",
-    ),
-    "f returns a vector": ({"f": lambda m: NETWORK(m)[:, 0]}, ValueError, "f's output must have 2 dimensions"),
-    "f returns logits of every position": (
+    ({"context": {"mask": TARGET.to("meta")}}, ValueError, r"context\['mask'\] is on meta, the rows to mix are on cpu"),
+    ({"plan": "fast"}, ValueError, "plan must be one of 'auto', 'merged', 'both'; got 'fast'"),
+    ({"mix": Mix(torch.rand(3), torch.arange(3))}, ValueError, rf"lam must have shape \({BATCH},\)"),
+    ({"f": lambda m: NETWORK(m[1:])}, ValueError, f"each of hidden's {BATCH} rows, got shape"),
+    ({"f": lambda m: NETWORK(m).argmax(1, True)}, TypeError, "f's output must be logits, .* got torch.int64"),
+    ({"f": lambda m: NETWORK(m)[:, 0]}, ValueError, "f's output must have 2 dimensions"),
+    (
         {"f": lambda m: NETWORK(m)[:, None]},
         ValueError,
         r"f's output must have 2 dimensions, .*; a row of hidden has one target: pool over positions in f, or",
     ),
-    "f returns a model's output": ({"f": lambda m: Output()}, TypeError, "got Output; take its .logits"),
-    "f returns NaN": (
+    ({"f": lambda m: Output()}, TypeError, "got Output; take its .logits"),
+    (
         {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([2, 5]), torch.nan)},
         ValueError,
         rf"f returned NaN or \+inf in 2 of {BATCH} rows, first in row 2",
     ),
-    "f returns inf": (
+    (
         {"f": lambda m: NETWORK(m).index_fill(0, torch.tensor([7]), torch.inf)},
         ValueError,
         rf"f returned NaN or \+inf in 1 of {BATCH} rows, first in row 7",
     ),
-    "f detaches": ({"f": lambda m: NETWORK(m.detach())}, ValueError, "f's logits do not depend on hidden"),
-    "f ignores hidden": ({"f": lambda m: NETWORK(HIDDEN)}, ValueError, "f's logits do not depend on hidden"),
-    "f without gradients": ({"f": torch.no_grad()(NETWORK.forward)}, ValueError, r"torch.no_grad\(\)\?"),
-}
+    ({"f": lambda m: NETWORK(m.detach())}, ValueError, "f's logits do not depend on hidden"),
+    ({"f": lambda m: NETWORK(HIDDEN)}, ValueError, "f's logits do not depend on hidden"),
+    ({"f": torch.no_grad()(NETWORK.forward)}, ValueError, r"torch.no_grad\(\)\?"),
+]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("wrong", "kind", "message"), BAD)
 def test_bad_input_is_named(wrong, kind, message):
     given = {"f": NETWORK, "hidden": HIDDEN, "target": TARGET, **wrong}
     state = torch.get_rng_state()

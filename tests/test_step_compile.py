@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo
 from conftest import HAS_GPU
 from test_step import BATCH, CLASSES, WAVY_STEP, WIDTH, Wave, assert_same, problem
 from torch import Tensor, nn
@@ -16,21 +15,12 @@ from torch._dynamo.utils import counters
 import fastamp
 from fastamp import AMPLoss, Mix
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BACKEND = "inductor" if HAS_GPU else "aot_eager"
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("mode", ["amp", "maxop", "mixup"])
-@pytest.mark.parametrize("form", ["tensor", "dict"])
+@pytest.mark.parametrize(("mode", "form"), [("amp", "tensor"), ("maxop", "dict"), ("mixup", "tensor"), ("amp", "dict")])
 def test_a_whole_step_in_one_graph_gives_the_numbers_of_the_definition(backend, mode, form):
-    """12, 14: silently wrong under torch.compile, or the graph breaks."""
     p = problem()
     p.encoder.to(p.x.device)
     p.network.to(p.x.device)
@@ -55,7 +45,6 @@ def test_a_whole_step_in_one_graph_gives_the_numbers_of_the_definition(backend, 
 
 
 def test_a_compiled_step_draws_a_new_lambda_in_every_call():
-    """29: a λ frozen into the graph."""
     p = problem(torch.float32)
     criterion = AMPLoss()
 
@@ -73,7 +62,7 @@ def test_a_compiled_step_draws_a_new_lambda_in_every_call():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_compiled_step_takes_a_smaller_last_batch(dropout):
-    """28, 37: sizes that are symbols, in the draw and in the dropout masks."""
+    """Sizes that are symbols, in the draw and in the dropout masks."""
     network = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Dropout(dropout), nn.Linear(7, CLASSES))
     criterion = AMPLoss(alpha=0.3, pairing="matching")
 
@@ -126,7 +115,7 @@ def test_the_first_pass_of_a_compiled_step_makes_no_gradients_of_parameters():
 
 @pytest.mark.parametrize("whole", [True, False], ids=["step", "f"])
 def test_compiled_passes_share_their_dropout_masks(whole):
-    """31: with masks redrawn |δ| would be about 0.1."""
+    """With masks redrawn |δ| would be about 0.1."""
     p = problem(torch.float32)
     network = nn.Sequential(p.network[0], Wave(), nn.Dropout(0.5), p.network[2])
     criterion = AMPLoss(mode="amp")
@@ -149,8 +138,16 @@ def test_compiled_passes_share_their_dropout_masks(whole):
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("plan", ["auto", "merged", "both"])
-@pytest.mark.parametrize("how", ["torch.compile", "module.compile", "closure"])
+@pytest.mark.parametrize(
+    ("how", "plan"),
+    [
+        ("torch.compile", "auto"),
+        ("torch.compile", "both"),
+        ("module.compile", "auto"),
+        ("module.compile", "merged"),
+        ("closure", "both"),
+    ],
+)
 def test_a_compiled_f_gives_the_numbers_of_the_definition(how, plan):
     p = problem()
     p.network[0].bias.requires_grad_(False)  # stays so
@@ -183,16 +180,10 @@ class Normalised(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "dropout"),
-    [
-        ("torch.compile", "shared"),
-        ("torch.compile", "redrawn"),
-        ("module.compile", "shared"),
-        ("closure", "redrawn"),
-        ("function", "shared"),
-    ],
+    [("torch.compile", "redrawn"), ("module.compile", "shared"), ("closure", "redrawn"), ("function", "shared")],
 )
 def test_a_compiled_f_with_batch_normalisation_takes_batches_of_any_size(how, dropout):
-    """39: a graph for any batch size gives its buffers away in its backward, which may then run once only."""
+    """A graph for any batch size gives its buffers away in its backward, which may then run once only."""
     torch.manual_seed(0)
     plain = Normalised()
     network = copy.deepcopy(plain)
@@ -203,7 +194,7 @@ def test_a_compiled_f_with_batch_normalisation_takes_batches_of_any_size(how, dr
         compiled = torch.compile(network if how != "function" else lambda m: network(m), backend=BACKEND)
     f = compiled if how.endswith("compile") else lambda m: compiled(m)
     criterion = AMPLoss(dropout=dropout, step_size=0.4, grad_clip=None)
-    for size in (8, 8, 5):
+    for size in (8, 5):
         x, target = torch.randn(size, 2, 4, 4), torch.randint(CLASSES, (size,))
         mix = Mix(torch.rand(size), torch.randperm(size))
         runs = []

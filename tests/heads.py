@@ -1,4 +1,4 @@
-"""Calls of a linear head of many classes in chunks, and what they make."""
+"""Calls of a linear head, whole or in chunks of rows, and what they make."""
 
 import itertools
 
@@ -16,15 +16,28 @@ NAMES = ("hidden", "linear_weight", "linear_bias")
 
 
 class Call:
-    """One call in chunks, and what comes from above."""
+    """One call, and what comes from above: in chunks, unless `chunk_rows` is None, which a ReLU or dropout needs."""
 
-    def __init__(self, batch=7, depth=6, classes=11, *, dtype=torch.float32, chunk_rows=3, bias=True, **options):
+    def __init__(
+        self,
+        batch=7,
+        depth=6,
+        classes=11,
+        *,
+        dtype=torch.float32,
+        chunk_rows=3,
+        bias=True,
+        relu=False,
+        dropout=False,
+        **options,
+    ):
         self.hidden = torch.randn(batch, depth).to(dtype)
         self.linear_weight = (torch.randn(classes, depth) / depth**0.5).to(dtype)
         self.linear_bias = torch.randn(classes).to(dtype) if bias else None
         self.target = torch.randint(classes, (batch,))
         self.lam, self.partner = torch.rand(batch, dtype=torch.float64), torch.randperm(batch)
-        self.chunk_rows, self.options = chunk_rows, options
+        self.keep = F.dropout(torch.ones(batch, depth), 0.4).to(dtype) if dropout else None
+        self.relu, self.chunk_rows, self.options = relu, chunk_rows, options
         self.upstream = torch.randn(batch) if options.get("reduction") == "none" else torch.tensor(0.7)
 
     def leaves(self, dtype=None):
@@ -34,7 +47,8 @@ class Call:
     def by_library(self, leaves=None, **changed):
         """Loss, statistics and leaves; each call's options may be changed."""
         leaves = self.leaves() if leaves is None else leaves
-        chosen = {"chunk_rows": self.chunk_rows, **self.options, **changed}
+        chosen = {"chunk_rows": self.chunk_rows, "activation": "relu" if self.relu else None, "dropout_mask": self.keep}
+        chosen |= {**self.options, **changed}
         batch = (self.target, self.lam, self.partner)
         loss, stats = linear_amp_cross_entropy(*leaves, *batch, return_stats=True, **chosen)
         return loss, stats, leaves
@@ -42,9 +56,12 @@ class Call:
     def by_definition(self, dtype):
         leaves = self.leaves(dtype)
         target = self.target.to(dtype) if self.target.is_floating_point() else self.target
-        result = reference.amp(
-            lambda m: F.linear(m, *leaves[1:]), leaves[0], target, self.lam, self.partner, **self.options
-        )
+
+        def f(m):
+            m = m.relu() if self.relu else m
+            return F.linear(m if self.keep is None else m * self.keep.to(dtype), *leaves[1:])
+
+        result = reference.amp(f, leaves[0], target, self.lam, self.partner, **self.options)
         return result.loss, result, leaves
 
     def gradients(self, loss, leaves, upstream=None, **kwargs):
@@ -52,13 +69,16 @@ class Call:
         return torch.autograd.grad(loss, present, (self.upstream if upstream is None else upstream).to(loss), **kwargs)
 
     def assert_contract(self):
+        """No worse than the composition in the dtype."""
         dtype = self.hidden.dtype
         runs = [self.by_library(), self.by_definition(torch.float64), self.by_definition(dtype)]
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        assert runs[0][0].dtype == runs[0][1].delta.dtype == compute
         assert_no_worse("loss", *[loss.detach() for loss, _, _ in runs], dtype)
         for name in ("lam_adv", "grad", "delta"):
             assert_no_worse(name, *[getattr(stats, name) for _, stats, _ in runs], dtype)
         truth = runs[1][1]
-        noise = 64 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        noise = 64 * torch.finfo(compute).eps
         tie_tol = self.options.get("tie_tol", 0.0)
         doubtful = (truth.delta + (0.0 if tie_tol == "auto" else tie_tol)).abs() <= noise
         assert ((runs[0][1].mask == truth.mask) | doubtful).all()
