@@ -43,9 +43,7 @@ def test_confident_predictions_lose_no_digits_of_delta(backend, scale):
     """Cancellation where the loss is about 1e-13, or where p rounds to 1."""
     logits = scale * torch.tensor([[1.0, 0.0, -0.5], [0.75, -0.25, 0.0], [0.0, 1.0, -1.0]])
     target, lam, partner = torch.tensor([0, 0, 1]), torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 2, 0])
-    loss, stats = amp_cross_entropy(
-        logits, target, lam, partner, reduction="none", return_stats=True, tie_tol=0.0
-    )
+    loss, stats = amp_cross_entropy(logits, target, lam, partner, reduction="none", return_stats=True, tie_tol=0.0)
     for r in range(3):
         q = int(partner[r])
         value, grad, delta = exact(

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 pytest.importorskip("rich")
 
 BENCH = Path(__file__).parents[1] / "bench"
-SINGLE = ["_amp_cross_entropy_kernel", "_rescale_kernel"]
+SINGLE = ["_amp_few_classes_kernel", "_rescale_kernel"]
 KERNELS = {
     (50, 6, "AMPLoss"): SINGLE,
     (50, 6, "AMPLoss, matching"): SINGLE,
@@ -21,7 +21,7 @@ KERNELS = {
     (256, 1000, "AMPLoss"): ["_amp_cross_entropy_kernel", "_amp_total_kernel", "_rescale_kernel"],
     (256, 1000, "AMPLoss, matching"): ["_amp_cross_entropy_kernel", "_amp_total_kernel", "_rescale_kernel"],
     (64, 32000, "AMPLoss"): ["_amp_rows_kernel", "_amp_total_kernel", "_amp_rows_grad_kernel"],
-    (64, 32000, "AMPLoss, matching"): ["_amp_pairs_kernel", "_amp_total_kernel", "_rescale_kernel"],
+    (64, 32000, "AMPLoss, matching"): ["_amp_rows_kernel", "_amp_total_kernel", "_rescale_kernel"],
 }
 FREE = ("empty", "new_empty", "empty_like")  # memory, but no launch
 

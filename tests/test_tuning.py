@@ -253,8 +253,7 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
     policy = Policy(keeps_all=keeps_all)
     head = config.linear_head_config(batch, min(size, 16), batch % 2048 + 1, itemsize)
     launches = [
-        config.forward_config(batch, size, itemsize, policy),
-        config.pairs_config(itemsize, dense_target=flag),
+        config.forward_config(batch, size, itemsize, policy, dense_target=flag),
         config.backward_config(size, itemsize),
         config.select_config(size, itemsize),
         config.mix_config(size, stored),

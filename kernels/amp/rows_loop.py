@@ -191,10 +191,9 @@ def _amp_rows_kernel(
                         e_other = tl.exp2(a - role_other.lam * d)
                         dz = (own * slope) * e + (theirs_rest * slope_other) * e_other
                         dz_other = (own_rest * slope) * e + (theirs * slope_other) * e_other
+                        hit = True
                         if sparse:
                             hit = holds(on.a, start, BLOCK_C) | holds(on.b, start, BLOCK_C)
-                        else:
-                            hit = True
                         if hit:
                             t, t_other = on, on_other
                             if not sparse:
