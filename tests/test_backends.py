@@ -27,14 +27,16 @@ def test_kernels_with_the_batch_in_one_program_are_no_worse_than_the_composition
     assert_contract(case)
 
 
-def test_the_fixtures_take_the_kernels_that_they_name(small_tiles, request):
+@pytest.mark.parametrize(
+    ("tiles", "classes", "rows", "in_registers"),
+    [("small_tiles", 9, 1, False), ("small_tiles", 8, 1, True), ("many_programs", 5, 2, True)],
+)
+def test_the_fixtures_take_the_kernels_that_they_name(request, tiles, classes, rows, in_registers):
     from fastamp.kernels.config import forward_config
 
-    policy = Policy()
-    assert not forward_config(4, 9, 4, policy, dense_target=False).in_registers
-    assert forward_config(4, 8, 4, policy, dense_target=False).block_b == 1
-    request.getfixturevalue("many_programs")
-    assert forward_config(9, 5, 4, policy, dense_target=False).block_b == 2
+    request.getfixturevalue(tiles)
+    launch = forward_config(9, classes, 4, Policy(), dense_target=False)
+    assert (launch.block_b, launch.in_registers) == (rows, in_registers)
 
 
 @INTERPRETED
