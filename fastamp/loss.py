@@ -286,7 +286,10 @@ class AMPLoss(nn.Module):
         mix = self._checked_train(mix, logits.shape[0], logits.device, stacklevel=5)
         mixture = Mixture(target, *(mix or self.sample(logits.shape[0], device=logits.device)), self.weight)
         wants_stats = return_stats or self.reweight is not None
-        loss, stats = amp_cross_entropy.dispatch(logits, mixture, self.policy, self.step_size, how, wants_stats)
+        weighs = self.reweight is not None
+        loss, stats = amp_cross_entropy.dispatch(
+            logits, mixture, self.policy, self.step_size, how, wants_stats, weighs_delta=weighs
+        )
         if self.reweight is not None and stats is not None:
             divisor: Tensor | float = 1.0
             if self.reduction != "none":

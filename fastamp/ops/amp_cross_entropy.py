@@ -122,11 +122,18 @@ def check(
 
 
 def dispatch(
-    logits: Tensor, mixture: Mixture, policy: Policy, step_size: float, reduction: Reduction, return_stats: bool
+    logits: Tensor,
+    mixture: Mixture,
+    policy: Policy,
+    step_size: float,
+    reduction: Reduction,
+    return_stats: bool,
+    *,
+    weighs_delta: bool = False,
 ) -> tuple[Tensor, MixStats | None]:
-    """`amp_cross_entropy` for checked arguments."""
+    """`amp_cross_entropy` for checked arguments; `weighs_delta` asks for every digit of δ."""
     mixture = mixture.computed_in(compute_dtype(logits.dtype))
-    policy = policy._replace(keeps_all=known_to_keep_all(mixture, policy, reduction))
+    policy = policy._replace(keeps_all=not weighs_delta and known_to_keep_all(mixture, policy, reduction))
     need_grad = logits.requires_grad and torch.is_grad_enabled()  # inside a Function grad mode is always off
     if takes_kernels(logits) and policy.loss == "cross_entropy":
         by_kernel, after = reduction.on_host()
