@@ -24,6 +24,7 @@ def assert_embeddings_hold(shape, vocabulary, padding_idx, **drawn):
     assert_case_holds(EmbeddingCase("any", shape, vocabulary, padding_idx), **drawn)
 
 
+@INTERPRETED
 @given(**EMBEDDINGS, **DRAWS)
 def test_embeddings_hold_the_contract(backend, **drawn):
     assert_embeddings_hold(**drawn)
