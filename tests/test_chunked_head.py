@@ -146,7 +146,7 @@ def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
     [((True, False, False), "mean"), ((False, True, False), "none"), ((False, False, True), "mean")],
 )
 def test_only_gradients_that_are_asked_for_are_made(backend, which, reduction):
-    call = Call(5, 6, 9, chunk_rows=2, reduction=reduction)
+    call = Call(7, 5, 13, chunk_rows=2, reduction=reduction)
     loss, _, leaves = call.by_library()
     expected = call.gradients(loss, leaves)
     leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, which, strict=True)]
@@ -155,9 +155,9 @@ def test_only_gradients_that_are_asked_for_are_made(backend, which, reduction):
         (mine,) = call.gradients(loss, leaves)
     torch.testing.assert_close(mine, expected[which.index(True)])
     if not which[0]:
-        assert (5, 6) not in made.shapes  # that of the gradient to hidden
+        assert (7, 5) not in made.shapes  # that of the gradient to hidden
     if not which[1]:
-        assert (9, 6) not in made.shapes
+        assert (13, 5) not in made.shapes
 
 
 def test_inference_makes_no_gradient(backend, monkeypatch):

@@ -31,8 +31,8 @@ def classes(request):
     return 40 if request.param == "many_programs" else 21
 
 
-@pytest.mark.parametrize("kind", ["labels", "probabilities", "weights"])
-@pytest.mark.parametrize(("options", "batch"), [(options, (6, 7, 1, 5)[i % 4]) for i, options in enumerate(OPTIONS)])
+@pytest.mark.parametrize(("batch", "kind"), [(6, "probabilities"), (7, "weights")])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pairs_hold_the_contract(classes, options, batch, kind):
     case = paired_case(batch, classes, **options)
     if kind == "probabilities":

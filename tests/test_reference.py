@@ -30,39 +30,30 @@ def test_two_rows_of_two_classes_by_hand():
     lam, partner = torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([1, 0])
     result = reference.amp(identity, logits, torch.tensor([0, 1]), lam, partner, step_size=STEP, reduction="mean")
 
-    def loss_at(own, other, label_mass, coefficient):
+    def loss_at(own, other, t0, coefficient):
         """-(t_0 log p_0 + t_1 log p_1) at the mixture with `coefficient`, and p_0."""
         x = [coefficient * a + (1 - coefficient) * b for a, b in zip(own, other, strict=True)]
         p0 = 1 / (1 + math.exp(x[1] - x[0]))
-        return -(label_mass * math.log(p0) + (1 - label_mass) * math.log(1 - p0)), p0
+        return -(t0 * math.log(p0) + (1 - t0) * math.log(1 - p0)), p0
 
     z0, z1 = (2.0, 0.0), (0.0, 1.0)
     # Row 0: t = (0.75, 0.25), d = (2, -1). Row 1: label 1 with 0.4, label 0 with 0.6: t = (0.6, 0.4), d = (-2, 1).
     expected = []
     for own, other, t0, lam_r in ((z0, z1, 0.75, 0.75), (z1, z0, 0.6, 0.4)):
         loss, p0 = loss_at(own, other, t0, lam_r)
-        d = (own[0] - other[0], own[1] - other[1])
-        grad = (p0 - t0) * d[0] + ((1 - p0) - (1 - t0)) * d[1]
+        grad = (p0 - t0) * (own[0] - other[0]) + ((1 - p0) - (1 - t0)) * (own[1] - other[1])
         lam_adv = lam_r + STEP * max(-1.0, min(1.0, grad))
         loss_adv, p0_adv = loss_at(own, other, t0, lam_adv)
         assert loss_adv > loss  # so MinOp keeps λ'
-        g = (p0_adv - t0, t0 - p0_adv)
-        expected.append((loss_adv, lam_adv, grad, loss_adv - loss, g))
-
-    for r, (loss, lam_adv, grad, delta, _) in enumerate(expected):
-        assert result.row_loss[r].item() == pytest.approx(loss, abs=1e-14)
-        assert result.lam_adv[r].item() == pytest.approx(lam_adv, abs=1e-14)
-        assert result.grad[r].item() == pytest.approx(grad, abs=1e-14)
-        assert result.delta[r].item() == pytest.approx(delta, abs=1e-14)
+        expected.append((loss_adv, lam_adv, grad, loss_adv - loss, p0_adv - t0))
+    loss, lam_adv, grad, delta, slope = torch.tensor(expected, dtype=torch.float64).T
     assert result.mask.tolist() == [True, True]
-    assert result.loss.item() == pytest.approx((expected[0][0] + expected[1][0]) / 2, abs=1e-14)
-    result.loss.backward()
-    (*_, lam0, _, _, g0), (*_, lam1, _, _, g1) = expected
-    for c in range(2):
-        row0 = (lam0 * g0[c] + (1 - lam1) * g1[c]) / 2
-        row1 = (lam1 * g1[c] + (1 - lam0) * g0[c]) / 2
-        assert logits.grad[0, c].item() == pytest.approx(row0, abs=1e-14)
-        assert logits.grad[1, c].item() == pytest.approx(row1, abs=1e-14)
+    slopes = torch.stack([slope, -slope], 1)  # of the loss by the mixed logits
+    mine, other = lam_adv[:, None] * slopes, (1 - lam_adv)[:, None] * slopes
+    found = (result.row_loss, result.lam_adv, result.grad, result.delta, result.loss.detach())
+    found = (*found, *torch.autograd.grad(result.loss, logits))
+    for ours, true in zip(found, (loss, lam_adv, grad, delta, loss.mean(), (mine + other.flip(0)) / 2), strict=True):
+        torch.testing.assert_close(ours.detach(), true, rtol=0, atol=1e-14)
 
 
 def test_a_step_that_lowers_the_loss_is_rejected():

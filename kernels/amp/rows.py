@@ -289,7 +289,7 @@ def takes_adversarial(loss, delta, policy: tl.constexpr):
     """Which rows take ℓ(λ') (9)."""
     if policy.mode == "mixup":
         takes = tl.full(delta.shape, False, tl.int1)
-    elif policy.keeps_all:
+    elif policy.keeps_all or policy.mode == "maxop":
         takes = tl.full(delta.shape, True, tl.int1)
     else:
         if policy.tie_tol is None:
