@@ -255,7 +255,7 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
     launches = [
         config.forward_config(batch, size, itemsize, policy, dense_target=flag),
         config.backward_config(size, itemsize),
-        config.select_config(size, itemsize),
+        config.select_config(size, itemsize, dense_target=flag),
         config.mix_config(size, stored),
         config.remix_config(size, itemsize),
         config.inner_product_config(size, stored),
@@ -266,7 +266,7 @@ def test_every_launch_is_one_that_a_program_can_have(request, triton_backend, ti
         numbers = {name: value for name, value in launch._asdict().items() if name not in ("in_registers", "part")}
         assert all(value >= 1 and value & (value - 1) == 0 for value in numbers.values()), launch
         assert launch.num_warps <= tuning.MAX_WARPS, launch
-    wide, narrow = config.select_config(size, 8), config.select_config(2 * size, 4)
+    wide, narrow = (config.select_config(*of, dense_target=flag) for of in ((size, 8), (2 * size, 4)))
     assert wide.num_warps == narrow.num_warps, "as many words want as many warps"
 
 

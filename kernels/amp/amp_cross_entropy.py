@@ -84,7 +84,7 @@ def amp_cross_entropy_forward(
             _amp_few_classes_kernel[grid](*given, *out, *sizes, used, BLOCK_B=config.block_b, **options)
         else:
             kernel = _amp_cross_entropy_kernel if config.in_registers else _amp_rows_kernel
-            options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config.block_c)}
+            options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config, lam.element_size())}
             kernel[(batch,)](*given, *sizes, assumed, **options)
 
     free = ("num_warps",) if config.in_registers else ("block_c", "num_warps")

@@ -31,8 +31,7 @@ TOTAL_BLOCK = 1024
 TOTAL_TURNS = 4
 RESCALE_BLOCK = 4096
 # select_cross_entropy, by loops beyond few classes
-SELECT_WORDS = 2048
-SELECT_WORDS_PER_WARP = 1024
+SELECT_WORDS = 1024
 # linear_head
 HEAD_CLASSES = 16
 HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
@@ -91,9 +90,11 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     return Config(1, max(block_c, LEAST_WORDS * 4 // itemsize), max(1, words // per_warp), True)
 
 
-def careful_block(block_c: int) -> int:
-    """The tile of a program's careful loops, beside one of `block_c` columns."""
-    return max(CAREFUL_COLUMNS, block_c // 8)
+def careful_block(config: Config, itemsize: int) -> int:
+    """The tile of a program's careful loops; doubles that are not in registers have no others."""
+    if itemsize == 8 and not config.in_registers:
+        return config.block_c // 2
+    return max(CAREFUL_COLUMNS, config.block_c // 4)
 
 
 def backward_config(classes: int, itemsize: int) -> Config:
@@ -105,18 +106,20 @@ def backward_config(classes: int, itemsize: int) -> Config:
     return Config(1, words * 4 // itemsize, max(1, words // GRAD_WORDS_PER_WARP), False)
 
 
-def select_config(classes: int, itemsize: int) -> Config:
+def select_config(classes: int, itemsize: int, *, dense_target: bool) -> Config:
     """The launch that compares the losses of two sets of logits.
 
     Args:
         classes: C.
         itemsize: bytes of the compute dtype, 4 or 8.
+        dense_target: probabilities, or labels that are smoothed.
     """
     block_c = next_power_of_2(classes)
     if block_c * itemsize // 4 <= FEW_CLASSES:
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     words = max(min(block_c * itemsize // 4, SELECT_WORDS), LEAST_WORDS)
-    return Config(1, words * 4 // itemsize, max(1, words // SELECT_WORDS_PER_WARP), False)
+    per_warp = WORDS_PER_WARP_HEAVY if dense_target else WORDS_PER_WARP
+    return Config(1, words * 4 // itemsize, max(1, words // per_warp), False)
 
 
 class HeadConfig(NamedTuple):
@@ -140,12 +143,13 @@ def linear_head_config(batch: int, classes: int, depth: int, itemsize: int) -> H
     block_c = max(2, next_power_of_2(classes))
     block_d = next_power_of_2(depth)
     words = block_c * block_d * itemsize // 4
-    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > HEAD_WORDS:
+    if classes > HEAD_CLASSES or depth > HEAD_DEPTH or words > HEAD_WORDS * 4 // itemsize:
         return None
     # About as many programs as a large GPU has multiprocessors: more would only add shares of dW to sum.
     rows = max(1, min(8, cdiv(batch, 128)))
     # Eight columns a lane, and all classes of each: sums over classes need no other lane.
-    return HeadConfig(rows, block_c, block_d, max(1, block_d // 256, words // HEAD_WORDS_PER_WARP))
+    warps = max(1, block_d * itemsize // 1024, words // HEAD_WORDS_PER_WARP)
+    return HeadConfig(rows, block_c, block_d, warps)
 
 
 def mix_config(width: int, itemsize: int) -> Config:

@@ -272,8 +272,8 @@ def _select_kernel(
         slope = total / sum_exp
         if has_adv:
             slope_adv = total / sum_adv
-        changes = tl.zeros((BLOCK_C,), lam.dtype)
-        u_max = changes
+        changed = tl.full((), 0.0, lam.dtype)
+        u_top = changed
         for start in range(0, C, BLOCK_C):
             cols = start + first
             if sparse:
@@ -286,14 +286,13 @@ def _select_kernel(
             if has_adv:
                 z_adv = load_finite(problem_adv, row, cols)
                 u = z_adv - z
-                changes += e * expm1_unit(u)
-                u_max = tl.maximum(u_max, tl.abs(u))
+                changed += tl.sum(e * expm1_unit(u), 0)
+                u_top = tl.maximum(u_top, tl.max(tl.abs(u), 0))
                 e = tl.exp2(scaled(z_adv, shift_adv))
                 tl.store(grad_adv_ptr + row * C + cols, slope_adv * e - tile, mask=cols < C)
         if has_adv:
-            changed = tl.sum(changes, 0)
             near = total * log1p_any(changed / sum_exp) - target_u
-            delta = tl.where(tl.max(u_max, 0) <= 1.0, near, loss_adv - loss)
+            delta = tl.where(u_top <= 1.0, near, loss_adv - loss)
             easy = changed == changed  # a class that is -inf in both has made it NaN
             tl.debug_barrier()  # the gradients are written again, by other threads
     if easy:
@@ -357,11 +356,15 @@ def select_cross_entropy_forward(
             _select_few_classes_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
         else:
             rows = (logits,) if logits_adv is None else (logits, logits_adv)
-            options |= {"ALIGN": alignment(*rows), "BLOCK_CAREFUL": careful_block(config.block_c)}
+            options |= {
+                "ALIGN": alignment(*rows),
+                "BLOCK_CAREFUL": careful_block(config._replace(in_registers=True), 4),
+            }
             _select_kernel[(batch,)](*tensors, batch, classes, *scalars, **options)
         return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
 
-    config = select_config(classes, lam.element_size())
+    dense_target = target.is_floating_point() or policy.label_smoothing > 0
+    config = select_config(classes, lam.element_size(), dense_target=dense_target)
     with on_device_of(logits):
         return tuned(
             "_select_kernel",
