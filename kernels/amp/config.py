@@ -83,7 +83,7 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     if words <= FEW_CLASSES:
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     if words > REGISTER_WORDS:
-        warps = PAIR_WARPS if policy.pairing == "matching" else LOOP_WARPS
+        warps = PAIR_WARPS * 4 // itemsize if policy.pairing == "matching" else LOOP_WARPS
         return Config(1, LOOP_WORDS * 4 // itemsize, warps, False)
     light = (policy.keeps_all or policy.mode == "mixup") and not dense_target
     per_warp = WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
