@@ -83,7 +83,7 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     if words <= FEW_CLASSES:
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     if words > REGISTER_WORDS:
-        warps = PAIR_WARPS * 4 // itemsize if policy.pairing == "matching" else LOOP_WARPS
+        warps = PAIR_WARPS if policy.pairing == "matching" else LOOP_WARPS
         return Config(1, LOOP_WORDS * 4 // itemsize, warps, False)
     light = (policy.keeps_all or policy.mode == "mixup") and not dense_target
     per_warp = WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
@@ -93,7 +93,7 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
 def careful_block(config: Config, itemsize: int) -> int:
     """The tile of a program's careful loops; doubles that are not in registers have no others."""
     if itemsize == 8 and not config.in_registers:
-        return config.block_c // 2
+        return 128 * config.num_warps
     return max(CAREFUL_COLUMNS, config.block_c // 4)
 
 
