@@ -63,7 +63,7 @@ class MixStats(NamedTuple):
     lam: Tensor  # (B,) λ
     lam_adv: Tensor  # (B,) λ' (λ itself for mode="mixup")
     grad: Tensor  # (B,) ∇λ, after grad_scale and before the clip; NaN from `AMPLoss.step` with mode="mixup"
-    delta: Tensor  # (B,) ℓ(λ') - ℓ(λ)
+    delta: Tensor  # (B,) ℓ(λ') - ℓ(λ); from kernels, and where it decides nothing, to 1e-6 of the loss
     mask: Tensor  # (B,) bool: rows that took ℓ(λ')
     plan: str = "closed form"  # how: the passes that `AMPLoss.step` ran, see there
 

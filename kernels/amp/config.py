@@ -1,9 +1,10 @@
 """Launches, from shape and compute width alone: a frozen table. FASTAMP_AUTOTUNE=1 searches about it: see tuning.py.
 
 Sizes are in 4-byte words of the compute dtype: float64 has half as many columns. tests/test_codegen.py compiles what
-these can choose, and fails on a spill. Beside each entry stands what chose it: registers and occupancy for sm_90 from
-bench/results/launches.md, which has the neighbours of every launch, or spills on any of five architectures. Which of
-the neighbours is the fastest only a GPU can say, and none has been asked yet.
+these can choose for five architectures, and fails on a spill. Beside an entry stands what chose it: registers on sm_90
+from bench/results/codegen.md, or instructions. A lane has many columns, so that sums, scalars and addresses are shared
+by many, and as few warps as that leaves are enough to keep memory busy. Which of the neighbours of a launch is the
+fastest only a GPU can say, and none has been asked yet.
 """
 
 from __future__ import annotations
@@ -11,31 +12,31 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 # amp_cross_entropy, rows of few classes, one to a lane
-FEW_CLASSES = 16  # words
+FEW_CLASSES = 16  # words: 156 registers, 255 where every class has target mass
 FEW_ROWS = 64  # of a program; a batch of no more is one program, which sums it
 FEW_WARPS = 2
 # amp_cross_entropy, a row to a program that holds it whole
 REGISTER_WORDS = 4096
-WORDS_PER_WARP = 1024  # 32 a lane
-WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass
-CAREFUL_COLUMNS = 64  # least tile of careful loops
+WORDS_PER_WARP = 1024  # 32 a lane: 194-209 registers, 254 of a pair
+WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass: 209-235; with 1024 they spill
 LEAST_WORDS = 64  # two a lane: a sum then is one of numbers that all lanes have rounded alike
+CAREFUL_COLUMNS = 64  # least tile of careful loops
 SEARCH_ROWS = 1024  # of so many a program looks for the row whose partner its own is; of more it is told
 # amp_cross_entropy, longer rows by loops, and their gradient
 LOOP_WORDS = 2048
-LOOP_WARPS = 4
-PAIR_WARPS = 8
+LOOP_WARPS = 4  # 122 registers, 230 where every class has target mass
+PAIR_WARPS = 8  # 113 and 192
 GRAD_WORDS = 2048
-GRAD_WORDS_PER_WARP = 1024
+GRAD_WORDS_PER_WARP = 1024  # 182-255
 TOTAL_BLOCK = 1024
-TOTAL_TURNS = 4
+TOTAL_TURNS = 4  # of one program; more losses are summed by several, and their sums by one
 RESCALE_BLOCK = 4096
 # select_cross_entropy, by loops beyond few classes
-SELECT_WORDS = 1024
+SELECT_WORDS = 1024  # by one warp 254 registers; where every class has target mass, by two 206
 # linear_head
 HEAD_CLASSES = 16
-HEAD_WORDS = 8192  # largest W in registers under cross-entropy: 128-240 registers by 8 warps; by 16 up to 45 spills
 HEAD_DEPTH = 1024
+HEAD_WORDS = 8192  # largest W in registers: 105-255; half of that in float64
 HEAD_WORDS_PER_WARP = 1024
 # mix, remix, embedding_mix
 MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread of 4 warps, 62-100%
