@@ -58,9 +58,10 @@ def cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy: 
     if policy.mode != "mixup":
         step = (lam_adv - lam) * d
         loss_adv, p_adv, lse_adv = cross_entropy_at(x + step, on)
-        delta = loss_adv - loss
-        if not policy.keeps_all:
-            delta = loss_change(p, on, total, step * LN2, delta)
+        if policy.keeps_all:
+            delta = (total * (lse_adv - lse) - tl.sum(on * step, 0)) * LN2
+        else:
+            delta = loss_change(p, on, total, step * LN2, loss_adv - loss)
             loss_adv = loss + delta
         takes = takes_adversarial(loss, delta, policy)
         loss = tl.where(takes, loss_adv, loss)

@@ -86,11 +86,11 @@ def tame_role(problem, a, b, shift_a, shift_b, easy, row, other, lam, cols, poli
         e = tl.exp2(b + lam_sel * d)
         sum_exp = tl.sum(e, 0)
         easy = easy & is_sound(sum_exp)
+        before = log_sum
         log_sum = tl.log(sum_exp)
         if policy.keeps_all:
-            loss_adv = total * log_sum - (on_b + lam_sel * on_d) * LN2
-            delta = loss_adv - loss
-            loss = loss_adv
+            delta = total * (log_sum - before) - (lam_adv - lam) * on_d * LN2
+            loss = total * log_sum - (on_b + lam_adv * on_d) * LN2
         else:
             loss = tl.where(takes, loss + delta, loss)
     easy = easy & (tl.abs(loss) < float("inf"))
