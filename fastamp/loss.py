@@ -87,7 +87,7 @@ class AMPLoss(nn.Module):
         clamp: keep λ' inside [0, 1].
         reweight: None, or "moving": rows whose δ = ℓ' - ℓ exceeds the mean μ of the positive δ of the last five
             steps weigh 1 + (δ-μ)/σ, σ their unbiased standard deviation. Setting it again forgets them.
-        dropout: "shared": both passes of `step` drop out the same; "redrawn": each draws anew, as the published
+        dropout: "shared": both passes of `step` drop out the same; "redrawn": each draws its own, as the published
             code does.
         tie_tol: a difference |δ| up to this counts as a tie and takes ℓ'. "auto": 4 ulp of the loss in the dtype
             it was computed in. 0.0 is Eq. 21 to the letter.
@@ -352,8 +352,8 @@ class AMPLoss(nn.Module):
 
         Args:
             f: the rest of the network, a module or any callable: f(mixed, **context) gives logits (B, C). `mixed` has
-                the form of `hidden` (a dict for any mapping) and may be written to; context may not. Of a module
-                compiled by torch.compile, pass the module: the first pass then leaves its parameters' gradients out.
+                the form of `hidden` (a dict for any mapping) and may be written to; context may not. If a module
+                is compiled by torch.compile, pass the module: the first pass then leaves its parameters' gradients out.
             hidden: (B, ...) float16/bfloat16/float32/float64, or a dict, tuple or list of such, each of them mixed
                 with the same λ.
             target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.

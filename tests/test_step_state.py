@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastamp import AMPLoss, Mix, reference
+from fastamp.step import batch_statistics
 from fastamp.step.randomness import RecordedMasks, capturing
 
 
@@ -240,6 +243,12 @@ def test_batch_statistics_are_those_of_the_whole_batch_and_updated_once(hidden_i
         assert buffer is buffers[name]
         torch.testing.assert_close(buffer, dict(once.named_buffers())[name])
     assert norm.num_batches_tracked == 1
+
+
+def test_what_the_user_filters_of_warnings_stays():
+    before = list(warnings.filters)
+    importlib.reload(batch_statistics)
+    assert warnings.filters == before
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")

@@ -114,7 +114,7 @@ def gradients_in_backward(dtype: torch.dtype, *, reduces: bool) -> bool:
     """Whether gradients have to wait for the upstream gradient, and logits to be made once more.
 
     The gradients of a row's roles differ by the factors of the rows. And a float16 gradient has to see its factor, a
-    loss scale mostly, before it is rounded.
+    loss scale as a rule, before it is rounded.
 
     Args:
         dtype: of the products.

@@ -244,7 +244,7 @@ def _draw_policy(view: View, runs: Sequence[Line], path: Path) -> Image | None:
     caption = f"The policy over training, {_place(runs)}: of one batch an evaluation, mean over seeds{band}."
     if any(run["config"].get("preset") == "official" for run in runs):
         caption += (
-            " Of methods as in the published code ℓ is the batch's mean of another loss, and |∂ℓ/∂λ| no number to "
+            " In methods as in the published code ℓ is the batch's mean of another loss, and |∂ℓ/∂λ| no number to "
             "compare."
         )
     return _saved(figure, path, caption)

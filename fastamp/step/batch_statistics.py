@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,6 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # Who watches, by thread: hooks on all modules are called by every thread's modules.
 _called: dict[int, list[nn.Module]] = {}
 
-# A compiled module inside f is told of the hook below every time, which is meant.
-warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
-
 
 # One function for all watches: torch.compile specialises on a hook's identity.
 def _note(module: nn.Module, _: Any) -> None:
@@ -32,14 +28,15 @@ def _note(module: nn.Module, _: Any) -> None:
 class BatchStatistics:
     """Which layers of f use or update statistics of the batch, and whether f is compiled.
 
-    A module is searched. Of any callable, the modules that its first pass calls are looked at, but for those within a
-    compiled function; batch normalisation by a function (F.batch_norm) is not noticed.
+    A module is searched. In any other callable, the modules that its first pass calls are looked at, but for those within
+    a compiled function; batch normalisation by a function (F.batch_norm) is not noticed. Where such a callable calls a
+    compiled module, torch warns of a hook on all modules: the one that looks.
     """
 
     def __init__(self, f: Callable[..., Any]) -> None:
         modules = list(f.modules()) if isinstance(f, nn.Module) else []
         self.is_compiled = hasattr(f, "_torchdynamo_orig_callable") or any(map(_compiled, modules))
-        self._whole = self.is_compiled and bool(modules)  # nothing else to be seen, and hooks would be compiled, too
+        self._whole = self.is_compiled and bool(modules)  # nothing else to be seen, and hooks would be compiled as well
         self._layers = _normalising(modules)
 
     @contextmanager

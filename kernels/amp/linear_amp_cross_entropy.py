@@ -142,7 +142,7 @@ def _linear_amp_cross_entropy_kernel(
     """Losses, ∇λ, λ', selection, and the gradients to h, W and b (17-21)."""
     problem = Problem(hidden_ptr, stride_hm, 1, target_ptr, class_weight_ptr, lam_ptr, grad_divisor_ptr, C, step_size)
     cols = tl.arange(0, BLOCK_C)
-    # Rows lie as those of W do: a row of another shape would be laid out anew through shared memory.
+    # Rows lie as those of W do: a row of another shape would have to go through shared memory.
     depth = tl.arange(0, BLOCK_D)[None, :]
     inside = (cols[:, None] < C) & (depth < D)
     dtype = lam_ptr.dtype.element_ty

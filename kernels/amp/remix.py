@@ -1,6 +1,6 @@
 """∇λ of rows of any hidden state, the step of λ, and the rows mixed there (22, 24, 5-7).
 
-Rows that fit in registers take one launch. Of longer ones each program sums a part of the inner product, always the
+Rows that fit in registers take one launch. For longer ones each program sums a part of the inner product, always the
 same part in the same order, and the parts of a row are summed in a fixed order by whoever needs the sum: no atomics.
 """
 

@@ -136,7 +136,7 @@ def _amp_rows_grad_kernel(
                 c = b
                 if not pairs:
                     c = load_finite(problem, source, cols)
-                # Of easy rows, what was subtracted depends upon the row alone.
+                # What was subtracted from an easy row depends upon that row alone.
                 a = scaled(a, role.shift_a)
                 b = scaled(b, role.shift_b)
                 c = b if pairs else scaled(c, role_source.shift_a)

@@ -124,7 +124,7 @@ def _amp_rows_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_CAREFUL: tl.constexpr,
 ):
-    """All scalars of one row (1-9). Of a pair, the program of the smaller row does both, and both gradients (10, 11).
+    """All scalars of one row (1-9). For a pair, the program of the smaller row does both, and both gradients (10, 11).
 
     The second pass finds the rows in the cache where those of all running programs fit there.
     """
