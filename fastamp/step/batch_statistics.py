@@ -29,8 +29,8 @@ class BatchStatistics:
     """Which layers of f use or update statistics of the batch, and whether f is compiled.
 
     A module is searched. In any other callable, the modules that its first pass calls are looked at, but for those
-    within a compiled function; batch normalisation by a function (F.batch_norm) is not noticed. Where such a callable calls a
-    compiled module, torch warns of a hook on all modules: the one that looks.
+    within a compiled function; batch normalisation by a function (F.batch_norm) is not noticed. Where such a callable
+    calls a compiled module, torch warns of a hook on all modules: the one that looks.
     """
 
     def __init__(self, f: Callable[..., Any]) -> None:
