@@ -41,7 +41,8 @@ TUNED_HIDDEN = ((256, 128, 768),)
 TUNED_HEADS = ((50, 300, 6), (24, 768, 2))
 QUICK_NETWORKS = ("textcnn",)
 QUICK = {
-    "head": {"shapes": SHAPES[:1]},
+    "head": {"shapes": SHAPES[:1], "dtypes": ("fp32",), "compiled": False},
+    "rows": {"dtypes": ("fp32",)},
     "layers": {"networks": QUICK_NETWORKS},
     "vocabulary": {"shapes": ((64, 32, 2000),)},
 }
