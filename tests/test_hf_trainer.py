@@ -123,28 +123,30 @@ def test_sent_loss_is_the_criterion_by_the_count_of_rows() -> None:
         torch.testing.assert_close(loss({"logits": logits}, labels, 24), F.cross_entropy(logits, labels) / 4)
 
 
-def test_bfloat16_autocast(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mix_at", ["embeddings", "sent_loss"])
+def test_bfloat16_autocast(mix_at: str, tmp_path: Path) -> None:
     logs = []
     for bf16 in (False, True):
         model = hf_models.build("bert").float()
         inside: list[bool] = []
         model.classifier.register_forward_hook(lambda *_, into=inside: into.append(torch.is_autocast_enabled("cpu")))
-        logs.append(trained("embeddings", fixed(), tmp_path, model, bf16=bf16).state.log_history[0])
+        logs.append(trained(mix_at, fixed(), tmp_path, model, bf16=bf16).state.log_history[0])
         assert set(inside) == {bf16}
     assert logs[0]["loss"] != logs[1]["loss"]
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02)
     assert logs[0]["mix/grad_abs"] == pytest.approx(logs[1]["mix/grad_abs"], rel=0.1)
 
 
-def test_torch_compile_gives_the_same_steps_without_a_graph_break(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mix_at", [0, "sent_loss"])
+def test_torch_compile_gives_the_same_steps_without_a_graph_break(mix_at: str | int, tmp_path: Path) -> None:
     torch._dynamo.reset()
     weights = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = hf_models.build("bert", num_hidden_layers=1)
         criterion = fastamp.AMPLoss(step_size=0.05, generator=torch.Generator().manual_seed(2))
         counters.clear()
-        trainer = trained(0, criterion, tmp_path, model, **options)
-        # With the default attention, which is sdpa, one graph is a whole step.
+        trainer = trained(mix_at, criterion, tmp_path, model, **options)
+        # With the default attention, which is sdpa, one graph is a whole step, or what comes before the criterion.
         assert not options or (not counters["graph_break"], counters["stats"]["unique_graphs"]) == (True, 1)
         weights.append(hf_models.weights(trainer.model))
     assert "OptimizedModule" in type(trainer.model_wrapped).__name__
