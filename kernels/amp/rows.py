@@ -134,8 +134,10 @@ def _source(partner_ptr, row, B):
     """The row whose partner each row is, by a look at all of them."""
     if len(row.shape) == 1:
         found = tl.zeros(row.shape, tl.int32)
-        for start in range(0, B):
-            found = tl.where(tl.load(partner_ptr + start) == row, start, found)
+        for start in range(0, B, 16):
+            index = start + tl.arange(0, 16)[:, None]
+            points = tl.load(partner_ptr + index, mask=index < B, other=-1)
+            found += tl.sum(tl.where(points == row, index, 0), 0)
     else:
         found = tl.zeros((64,), tl.int32)
         for start in range(0, B, 64):
