@@ -194,7 +194,7 @@ def _amp_total_kernel(
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """Sum the rows' losses and shares, always in the same order; the last program of all divides."""
+    """Sum the losses and shares, always in the same order. One program divides; the sums of many are summed again."""
     loss = tl.zeros((BLOCK,), rows_ptr.dtype.element_ty)
     mass = loss
     for turn in range(TURNS):
@@ -250,8 +250,8 @@ def total(
     """Reduce the losses of a forward, on the device that is current.
 
     Args:
-        rows: (fields, B), B >= 1.
-        loss: () out.
+        rows: (fields, B) compute dtype, B >= 1.
+        loss: () out, of the same dtype, as the two below.
         divisor: 0 stands for the kept mass.
         used: () out, what was divided by.
         factor: () out, assumed over what was divided by.

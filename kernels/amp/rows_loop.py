@@ -108,7 +108,7 @@ def _amp_rows_kernel(
     target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
-    inverse_ptr,  # None: it is not asked for
+    inverse_ptr,  # None: here for the arguments to be those of `_amp_cross_entropy_kernel`
     weight_ptr,  # (C,) class weights or None
     grad_divisor_ptr,  # () divisor of ∇λ or None
     dlogits_ptr,  # (B, C) contiguous, the complete gradient of pairs; None: it follows in `_amp_rows_grad_kernel`
