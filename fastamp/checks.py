@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastamp.policy import check_number
+from fastamp.policy import Policy, check_number
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -208,14 +208,29 @@ def check_class_vector(name: str, value: object, classes: int, device: torch.dev
     check_device(name, value, device)
 
 
-def check_class_weight(weight: object, classes: int, device: torch.device) -> None:
+def check_class_weight(weight: object, classes: int, device: torch.device, *, name: str = "weight") -> None:
     """`weight` is None or (C,) floating point on `device`, and asks for no gradient."""
-    check_class_vector("weight", weight, classes, device)
+    check_class_vector(name, weight, classes, device)
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "weight must not require a gradient: the losses have none to class weights, as nn.CrossEntropyLoss has "
-            "none; pass weight.detach()"
+            f"{name} must not require a gradient: the losses have none to class weights, as nn.CrossEntropyLoss has "
+            f"none; pass {name}.detach()"
         )
+
+
+def checked_class_weights(
+    weight: Tensor | None, pos_weight: Tensor | None, classes: int, device: torch.device, loss: str
+) -> Tensor | None:
+    """What a `Mixture` is weighted by, see there; both are None or (C,) floating point on `device`."""
+    check_class_weight(weight, classes, device)
+    if loss != "binary_cross_entropy":
+        if pos_weight is not None:
+            raise ValueError(f"pos_weight belongs to loss='binary_cross_entropy', got loss={loss!r}")
+        return weight
+    check_class_weight(pos_weight, classes, device, name="pos_weight")
+    if pos_weight is None:
+        return None if weight is None else weight.expand(2, -1)
+    return torch.stack([pos_weight, torch.ones_like(pos_weight)]) * (1 if weight is None else weight)
 
 
 def check_head_dtypes(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -294,15 +309,18 @@ def checked_mix(
     return lam
 
 
-def labels_all_kept(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether it is known that no label equals ignore_index; ValueError for a label out of range.
+def all_kept(target: Tensor, classes: int, policy: Policy) -> bool:
+    """Whether it is known that nothing in the target equals ignore_index; ValueError for a label out of range.
 
-    Only a CPU's values are looked at.
+    Only a CPU's values are looked at. Probabilities are ignored in binary cross-entropy only.
     """
-    if target.is_floating_point() or not target.shape[0]:
+    ignore_index, soft = policy.ignore_index, target.is_floating_point()
+    if not target.shape[0] or (soft and policy.loss != "binary_cross_entropy"):
         return True
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return False
+    if soft:
+        return not bool((target == ignore_index).any())
     bounds = torch.aminmax(target)
     low, high = bounds[0].item(), bounds[1].item()
     if low >= 0 and high < classes and not 0 <= ignore_index < classes:

@@ -21,10 +21,10 @@ from fastamp.checks import (
     checked_mix,
     checked_num_items,
     checked_row_target,
-    checked_target,
 )
 from fastamp.mixing import Mix, MixStats, Mixture, draw
 from fastamp.ops import amp_cross_entropy
+from fastamp.ops.rows import compute_dtype, loss_and_grad, mixed_target
 from fastamp.policy import (
     Dropout,
     GradScale,
@@ -38,7 +38,7 @@ from fastamp.policy import (
     check_number,
     checked_policy,
 )
-from fastamp.reduction import divided
+from fastamp.reduction import Reduction, divided
 from fastamp.reweighting import moving_weights, new_window
 from fastamp.step.plans import Hidden, Step, layer_step
 from fastamp.step.randomness import check_drawn_once, random_states_kept_on_error, recomputes
@@ -61,10 +61,13 @@ class AMPLoss(nn.Module):
         λ'_r = λ_r + ε·clip(∂ℓ_r/∂λ, -1, 1),    ℓ_r = λ_r CE(·, y_r) + (1-λ_r) CE(·, y_π(r)),
         the loss at λ' where it is larger, else the loss at λ.
 
-    In eval mode it is nn.CrossEntropyLoss. `criterion(model(x), y)` is SentAMP for any model that ends in an affine
-    layer: mixing logits is mixing that layer's input. Where a dropout stands before that layer, this mixes after
-    the dropout, each row under its own mask; to mix before it, as the paper's CNN does, use `step`, which mixes at any
-    layer, or `fastamp.functional.linear_amp_cross_entropy`.
+    In eval mode it is nn.CrossEntropyLoss, or nn.BCEWithLogitsLoss for loss="binary_cross_entropy", with which every
+    class is a question of its own: for several labels a row, and for image recipes that train so.
+
+    `criterion(model(x), y)` is SentAMP for any model that ends in an affine layer: mixing logits is mixing that layer's
+    input. Where a dropout stands before that layer, this mixes after the dropout, each row under its own mask; to mix
+    before it, as the paper's CNN does, use `step`, which mixes at any layer, or
+    `fastamp.functional.linear_amp_cross_entropy`.
 
     Every argument is an attribute that may be set at any time, `criterion.step_size = 0.01`: it is checked, and acts
     from the next call on. Under torch.compile every new value is compiled for, and after torch's recompile limit none
@@ -76,12 +79,12 @@ class AMPLoss(nn.Module):
     RuntimeError.
 
     Args:
-        weight: (C,) class weights, as in nn.CrossEntropyLoss.
+        weight: (C,) class weights, as in nn.CrossEntropyLoss or nn.BCEWithLogitsLoss.
         alpha: λ ~ Beta(alpha, alpha), > 0.
         step_size: ε, >= 0.
         mode: "amp", "maxop" (no comparison: always the loss at λ') or "mixup" (plain Mixup).
-        loss: "cross_entropy", or "softmax_bce": binary cross-entropy of the softmax summed over classes, as in the
-            published code. Eval mode is cross-entropy for both.
+        loss: "cross_entropy"; "binary_cross_entropy": with logits, the mean over classes; or "softmax_bce": binary
+            cross-entropy of the softmax summed over classes, as in the published code, in eval mode cross-entropy.
         grad_clip: two-sided bound on ∂ℓ/∂λ, > 0, or None.
         grad_scale: "row" differentiates each row's loss; "mean" the batch mean, which divides the step by about B.
         clamp: keep λ' inside [0, 1].
@@ -94,9 +97,14 @@ class AMPLoss(nn.Module):
         pairing: "permutation": partners are a uniform random permutation; "matching": a random perfect matching, in
             which two rows are each other's partners. On a GPU one kernel then reads both once for their two mixtures,
             where a permutation needs three rows for one.
-        ignore_index: a class index whose side of the mixture contributes nothing.
-        label_smoothing: in [0, 1], as in nn.CrossEntropyLoss.
-        reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))), "sum", "none".
+        ignore_index: a class index whose side of the mixture contributes nothing; for "binary_cross_entropy" also an
+            entry of a (B, C) target that does.
+        label_smoothing: in [0, 1], as in nn.CrossEntropyLoss; the entries of a (B, C) target of "binary_cross_entropy"
+            move towards 1/2.
+        reduction: "mean" (over the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r)); over all kept entries
+            for "binary_cross_entropy"), "sum", "none".
+        pos_weight: (C,) weights of the positive side, as in nn.BCEWithLogitsLoss; "binary_cross_entropy" only.
+        sum_classes: "binary_cross_entropy" is the sum over classes in place of the mean.
         generator: source of λ and partners; its state is part of state_dict, generator_state, uint8. Default: torch's
             global one, from which the ranks of torch.distributed draw independently even if seeded alike. Your own is
             taken as it is: seed it differently on every rank that has other data, and alike on ranks that share a
@@ -119,10 +127,12 @@ class AMPLoss(nn.Module):
     ignore_index: int
     label_smoothing: float
     pairing: str
+    sum_classes: bool
 
     alpha: float
     step_size: float
     weight: Tensor | None
+    pos_weight: Tensor | None
     generator: torch.Generator | None
     generator_state: Tensor  # as it was when state_dict was last made or loaded
     window: Tensor
@@ -148,6 +158,8 @@ class AMPLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: Kind = "mean",
         generator: torch.Generator | None = None,
+        pos_weight: Tensor | None = None,
+        sum_classes: bool = False,
     ) -> None:
         super().__init__()
         self.policy = checked_policy(
@@ -160,12 +172,14 @@ class AMPLoss(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             pairing=pairing,
+            sum_classes=sum_classes,
         )
         self.alpha, self.step_size = alpha, step_size
         self.reduction, self.reweight, self.dropout = reduction, reweight, dropout
         self.generator = generator
         self.register_buffer("weight", None)
-        self.weight = weight
+        self.register_buffer("pos_weight", None)
+        self.weight, self.pos_weight = weight, pos_weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options are checked, here and nowhere else."""
@@ -177,10 +191,10 @@ class AMPLoss(nn.Module):
             value = float(value)
         elif name in ("reduction", "reweight", "dropout"):
             check_choice(name, value)
-        elif name == "weight" and value is not None:
+        elif name in ("weight", "pos_weight") and value is not None:
             if not isinstance(value, Tensor) or value.dim() != 1:
-                raise TypeError(f"weight must be a (C,) tensor or None, got {value!r}; other options go by name")
-            check_class_weight(value, len(value), value.device)
+                raise TypeError(f"{name} must be a (C,) tensor or None, got {value!r}; other options go by name")
+            check_class_weight(value, len(value), value.device, name=name)
         elif name == "generator" and value is not None and not isinstance(value, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {value!r}")
         elif name == "generator_state" and self.generator is not None and not value.is_meta:
@@ -278,13 +292,15 @@ class AMPLoss(nn.Module):
             )
         kind = self.reduction if self.reweight is None else "none"
         # Raises for a bad label, before anything is drawn.
-        target, how = amp_cross_entropy.check(logits, target, self.weight, self.policy, kind, num_items)
+        target, weights, how = amp_cross_entropy.check(
+            logits, target, self.weight, self.pos_weight, self.policy, kind, num_items
+        )
         if not self.training:
             self._check_eval(mix, return_stats)
-            return self._plain(logits, target, how.num_items)
+            return self._plain(logits, target, weights, how)
         refuse_torch_func("AMPLoss in train mode")
         mix = self._checked_train(mix, logits.shape[0], logits.device, stacklevel=5)
-        mixture = Mixture(target, *(mix or self.sample(logits.shape[0], device=logits.device)), self.weight)
+        mixture = Mixture(target, *(mix or self.sample(logits.shape[0], device=logits.device)), weights)
         wants_stats = return_stats or self.reweight is not None
         weighs = self.reweight is not None
         loss, stats = amp_cross_entropy.dispatch(
@@ -396,16 +412,18 @@ class AMPLoss(nn.Module):
         if not self.training:
             self._check_eval(mix, return_stats)
             logits = check_outputs(f(hidden, **(context or {})), batch)
-            checked_target(target, logits)
-            check_class_weight(self.weight, logits.shape[1], logits.device)
-            return self._plain(logits, target, num_items)
+            target, weights, how = amp_cross_entropy.check(
+                logits, target, self.weight, self.pos_weight, self.policy, self.reduction, num_items
+            )
+            return self._plain(logits, target, weights, how)
         mix = self._checked_train(mix, batch, device, stacklevel=3)
         with random_states_kept_on_error(device, self.generator):
-            mixture = Mixture(target, *(mix or self.sample(batch, device=device)), self.weight)
+            mixture = Mixture(target, *(mix or self.sample(batch, device=device)), None)
             step = Step(
                 f=f,
                 hidden=hidden,
                 mixture=mixture,
+                weights=(self.weight, self.pos_weight),
                 context=context,
                 policy=self.policy,
                 step_size=self.step_size,
@@ -462,12 +480,22 @@ class AMPLoss(nn.Module):
             stacklevel=stacklevel,
         )
 
-    def _plain(self, logits: Tensor, target: Tensor, num_items: float | Tensor | None) -> Tensor:
+    def _plain(self, logits: Tensor, target: Tensor, weights: Tensor | None, how: Reduction) -> Tensor:
+        how = how._replace(kind=self.reduction)  # in training, re-weighting takes the losses of rows
+        if self.policy.loss == "binary_cross_entropy":
+            # Rows mixed with themselves: the same is ignored and smoothed, with the same divisor, as in training.
+            x = logits.to(compute_dtype(logits.dtype))
+            rows = torch.arange(x.shape[0], device=x.device)
+            mixture = Mixture(target, x.new_ones(x.shape[0]), rows, weights)
+            losses, _ = loss_and_grad(x, mixed_target(mixture, x.shape[1], self.policy, all_kept=how.all_kept))
+            divisor, _ = how.divisors(mixture, self.policy)
+            return (losses if how.kind == "none" else divided(losses.sum(), divisor)).to(logits.dtype)
+        num_items = how.num_items
         by_items = self.reduction == "mean" and num_items is not None
         loss = F.cross_entropy(
             logits,
             target if not target.is_floating_point() else target.to(logits.dtype),
-            weight=None if self.weight is None else self.weight.to(logits.dtype),
+            weight=None if weights is None else weights.to(logits.dtype),
             ignore_index=self.policy.ignore_index,
             reduction="sum" if by_items else self.reduction,
             label_smoothing=self.policy.label_smoothing,
@@ -516,8 +544,9 @@ class AMPLoss(nn.Module):
             shown.append(f"dropout={self.dropout!r}")
         if self.reduction != "mean":
             shown.append(f"reduction={self.reduction!r}")
-        if self.weight is not None:
-            shown.append(f"weight=({len(self.weight)},)")
+        for name in ("weight", "pos_weight"):
+            if getattr(self, name) is not None:
+                shown.append(f"{name}=({len(getattr(self, name))},)")
         return ", ".join(shown)
 
 

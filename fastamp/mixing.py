@@ -49,7 +49,7 @@ class Mixture(NamedTuple):
     target: Tensor  # (B,) int64 class indices or (B, C) probabilities, of the unmixed rows
     lam: Tensor  # (B,)
     partner: Tensor  # (B,) int64
-    weight: Tensor | None  # (C,) class weights
+    weight: Tensor | None  # (C,) class weights; for binary cross-entropy (2, C), of yes and of no
 
     def computed_in(self, dtype: torch.dtype) -> Mixture:
         """The same with λ a constant of `dtype`."""

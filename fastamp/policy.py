@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 Mode = Literal["amp", "maxop", "mixup"]
-Loss = Literal["cross_entropy", "softmax_bce"]
+Loss = Literal["cross_entropy", "binary_cross_entropy", "softmax_bce"]
 GradScale = Literal["row", "mean"]
 Kind = Literal["mean", "sum", "none"]
 Pairing = Literal["permutation", "matching"]
@@ -45,6 +45,7 @@ class Policy(NamedTuple):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     pairing: str = "permutation"
+    sum_classes: bool = False  # of binary cross-entropy: the sum over classes in place of their mean
     keeps_all: bool = False  # promises that every row takes λ': see `known_to_keep_all`
 
     def tie_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -68,8 +69,11 @@ def checked_policy(**options: Any) -> Policy:
         check_choice(name, getattr(policy, name))
     if policy.grad_clip is not None:
         check_number("grad_clip", policy.grad_clip, low=0.0, open_low=True, also="None")
-    if not isinstance(policy.clamp, bool):
-        raise TypeError(f"clamp must be True or False, got {policy.clamp!r}")
+    for name in ("clamp", "sum_classes"):
+        if not isinstance(getattr(policy, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(policy, name)!r}")
+    if policy.sum_classes and policy.loss != "binary_cross_entropy":
+        raise ValueError(f"sum_classes belongs to loss='binary_cross_entropy', got loss={policy.loss!r}")
     if isinstance(policy.ignore_index, bool) or not isinstance(policy.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {policy.ignore_index!r}")
     check_number("label_smoothing", policy.label_smoothing, low=0.0, high=1.0)

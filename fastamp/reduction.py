@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastamp.checks import checked_num_items, labels_all_kept
+from fastamp.checks import all_kept, checked_num_items
 from fastamp.mixing import Mixture
 from fastamp.policy import Policy, check_choice
 
@@ -17,16 +17,17 @@ class Reduction(NamedTuple):
 
     kind: str  # "mean", "sum" or "none"
     num_items: float | Tensor | None  # replaces the divisor of the mean
-    all_kept: bool  # known of the labels: none equals ignore_index
+    all_kept: bool  # known of the target: nothing in it equals ignore_index
 
     def mass(self, mixture: Mixture, policy: Policy) -> Tensor | float:
-        """The divisor of the mean: num_items, or the kept, class-weighted mass Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r))."""
+        """The divisor of the mean: num_items, or what is kept of all rows, see `row_mass`."""
         lam, target = mixture.lam, mixture.target
         if self.num_items is not None:
             return self.num_items.to(lam.dtype) if isinstance(self.num_items, Tensor) else float(self.num_items)
-        if self.all_kept and (mixture.weight is None or target.is_floating_point()):
+        unweighted = mixture.weight is None or target.is_floating_point() or policy.loss == "binary_cross_entropy"
+        if self.all_kept and unweighted:
             return float(lam.shape[0])
-        return row_mass(mixture, policy.ignore_index).sum()
+        return row_mass(mixture, policy).sum()
 
     def divisors(self, mixture: Mixture, policy: Policy) -> tuple[Tensor | float, Tensor | float]:
         """The divisor of the loss, and the one of ∇λ under grad_scale="mean" (1.0 where unused)."""
@@ -60,23 +61,29 @@ def checked_reduction(
     """How the losses of a checked target are reduced; ValueError for a label of a CPU tensor that is out of range."""
     check_choice("reduction", kind)
     num_items = checked_num_items(num_items, target.device)
-    return Reduction(kind, num_items, labels_all_kept(target, classes, policy.ignore_index))
+    return Reduction(kind, num_items, all_kept(target, classes, policy))
 
 
 def known_to_keep_all(mixture: Mixture, policy: Policy, reduction: Reduction) -> bool:
     """Whether it is known beforehand that every row takes λ': by choice, or by convexity, with rounding as a tie.
 
-    ℓ = S·lse(x) - ⟨t, x⟩ is convex in λ where x is affine in λ and the target's mass S is not negative. Then
+    ℓ = S·lse(x) - ⟨t, x⟩ is convex in λ where x is affine in λ and the target's mass S is not negative, and so is
+    binary cross-entropy, Σ_c S_c log(1 + exp x_c) - ⟨t, x⟩, whose S_c without weights is 1 whatever t is. Then
     δ >= η∇λ, which is not negative where η has the sign of ∇λ: where that is divided by no negative number.
     """
     if policy.mode != "amp":
         return policy.mode == "maxop"
-    if policy.loss != "cross_entropy" or policy.tie_tol is not None:
+    if policy.loss == "softmax_bce" or policy.tie_tol is not None:
         return False
     if policy.grad_scale == "mean" and isinstance(reduction.num_items, Tensor):
         return False
-    target = mixture.target
-    return _not_negative(mixture.weight) and (not target.is_floating_point() or _not_negative(target))
+    target, weight = mixture.target, mixture.weight
+    if policy.loss == "binary_cross_entropy":
+        known = weight is None or not target.is_floating_point()
+        known = known or (_not_negative(target) and _not_negative(1 - target))
+    else:
+        known = not target.is_floating_point() or _not_negative(target)
+    return known and _not_negative(weight)
 
 
 def _not_negative(mass: Tensor | None) -> bool:
@@ -86,14 +93,21 @@ def _not_negative(mass: Tensor | None) -> bool:
     return mass.device.type == "cpu" and not torch.compiler.is_compiling() and mass.min().item() >= 0
 
 
-def row_mass(mixture: Mixture, ignore_index: int) -> Tensor:
-    """(B,) kept, class-weighted mass λ_r w(y_r) + (1-λ_r) w(y_π(r)) of each row; 1 for soft targets."""
+def row_mass(mixture: Mixture, policy: Policy) -> Tensor:
+    """(B,) kept, class-weighted mass λ_r w(y_r) + (1-λ_r) w(y_π(r)) of each row; 1 for soft targets.
+
+    With binary cross-entropy the kept share of the row's classes, without weights: as nn.BCEWithLogitsLoss has it.
+    """
     target, lam, partner, weight = mixture
+    binary = policy.loss == "binary_cross_entropy"
+    kept = target != policy.ignore_index
     if target.is_floating_point():
-        return torch.ones_like(lam)
-    kept = target != ignore_index
-    mass = kept.to(lam.dtype)
-    if weight is not None:
+        if not binary:
+            return torch.ones_like(lam)
+        mass = kept.to(lam.dtype).mean(1)
+    else:
+        mass = kept.to(lam.dtype)
+    if weight is not None and not binary:
         mass = mass * weight.to(lam.dtype)[torch.where(kept, target, 0)]
     return torch.lerp(mass.index_select(0, partner), mass, lam)
 

@@ -48,27 +48,48 @@ def mix(hidden: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     return mixed.masked_fill(excluded, -torch.inf)
 
 
-def class_mass(target: Tensor, logits: Tensor, ignore_index: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Target probabilities q (B, C), zero for an ignored row, and whether the row is kept (B,), 1.0 or 0.0."""
+def class_mass(
+    target: Tensor, logits: Tensor, ignore_index: int, label_smoothing: float, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Target probabilities q (B, C), zero where ignored, and what is kept (B, C), 1.0 or 0.0.
+
+    Smoothing mixes with what says nothing: all classes alike, or yes and no alike for each class on its own.
+    """
+    nothing = 1 / logits.shape[1]
     if target.is_floating_point():
-        q, kept = target.to(logits.dtype), torch.ones_like(logits[:, 0])
+        q, kept = target.to(logits.dtype), torch.ones_like(logits)
+        if loss == "binary_cross_entropy":
+            kept, nothing = (target != ignore_index).to(logits.dtype), 1 / 2
     else:
         is_kept = target != ignore_index
         q = F.one_hot(torch.where(is_kept, target, 0), logits.shape[1]).to(logits.dtype)
-        kept = is_kept.to(logits.dtype)
-    q = (1 - label_smoothing) * q + label_smoothing / logits.shape[1]
-    return q * kept[:, None], kept
+        kept = is_kept[:, None].to(logits.dtype).expand_as(logits)
+    q = (1 - label_smoothing) * q + label_smoothing * nothing
+    return q * kept, kept
 
 
-def row_losses(logits: Tensor, q: Tensor, kept: Tensor, weight: Tensor, loss: str) -> Tensor:
-    """(B,) losses of logits (B, C) against target mass q (B, C), of which `kept` (B,) was not ignored."""
+def row_losses(
+    logits: Tensor,
+    q: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    loss: str,
+    *,
+    pos_weight: Tensor | None = None,
+    sum_classes: bool = False,
+) -> Tensor:
+    """(B,) losses of logits (B, C) against target mass q (B, C), of which `kept` (B, C) was not ignored."""
+    if loss == "binary_cross_entropy":
+        on, off = weight * q if pos_weight is None else weight * pos_weight * q, weight * (kept - q)
+        yes, no = (torch.where(t != 0, t * F.logsigmoid(x), 0) for t, x in ((on, logits), (off, -logits)))
+        return -(yes + no).sum(-1) / (1 if sum_classes else logits.shape[1])
     logp = logits.log_softmax(-1)
     if loss == "cross_entropy":
         return -torch.where(q != 0, weight * q * logp, 0).sum(-1)
     others = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     # log(1 - p_c) as the log of the sum over the other classes: exact also where p_c rounds to 1.
     log_not_p = logits[:, None, :].masked_fill(others, -torch.inf).logsumexp(-1) - logits.logsumexp(-1, True)
-    on, off = weight * q, weight * (kept[:, None] - q)
+    on, off = weight * q, weight * (kept - q)
     return -(on * logp.clamp(min=LOG_FLOOR) + off * log_not_p.clamp(min=LOG_FLOOR)).sum(-1)
 
 
@@ -107,6 +128,8 @@ def amp(
     reweight: str | None = None,
     history: list[Tensor] | None = None,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    sum_classes: bool = False,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -117,11 +140,12 @@ def amp(
     Args:
         f: the rest of the network; maps a mixed hidden state (B, ...) to logits (B, C), rows independently.
         hidden: (B, ...) hidden state to mix, floating point; pass logits and the identity for SentAMP.
-        target: (B,) int64 class indices or (B, C) probabilities.
+        target: (B,) int64 class indices or (B, C) probabilities, for "binary_cross_entropy" of each class on its own.
         lam: (B,) mixing coefficients.
         partner: (B,) int64, a permutation of 0..B-1.
         mode: "mixup" (RandOp), "maxop" (RandOp + MaxOp) or "amp" (all three).
-        loss: "cross_entropy" or "softmax_bce" (binary cross-entropy of the softmax, summed over classes).
+        loss: "cross_entropy"; "binary_cross_entropy", with logits, the mean over classes; or "softmax_bce", that of the
+            softmax, summed over classes.
         step_size: ε.
         grad_clip: two-sided bound on ∇λ, or None.
         grad_scale: "row" differentiates the row's loss, "mean" the batch mean.
@@ -130,8 +154,10 @@ def amp(
         reweight: None or "moving"; `history` then holds the positive δ of the steps before and is extended.
         history: see `reweight`.
         weight: (C,) class weights.
-        ignore_index: class index whose side contributes nothing.
-        label_smoothing: as nn.CrossEntropyLoss has it.
+        pos_weight: (C,) weights of the positive side, as nn.BCEWithLogitsLoss has them.
+        sum_classes: of "binary_cross_entropy", in place of the mean over classes.
+        ignore_index: class index whose side contributes nothing; with "binary_cross_entropy" also such a probability.
+        label_smoothing: as nn.CrossEntropyLoss has it; see `class_mass`.
         reduction: "mean" divides by the kept, class-weighted mass, "sum", or "none".
         num_items: replaces the divisor of the mean.
     """
@@ -140,18 +166,20 @@ def amp(
 
     def losses(lam_in: Tensor) -> Tensor:
         logits = f(mix(hidden, lam_in, partner))
-        q, kept = class_mass(target, logits, ignore_index, label_smoothing)
+        q, kept = class_mass(target, logits, ignore_index, label_smoothing, loss)
         w = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
-        q_mixed = lam[:, None] * q + (1 - lam[:, None]) * q[partner]
-        return row_losses(logits, q_mixed, lam * kept + (1 - lam) * kept[partner], w, loss)
+        q, kept = (lam[:, None] * t + (1 - lam[:, None]) * t[partner] for t in (q, kept))
+        return row_losses(logits, q, kept, w, loss, pos_weight=pos_weight, sum_classes=sum_classes)
 
     def divisor() -> Tensor:
         if num_items is not None:
             return torch.as_tensor(num_items, dtype=dtype, device=lam.device)
-        if target.is_floating_point():
-            return lam.new_tensor(float(len(lam)))
         kept = target != ignore_index
-        mass = kept.to(dtype) if weight is None else weight.to(dtype)[torch.where(kept, target, 0)] * kept
+        if target.is_floating_point():
+            mass = kept.to(dtype).mean(1) if loss == "binary_cross_entropy" else torch.ones_like(lam)
+        else:
+            weighted = weight is not None and loss != "binary_cross_entropy"
+            mass = weight.to(dtype)[torch.where(kept, target, 0)] * kept if weighted else kept.to(dtype)
         return (lam * mass + (1 - lam) * mass[partner]).sum()
 
     lam_leaf = lam.detach().requires_grad_()

@@ -136,11 +136,10 @@ class SelectionCase(OfClasses):
     def define(self, x: Tensors, given: Tensors, mask: Tensor | None) -> Outcome:
         """By `fastamp.reference.row_losses` and autograd."""
         lam, partner = x["lam"], x["partner"]
-        q, kept = reference.class_mass(x["target"], x["logits"], -100, self.options.get("label_smoothing", 0.0))
-        q = lam[:, None] * q + (1 - lam[:, None]) * q[partner]
-        kept = lam * kept + (1 - lam) * kept[partner]
+        kind, smoothing = self.options.get("loss", "cross_entropy"), self.options.get("label_smoothing", 0.0)
+        masses = reference.class_mass(x["target"], x["logits"], -100, smoothing, kind)
+        q, kept = (lam[:, None] * mass + (1 - lam[:, None]) * mass[partner] for mass in masses)
         weight = x.get("class_weight", lam.new_ones(self.shape[1]))
-        kind = self.options.get("loss", "cross_entropy")
         at_lam, at_adv = (reference.row_losses(x[name], q, kept, weight, kind) for name in self.leaves)
         delta = (at_adv - at_lam).detach()
         mask = delta > 0 if mask is None else mask

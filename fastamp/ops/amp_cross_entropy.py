@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastamp.autograd import once_differentiable, refuse_torch_func
 from fastamp.backend import takes_kernels
-from fastamp.checks import check_class_weight, check_logits, checked_mix, checked_target
+from fastamp.checks import check_logits, checked_class_weights, checked_mix, checked_target
 from fastamp.mixing import MixStats, Mixture
 from fastamp.ops.operator import operator
 from fastamp.ops.rows import (
@@ -35,6 +35,7 @@ def amp_cross_entropy(
     partner: Tensor,
     *,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     reduction: Kind = "mean",
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
@@ -48,34 +49,40 @@ def amp_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     pairing: Pairing = "permutation",
+    sum_classes: bool = False,
 ) -> Tensor | tuple[Tensor, MixStats]:
     """AMP on the logits of unmixed rows (SentAMP): mixing commutes with the affine layer that made them.
 
     With z(λ) = λ z_r + (1-λ) z_π(r) and t_r = λ_r y_r + (1-λ_r) y_π(r):
     ℓ_r = CE(z_r(λ*_r), t_r), λ*_r = λ_r or λ'_r = λ_r + ε·clip(∂ℓ_r/∂λ) by the paper's Eq. 10-21.
+    for loss="binary_cross_entropy" that with logits in place of CE: each class is then a question of its own.
     One pass, closed forms, the complete gradient to the unmixed logits; a class that is -inf in either row of a
     pair is excluded from it.
 
     Args:
         logits: (B, C) float16/bfloat16/float32/float64, any strides.
-        target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities.
+        target: (B,) int64 or uint8 class indices, or (B, C) floating-point probabilities: of one class out of C, or for
+            "binary_cross_entropy" of each class on its own.
         lam: (B,) floating point in [0, 1], or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
-        weight: (C,) class weights, as nn.CrossEntropyLoss has them.
-        reduction: "mean" (divides by Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r)) over kept sides; by B for probabilities),
-            "sum" or "none".
+        weight: (C,) class weights, as nn.CrossEntropyLoss (nn.BCEWithLogitsLoss) has them.
+        pos_weight: (C,) weights of the positive side, as nn.BCEWithLogitsLoss has them; "binary_cross_entropy" only.
+        reduction: "mean" (divides by Σ_r λ_r w(y_r) + (1-λ_r) w(y_π(r)) over kept sides; by B for probabilities;
+            for "binary_cross_entropy" by the kept share of entries times B), "sum" or "none".
         num_items: replaces the divisor of the mean; a number or a 0-d tensor.
         return_stats: also return a `MixStats`.
         mode: as the options below, see `fastamp.AMPLoss`.
-        loss: "cross_entropy" or "softmax_bce".
+        loss: "cross_entropy", "binary_cross_entropy" (the mean over classes) or "softmax_bce".
         step_size: ε.
         grad_clip: bound on ∇λ, or None.
         grad_scale: "row" or "mean".
         clamp: keep λ' inside [0, 1].
         tie_tol: "auto" or an absolute tolerance.
-        ignore_index: a class index whose side of the mixture contributes nothing.
-        label_smoothing: in [0, 1].
+        ignore_index: a class index whose side of the mixture contributes nothing; for "binary_cross_entropy" also an
+            entry of a (B, C) target that does.
+        label_smoothing: in [0, 1]; towards 1/C, or 1/2 for the entries of a (B, C) target of "binary_cross_entropy".
         pairing: "matching" promises that partner is its own inverse.
+        sum_classes: "binary_cross_entropy" is the sum over classes in place of the mean.
 
     Returns:
         The loss, () or (B,), float32 (float64 for float64 logits); with return_stats a tuple (loss, MixStats).
@@ -98,9 +105,10 @@ def amp_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         pairing=pairing,
+        sum_classes=sum_classes,
     )
     check_number("step_size", step_size, low=0.0)
-    target, how = check(logits, target, weight, policy, reduction, num_items)
+    target, weight, how = check(logits, target, weight, pos_weight, policy, reduction, num_items)
     lam = checked_mix(lam, partner, len(logits), logits.device, pairing=pairing)
     result, stats = dispatch(logits, Mixture(target, lam, partner, weight), policy, step_size, how, return_stats)
     return (result, stats) if stats is not None else result
@@ -110,15 +118,16 @@ def check(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    pos_weight: Tensor | None,
     policy: Policy,
     reduction: str,
     num_items: float | Tensor | None,
-) -> tuple[Tensor, Reduction]:
-    """The checked target, and how its losses are reduced; ValueError for a label of a CPU tensor out of range."""
+) -> tuple[Tensor, Tensor | None, Reduction]:
+    """The checked target, its weights, and how its losses are reduced; ValueError for a CPU's label out of range."""
     check_logits("logits", logits)
     target = checked_target(target, logits)
-    check_class_weight(weight, logits.shape[1], logits.device)
-    return target, checked_reduction(reduction, num_items, target, logits.shape[1], policy)
+    weights = checked_class_weights(weight, pos_weight, logits.shape[1], logits.device, policy.loss)
+    return target, weights, checked_reduction(reduction, num_items, target, logits.shape[1], policy)
 
 
 def dispatch(
@@ -135,7 +144,7 @@ def dispatch(
     mixture = mixture.computed_in(compute_dtype(logits.dtype))
     policy = policy._replace(keeps_all=not weighs_delta and known_to_keep_all(mixture, policy, reduction))
     need_grad = logits.requires_grad and torch.is_grad_enabled()  # inside a Function grad mode is always off
-    if takes_kernels(logits) and policy.loss == "cross_entropy":
+    if takes_kernels(logits) and policy.loss != "softmax_bce":
         by_kernel, after = reduction.on_host()
         grad_divisor = reduction.kernel_grad_divisor(mixture, policy)
         loss, rows = _AmpCrossEntropy.apply(
@@ -195,8 +204,9 @@ def closed_form(
     z = logits.to(lam.dtype)
     if _is_lean(logits, policy, step_size):
         return _lean_rows(z, mixture, target, policy, step_size, grad_divisor, need_grad, need_stats)
-    # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
-    z = z - z.amax(1, keepdim=True)
+    if policy.loss != "binary_cross_entropy":
+        # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
+        z = z - z.amax(1, keepdim=True)
     other = z.index_select(0, partner)
     excluded = (z == -torch.inf) | (other == -torch.inf)
     d = (z - other).masked_fill(excluded, 0)
@@ -206,7 +216,7 @@ def closed_form(
     rows = Rows(loss, lam, g, step_lam(lam, grad, policy, step_size), grad, None, None)
     u = (rows.lam_adv - lam).unsqueeze(1) * d
     g_adv: Tensor | None
-    if target.off is not None:
+    if policy.loss == "softmax_bce":
         loss_adv, g_adv = loss_and_grad(x + u, target)
         return selected(rows, loss_adv - loss, g_adv, policy)
     g_adv = loss_and_grad(x + u, target)[1] if need_grad else None

@@ -294,7 +294,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor | None]:
     """(5, M) fields of a chunk's rows, and the gradient (M, C) to its logits, in their dtype."""
     policy = how.policy
-    if takes_kernels(logits) and policy.loss == "cross_entropy":
+    if takes_kernels(logits) and policy.loss != "softmax_bce":
         return _rows_by_kernel(logits, mixture, how, upstream)
     rows = on_logits.closed_form(
         logits, mixture, policy, how.step_size, how.grad_divisor,

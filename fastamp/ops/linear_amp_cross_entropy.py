@@ -12,10 +12,10 @@ from fastamp.autograd import once_differentiable, refuse_torch_func
 from fastamp.backend import takes_kernels
 from fastamp.checks import (
     check_class_vector,
-    check_class_weight,
     check_device,
     check_float_rows,
     check_head_dtypes,
+    checked_class_weights,
     checked_mix,
     checked_target,
 )
@@ -52,6 +52,7 @@ def linear_amp_cross_entropy(
     activation: Literal["relu"] | None = None,
     dropout_mask: Tensor | None = None,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     reduction: Kind = "mean",
     num_items: float | Tensor | None = None,
     chunk_rows: int | None = None,
@@ -66,6 +67,7 @@ def linear_amp_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     pairing: Pairing = "permutation",
+    sum_classes: bool = False,
 ) -> Tensor | tuple[Tensor, MixStats]:
     """AMP on the hidden rows before a linear classifier, mixed before its activation and dropout.
 
@@ -82,6 +84,7 @@ def linear_amp_cross_entropy(
         activation: None or "relu".
         dropout_mask: (B, D) k: 0 where dropped, 1/(1-p) where kept, as F.dropout(torch.ones(B, D), p) makes it.
         weight: (C,) class weights; this and the options below as in `amp_cross_entropy`.
+        pos_weight: (C,) weights of the positive side; "binary_cross_entropy" only.
         reduction: "mean", "sum" or "none".
         num_items: replaces the divisor of the mean.
         chunk_rows: how many rows' logits are computed at a time, so that neither (B, C) logits nor their gradient are
@@ -91,7 +94,7 @@ def linear_amp_cross_entropy(
             an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C) whatever C is.
         return_stats: also return a `MixStats`.
         mode: "amp", "maxop" or "mixup".
-        loss: "cross_entropy" or "softmax_bce".
+        loss: "cross_entropy", "binary_cross_entropy" or "softmax_bce".
         step_size: ε.
         grad_clip: bound on ∇λ, or None.
         grad_scale: "row" or "mean".
@@ -100,6 +103,7 @@ def linear_amp_cross_entropy(
         ignore_index: a class index whose side of the mixture contributes nothing.
         label_smoothing: in [0, 1].
         pairing: "matching" promises that partner is its own inverse.
+        sum_classes: of "binary_cross_entropy", in place of the mean over classes.
 
     Returns:
         The loss, () or (B,), float32 (float64 for float64 hidden); with return_stats a tuple (loss, MixStats).
@@ -125,6 +129,7 @@ def linear_amp_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         pairing=pairing,
+        sum_classes=sum_classes,
     )
     check_number("step_size", step_size, low=0.0)
     if activation not in (None, "relu"):
@@ -134,7 +139,7 @@ def linear_amp_cross_entropy(
     classes = len(linear_weight)
     target = checked_target(target, hidden.new_empty(()).expand(len(hidden), classes))
     lam = checked_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
-    check_class_weight(weight, classes, hidden.device)
+    weight = checked_class_weights(weight, pos_weight, classes, hidden.device, policy.loss)
     if chunk_rows is not None:
         _check_chunk_rows(chunk_rows, head)
     how = checked_reduction(reduction, num_items, target, classes, policy)
@@ -224,7 +229,7 @@ def dispatch(
 
 def _fits_kernel(head: Head, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
-    if policy.loss != "cross_entropy" or torch.compiler.is_compiling() or not takes_kernels(head.hidden):
+    if policy.loss == "softmax_bce" or torch.compiler.is_compiling() or not takes_kernels(head.hidden):
         return False
     from fastamp import kernels
 

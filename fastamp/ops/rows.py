@@ -6,6 +6,10 @@ logits, t the mixed target mass with sum S, p = softmax(x). Then
     ℓ = -⟨t, log p⟩      g = ∂ℓ/∂x = S p - t      ∇λ = ⟨g, d⟩      η = λ' - λ
     δ = ℓ(λ') - ℓ(λ) = S log1p(Σ_c p_c expm1(η d_c)) - η⟨t, d⟩
 
+and for binary cross-entropy, with target mass t_c for and f_c against each class, S_c = t_c + f_c, σ = sigmoid(x):
+
+    ℓ = -Σ_c t_c log σ_c + f_c log(1 - σ_c)      g_c = S_c σ_c - t_c      δ = Σ_c S_c log1p(σ_c expm1(η d_c)) - η⟨t, d⟩
+
 kernels/README.md derives them.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastamp.mixing import Mixture
@@ -26,8 +31,9 @@ class Target(NamedTuple):
     """The mixed target of every row."""
 
     on: Tensor  # (B, C) class-weighted target mass t
-    off: Tensor | None  # (B, C) class-weighted mass of "not this class"; softmax_bce only
+    off: Tensor | None  # (B, C) class-weighted mass of "not this class"; None for cross-entropy
     total: Tensor | None  # (B,) S = Σ_c t_c; None stands for 1
+    loss: str = "cross_entropy"
 
 
 class Rows(NamedTuple):
@@ -62,9 +68,16 @@ def mixed_target(mixture: Mixture, classes: int, policy: Policy, *, all_kept: bo
     target, lam, partner, weight = mixture
     lam = lam.unsqueeze(1)
     smoothing = policy.label_smoothing
+    binary = policy.loss == "binary_cross_entropy"
     kept = None
     if target.is_floating_point():
-        on = torch.lerp(target.index_select(0, partner).to(lam.dtype), target.to(lam.dtype), lam)
+        soft = target.to(lam.dtype)
+        if binary and not all_kept:
+            is_kept = target != policy.ignore_index
+            soft = torch.where(is_kept, soft, 0)
+            sides = is_kept.to(lam.dtype)
+            kept = torch.lerp(sides.index_select(0, partner), sides, lam)
+        on = torch.lerp(soft.index_select(0, partner), soft, lam)
     else:
         label, label_mass, other_mass = target.unsqueeze(1), lam, lam.neg().add_(1)  # faster than 1 - lam
         if not all_kept:
@@ -80,26 +93,38 @@ def mixed_target(mixture: Mixture, classes: int, policy: Policy, *, all_kept: bo
             on = lam.new_zeros(target.shape[0], classes).scatter_(1, label, label_mass)
             on.scatter_add_(1, other_label, other_mass)
     if smoothing > 0:
-        uniform = smoothing / classes
+        # What says nothing: all classes alike, or yes and no alike for each class on its own.
+        uniform = smoothing / (2 if binary and target.is_floating_point() else classes)
         on = (1 - smoothing) * on + (uniform if kept is None else uniform * kept)
     off = None
-    if policy.loss == "softmax_bce":
+    if policy.loss != "cross_entropy":
         off = (1 if kept is None else kept) - on
+        if binary:
+            scale = 1 if policy.sum_classes else 1 / classes
+            yes, no = (scale, scale) if weight is None else weight.to(lam.dtype) * scale
+            return Target(on * yes, off * no, None, policy.loss)
         off = off if weight is None else off * weight.to(lam.dtype)
     if weight is not None:
         on = on * weight.to(lam.dtype)
     plain = kept is None and weight is None and not target.is_floating_point()
-    return Target(on, off, None if plain else on.sum(1))
+    return Target(on, off, None if plain else on.sum(1), policy.loss)
 
 
 def loss_and_grad(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """(B,) losses of mixed logits x (B, C) and their gradients (B, C), by the loss that `target` was made for."""
     if target.off is not None:
-        return _softmax_bce(x, target.on, target.off)
+        by = _softmax_bce if target.loss == "softmax_bce" else _binary_cross_entropy
+        return by(x, target.on, target.off)
     logp = x.log_softmax(1)
     p = logp.exp()
     loss = -torch.where(target.on != 0, target.on * logp, 0).sum(1)
     return loss, (p if target.total is None else target.total.unsqueeze(1) * p) - target.on
+
+
+def _binary_cross_entropy(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    yes = torch.where(on != 0, on * F.logsigmoid(x), 0)
+    no = torch.where(off != 0, off * F.logsigmoid(-x), 0)
+    return -(yes + no).sum(1), off * x.sigmoid() - on * (-x).sigmoid()
 
 
 def _softmax_bce(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +148,11 @@ def _softmax_bce(x: Tensor, on: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_change(x: Tensor, u: Tensor, target: Target) -> Tensor:
-    """(B,) ℓ(x + u) - ℓ(x) of cross-entropy, without the cancellation of a difference."""
+    """(B,) ℓ(x + u) - ℓ(x) of either cross-entropy, without the cancellation of a difference."""
+    if target.off is not None:
+        near = torch.log1p(x.sigmoid() * torch.expm1(u.clamp(-1, 1)))
+        far = torch.where(u == 0, 0, F.logsigmoid(-x) - F.logsigmoid(-x - u))
+        return ((target.on + target.off) * torch.where(u.abs() <= 1, near, far) - target.on * u).sum(1)
     logp = x.log_softmax(1)
     # Where some |u| is large expm1 may overflow, or p underflow, and there is no cancellation to avoid.
     near = u.abs().amax(1) <= 1

@@ -10,17 +10,17 @@ from torch import Tensor
 from fastamp.autograd import once_differentiable
 from fastamp.backend import takes_kernels
 from fastamp.checks import (
-    check_class_weight,
+    all_kept,
     check_device,
     check_float_rows,
     check_logits,
+    checked_class_weights,
     checked_mix,
     checked_target,
-    labels_all_kept,
 )
 from fastamp.mixing import Mixture
 from fastamp.ops.operator import operator
-from fastamp.ops.rows import compute_dtype, loss_and_grad, mixed_target, select
+from fastamp.ops.rows import compute_dtype, loss_and_grad, loss_change, mixed_target, select
 from fastamp.policy import Loss, Mode, Policy, checked_policy
 
 Ties = tuple[float, float]
@@ -59,11 +59,13 @@ def select_cross_entropy(
     partner: Tensor,
     *,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     loss: Loss = "cross_entropy",
     tie_tol: float | str = "auto",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mode: Mode = "amp",
+    sum_classes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses of the rows mixed at λ and at λ', and the larger of the two (Eq. 13, 18-21), in one pass.
 
@@ -78,12 +80,15 @@ def select_cross_entropy(
         lam: (B,) λ, floating point in [0, 1], or () for all rows alike.
         partner: (B,) int64, a permutation of 0..B-1.
         weight: (C,) class weights, as nn.CrossEntropyLoss has them.
-        loss: "cross_entropy" or "softmax_bce".
+        pos_weight: (C,) weights of the positive side, as nn.BCEWithLogitsLoss has them; "binary_cross_entropy" only.
+        loss: "cross_entropy", "binary_cross_entropy" (the mean over classes) or "softmax_bce".
         tie_tol: "auto" (4 ulp of the loss in the logits' dtype), or an absolute tolerance; 0.0 is Eq. 21 to the
             letter.
-        ignore_index: a class index whose side of the mixture contributes nothing.
+        ignore_index: a class index whose side of the mixture contributes nothing; for "binary_cross_entropy" also an
+            entry of a (B, C) target that does.
         label_smoothing: in [0, 1].
         mode: "amp"; "maxop" always keeps ℓ', "mixup" always ℓ.
+        sum_classes: "binary_cross_entropy" is the sum over classes in place of the mean.
 
     Returns:
         The selected losses (B,), float32 (float64 for float64 logits), differentiable once, to whichever logits each
@@ -94,7 +99,12 @@ def select_cross_entropy(
             outside [0, 1]. On a GPU a label out of range stops the kernel by a device-side assertion.
     """
     policy = checked_policy(
-        mode=mode, loss=loss, tie_tol=tie_tol, ignore_index=ignore_index, label_smoothing=label_smoothing
+        mode=mode,
+        loss=loss,
+        tie_tol=tie_tol,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        sum_classes=sum_classes,
     )
     check_logits("logits", logits)
     check_float_rows("logits_adv", logits_adv, dims=2)
@@ -106,10 +116,10 @@ def select_cross_entropy(
     check_device("logits_adv", logits_adv, logits.device)
     target = checked_target(target, logits)
     lam = checked_mix(lam, partner, len(logits), logits.device)
-    check_class_weight(weight, logits.shape[1], logits.device)
-    all_kept = labels_all_kept(target, logits.shape[1], ignore_index)
+    weight = checked_class_weights(weight, pos_weight, logits.shape[1], logits.device, loss)
+    kept = all_kept(target, logits.shape[1], policy)
     mixture = Mixture(target, lam.detach().to(compute_dtype(logits.dtype)), partner, weight)
-    rows = dispatch(logits, logits_adv, mixture, policy, policy.tie_bounds(logits.dtype), all_kept)
+    rows = dispatch(logits, logits_adv, mixture, policy, policy.tie_bounds(logits.dtype), kept)
     return chosen_loss(rows, logits, logits_adv), rows.delta, rows.mask
 
 
@@ -145,7 +155,7 @@ def dispatch(
         all_kept: promises that no label equals ignore_index.
     """
     with torch.no_grad():
-        if takes_kernels(logits) and policy.loss == "cross_entropy":
+        if takes_kernels(logits) and policy.loss != "softmax_bce":
             target, lam, partner, weight = mixture
             loss, delta, mask, grad, grad_adv = forward(
                 logits.detach(),
@@ -170,14 +180,10 @@ def closed_form(
     x_adv = _wide_logits(logits_adv, mixture.lam.dtype, policy)
     loss_adv, grad_adv = loss_and_grad(x_adv, target)
     delta = loss_adv - loss
-    if policy.loss == "cross_entropy":
+    if policy.loss != "softmax_bce":
         # From the change of the logits: the difference of two losses has lost digits that these still hold.
         u = torch.where((x == -torch.inf) & (x_adv == -torch.inf), 0, x_adv - x)
-        near = u.abs().amax(1) <= 1
-        change = torch.log1p((x.softmax(1) * torch.expm1(u.clamp(-1, 1))).sum(1))
-        if target.total is not None:
-            change = change * target.total
-        delta = torch.where(near, change - (target.on * u).sum(1), delta)
+        delta = torch.where(u.abs().amax(1) <= 1, loss_change(x, u, target), delta)
     mask = select(loss, delta, policy, ties)
     return Selected(torch.where(mask, loss_adv, loss), delta, mask, grad, grad_adv)
 
@@ -185,7 +191,7 @@ def closed_form(
 def _wide_logits(logits: Tensor, dtype: torch.dtype, policy: Policy) -> Tensor:
     # softmax_bce takes several sums of exponentials: an offset common to a row would cost digits in each.
     x = logits.to(dtype)
-    return x if policy.loss == "cross_entropy" else x - x.amax(1, keepdim=True)
+    return x if policy.loss != "softmax_bce" else x - x.amax(1, keepdim=True)
 
 
 def chosen_loss(rows: Selected, logits: Tensor, logits_adv: Tensor) -> Tensor:

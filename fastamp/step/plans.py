@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastamp.checks import check_class_weight, check_outputs, checked_target, is_dtensor
+from fastamp.checks import check_outputs, checked_class_weights, checked_target, is_dtensor
 from fastamp.mixing import Mix, MixStats, Mixture
 from fastamp.ops import mix as mix_op
 from fastamp.ops import remix as remix_op
@@ -44,7 +44,8 @@ class Step(NamedTuple):
 
     f: Callable[..., Tensor]
     hidden: Hidden
-    mixture: Mixture
+    mixture: Mixture  # its weight is known only with the classes
+    weights: tuple[Tensor | None, Tensor | None]  # weight and pos_weight
     context: Mapping[str, Tensor | None] | None
     policy: Policy
     step_size: float
@@ -114,7 +115,9 @@ class Answered(NamedTuple):
         mixture, policy = step.mixture, step.policy
         checked = check_outputs(logits, len(mixture.lam))
         checked_target(mixture.target, checked)
-        check_class_weight(mixture.weight, checked.shape[1], checked.device)
+        weight = checked_class_weights(*step.weights, checked.shape[1], checked.device, policy.loss)
+        mixture = mixture._replace(weight=weight)
+        step = step._replace(mixture=mixture)
         reduction = checked_reduction("mean", step.num_items, mixture.target, checked.shape[1], policy)
         ran_in = [checked.dtype, *(part.dtype for part in step.parts)]
         device = checked.device.type
