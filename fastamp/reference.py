@@ -178,8 +178,9 @@ def amp(
         if target.is_floating_point():
             mass = kept.to(dtype).mean(1) if loss == "binary_cross_entropy" else torch.ones_like(lam)
         else:
-            weighted = weight is not None and loss != "binary_cross_entropy"
-            mass = weight.to(dtype)[torch.where(kept, target, 0)] * kept if weighted else kept.to(dtype)
+            mass = kept.to(dtype)
+            if weight is not None and loss != "binary_cross_entropy":
+                mass = mass * weight.to(dtype)[torch.where(kept, target, 0)]
         return (lam * mass + (1 - lam) * mass[partner]).sum()
 
     lam_leaf = lam.detach().requires_grad_()

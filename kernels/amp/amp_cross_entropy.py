@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import RESCALE_BLOCK, SEARCH_ROWS, Config, backward_config, careful_block, cdiv, forward_config
 from .launch import alignment, inverse_permutation, is_captured, on_device_of
 from .rows import ASSERTING, OPTIONS, ROW_FIELDS
+from .rows_binary import _amp_binary_kernel
 from .rows_few import _amp_few_classes_kernel
 from .rows_grad import _amp_rows_grad_kernel, _rescale_kernel, total
 from .rows_loop import _amp_rows_kernel
@@ -84,6 +85,9 @@ def amp_cross_entropy_forward(
             _amp_few_classes_kernel[grid](*given, *out, *sizes, used, BLOCK_B=config.block_b, **options)
         else:
             kernel = _amp_cross_entropy_kernel if config.in_registers else _amp_rows_kernel
+            if policy.loss == "binary_cross_entropy":
+                kernel = _amp_binary_kernel
+                options["WHOLE"] = config.in_registers
             options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config, lam.element_size())}
             kernel[(batch,)](*given, *sizes, assumed, **options)
 

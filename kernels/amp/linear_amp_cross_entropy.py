@@ -21,13 +21,15 @@ from .rows import (
     LOG2E,
     Problem,
     Role,
+    loss_at,
+    loss_change,
     scaled_grad,
     step_lam,
     store_role,
     takes_adversarial,
-    target_tile,
+    target_masses,
 )
-from .rows_few import cross_entropy_at, cross_entropy_role, loss_change
+from .rows_few import role_at
 from .rows_grad import total
 from .tuning import batch_class, tuned
 
@@ -78,17 +80,16 @@ def _head_role(
         keep = tl.load(keep_ptr + row * D + depth, mask=inside, other=0.0).to(lam.dtype)
     else:
         keep = tl.full(d.shape, 1.0, lam.dtype)
-    on, share = target_tile(problem, lam, row, other, cols, policy)
+    on, total, share = target_masses(problem, lam, row, other, cols, policy)
     m = h_other + lam * d
     a, slope, x = _head(m, keep, w, bias, RELU)
     if not RELU:
         # Affine in λ: the step, δ and all follow from the logits, as in the row kernel (1-9).
         dx = tl.where(cols < problem.C, tl.sum(w * (keep * d), 1), 0.0)
-        role, g = cross_entropy_role(problem, x * LOG2E, dx * LOG2E, on, share, lam, 0.0, 0.0, policy)
+        role, g = role_at(problem, x * LOG2E, dx * LOG2E, on, total, share, lam, 0.0, 0.0, policy)
         a = keep * (h_other + role.lam * d)
     else:
-        total = tl.sum(on, 0)
-        loss, p, _ = cross_entropy_at(x * LOG2E, on)
+        loss, p, _ = loss_at(x * LOG2E, on, total, policy)
         g = total * p - on
         grad = scaled_grad(tl.sum(tl.sum(w * g[:, None], 0)[None, :] * slope * d), problem.grad_divisor_ptr)
         lam_adv = step_lam(lam, grad, problem.step_size, policy)
@@ -97,15 +98,15 @@ def _head_role(
         if policy.mode != "mixup":
             moved, slope_adv = _head_moved(m, h_other + lam_adv * d, (lam_adv - lam) * d, keep, RELU)
             u = tl.sum(w * moved, 1)
-            loss_adv, p_adv, _ = cross_entropy_at((x + u) * LOG2E, on)
-            delta = loss_change(p, on, total, u, loss_adv - loss)
+            loss_adv, p_adv, _ = loss_at((x + u) * LOG2E, on, total, policy)
+            delta = loss_change(p, on, total, u, loss_adv - loss, policy)
             takes = takes_adversarial(loss, delta, policy)
             loss = tl.where(takes, loss_adv, loss)
             g = tl.where(takes, total * p_adv - on, g)
             a = tl.where(takes, a + moved, a)
             slope = tl.where(takes, slope_adv, slope)
         lam_sel = tl.where(takes, lam_adv, lam)
-        role = Role(loss, share, lam_sel, lam_adv, grad, delta, takes, 0.0, 0.0, 0.0, total, takes)
+        role = Role(loss, share, lam_sel, lam_adv, grad, delta, takes, 0.0, 0.0, 0.0, 0.0, takes)
     return role, g, a, tl.sum(w * g[:, None], 0)[None, :] * slope
 
 

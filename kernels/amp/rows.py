@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     stride_zm: Any
     stride_zn: Any
     target_ptr: Any  # (B,) int64 or (B, C) floating point, contiguous
-    weight_ptr: Any  # (C,) class weights or None
+    weight_ptr: Any  # (C,) class weights, for binary cross-entropy (2, C), of yes and of no; or None
     lam_ptr: Any  # (B,) compute dtype
     grad_divisor_ptr: Any  # () divisor of ∇λ or None
     C: Any
@@ -194,9 +194,14 @@ def is_tame(problem, top):
 
 
 @triton.jit
-def row_shift(a):
-    """log2(e) times a value near the largest logit of each row of a tile; 0 where the tile has no finite one."""
+def row_shift(a, policy: tl.constexpr):
+    """log2(e) times a value near the largest logit of each row of a tile; 0 where the tile has no finite one.
+
+    And 0 for binary cross-entropy, which an offset changes.
+    """
     top = tl.max(a, 0)
+    if policy.loss == "binary_cross_entropy":
+        top = tl.zeros_like(top)
     return tl.where((top == float("-inf")) | (top == float("inf")), 0.0, top) * LOG2E
 
 
@@ -267,6 +272,91 @@ def target_tile(problem, lam, row, other, cols, policy: tl.constexpr):
     if problem.weight_ptr is not None:
         on *= tl.load(problem.weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
     return on, share
+
+
+@triton.jit
+def per_class(problem, policy: tl.constexpr):
+    """What binary cross-entropy takes of each class: 1/C, or 1 for their sum."""
+    one = tl.full((), 1.0, problem.lam_ptr.dtype.element_ty)
+    return one if policy.sum_classes else one / problem.C
+
+
+@triton.jit
+def binary_target_tile(problem, lam, row, other, cols, policy: tl.constexpr):
+    """Target mass of binary cross-entropy for each class, S_c = that for and against it, and what is kept."""
+    C = problem.C
+    inside = cols < C
+    if problem.target_ptr.dtype.element_ty == tl.int64:
+        labels = load_labels(problem, lam, row, other, policy)
+        on = tl.where(cols == labels.a, labels.mass_a, 0.0) + tl.where(cols == labels.b, labels.mass_b, 0.0)
+        kept = tl.where(inside, labels.mass_a + labels.mass_b, 0.0)
+        nothing = 1.0 / C.to(lam.dtype)
+    else:
+        a = tl.load(problem.target_ptr + row * C + cols, mask=inside, other=0.0).to(lam.dtype)
+        b = tl.load(problem.target_ptr + other * C + cols, mask=inside, other=0.0).to(lam.dtype)
+        mass_a = tl.where(inside & (a != policy.ignore_index), lam, 0.0)
+        mass_b = tl.where(inside & (b != policy.ignore_index), 1.0 - lam, 0.0)
+        on = mass_a * a + mass_b * b
+        kept = mass_a + mass_b
+        nothing = 0.5
+    if policy.label_smoothing > 0:
+        smoothing = tl.full((), policy.label_smoothing, lam.dtype)
+        on = (1.0 - smoothing) * on + smoothing * nothing * kept
+    total = kept
+    if problem.weight_ptr is not None:
+        off = (kept - on) * tl.load(problem.weight_ptr + C + cols, mask=inside, other=0.0).to(lam.dtype)
+        on *= tl.load(problem.weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
+        total = on + off
+    part = per_class(problem, policy)
+    return on * part, total * part, kept
+
+
+# Losses of tiles
+
+
+@triton.jit
+def target_masses(problem, lam, row, other, cols, policy: tl.constexpr):
+    """Target mass t, S with g = S p - t, one per row or for binary cross-entropy one per class, and the row's share."""
+    if policy.loss == "binary_cross_entropy":
+        on, total, kept = binary_target_tile(problem, lam, row, other, cols, policy)
+        share = tl.sum(kept, 0) / problem.C
+    else:
+        on, share = target_tile(problem, lam, row, other, cols, policy)
+        total = tl.sum(on, 0)
+    return on, total, share
+
+
+@triton.jit
+def loss_at(x, on, total, policy: tl.constexpr):
+    """The loss of rows in units of log 2; p, their softmax or sigmoids; and lse, the softmax's normalisation (2, 3)."""
+    top = tl.max(x, 0)
+    if policy.loss == "binary_cross_entropy":
+        e = tl.exp2(-tl.abs(x))
+        p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+        softplus = tl.where(x > 0, x, 0.0) * LN2 + log1p_any(e)
+        loss = tl.sum(total * softplus - tl.where(on != 0, on * x, 0.0) * LN2, 0)
+        lse = tl.zeros_like(top)
+    else:
+        x = x - top
+        p = tl.exp2(x)
+        sum_exp = tl.sum(p, 0)
+        log_sum = tl.log(sum_exp) * LOG2E
+        loss = tl.sum(tl.where(on != 0, on * (log_sum - x), 0.0), 0) * LN2
+        p *= 1.0 / sum_exp
+        lse = top + log_sum
+    return loss, p, lse
+
+
+@triton.jit
+def loss_change(p, on, total, u, far, policy: tl.constexpr):
+    """δ per row from the change u of its logits (26, 31); `far`, the difference of the losses, where some |u| > 1."""
+    u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
+    gain = p * expm1_unit(u_near)
+    if policy.loss == "binary_cross_entropy":
+        near = tl.sum(total * log1p_any(gain) - on * u, 0)
+    else:
+        near = total * log1p_any(tl.sum(gain, 0)) - tl.sum(on * u, 0)
+    return tl.where(tl.max(tl.abs(u), 0) <= 1.0, near, far)
 
 
 # The step of λ and the choice

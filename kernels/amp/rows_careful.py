@@ -12,11 +12,14 @@ from .rows import (
     expm1_near,
     load_logits,
     log1p_any,
+    loss_at,
+    loss_change,
     mixed_logits,
     row_shift,
     scaled_grad,
     step_lam,
     takes_adversarial,
+    target_masses,
     target_tile,
 )
 
@@ -61,8 +64,8 @@ def careful_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr)
     lam = tl.load(problem.lam_ptr + row)
     first = tl.arange(0, BLOCK)
     # A value of the size of the row's logits is all that the shift has to be: the first tile has one.
-    shift_a = row_shift(load_logits(problem, row, first))
-    shift_b = row_shift(load_logits(problem, other, first))
+    shift_a = row_shift(load_logits(problem, row, first), policy)
+    shift_b = row_shift(load_logits(problem, other, first), policy)
     top = tl.full((), float("-inf"), lam.dtype)
     zeros = tl.zeros((BLOCK,), lam.dtype)
     sums = zeros
@@ -120,11 +123,52 @@ def careful_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def careful_binary_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr):
+    """`careful_role` with binary cross-entropy: sums of tiles, which do not depend on one another (28-31)."""
+    lam = tl.load(problem.lam_ptr + row)
+    zero = tl.full((), 0.0, lam.dtype)
+    loss = zero
+    grad = zero
+    share = zero
+    for start in range(0, problem.C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x, d = _mixed_tile(problem, row, other, 0.0, 0.0, lam, cols)
+        on, total, part = target_masses(problem, lam, row, other, cols, policy)
+        at_lam, p, _ = loss_at(x, on, total, policy)
+        loss += at_lam
+        grad += tl.sum((total * p - on) * d, 0) * LN2
+        share += part
+    grad = scaled_grad(grad, problem.grad_divisor_ptr)
+    lam_adv = step_lam(lam, grad, problem.step_size, policy)
+    delta = zero
+    if policy.mode != "mixup":
+        for start in range(0, problem.C, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x, d = _mixed_tile(problem, row, other, 0.0, 0.0, lam, cols)
+            on, total, _ = target_masses(problem, lam, row, other, cols, policy)
+            step = (lam_adv - lam) * d
+            at_lam, p, _ = loss_at(x, on, total, policy)
+            at_adv, _, _ = loss_at(x + step, on, total, policy)
+            delta += loss_change(p, on, total, step * LN2, at_adv - at_lam, policy)
+    takes = takes_adversarial(loss, delta, policy)
+    loss = tl.where(takes, loss + delta, loss)
+    lam_sel = tl.where(takes, lam_adv, lam)
+    no = tl.full((), False, tl.int1)
+    return Role(loss, share, lam_sel, lam_adv, grad, delta, takes, zero, zero, zero, zero, no)
+
+
+@triton.jit
 def careful_grad(problem, a, b, role, row, other, cols, policy: tl.constexpr):
     """A tile of g of the role of `row` mixed with `other`, from its scalars (10)."""
     x, _ = mixed_logits(a, b, role.shift_a, role.shift_b, role.lam)
-    on, _ = target_tile(problem, tl.load(problem.lam_ptr + row), row, other, cols, policy)
-    return role.total * tl.exp2(x - role.lse) - on
+    lam = tl.load(problem.lam_ptr + row)
+    if policy.loss == "binary_cross_entropy":
+        on, total, _ = target_masses(problem, lam, row, other, cols, policy)
+        _, p, _ = loss_at(x, on, total, policy)
+        return total * p - on
+    else:
+        on, _ = target_tile(problem, lam, row, other, cols, policy)
+        return role.total * tl.exp2(x - role.lse) - on
 
 
 @triton.jit

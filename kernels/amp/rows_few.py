@@ -1,4 +1,4 @@
-"""Rows of a few classes, many to a program and one to a lane, whatever they hold (1-11)."""
+"""Tiles of whole rows, whatever they hold, by either cross-entropy (1-11, 28-31); few classes, one row to a lane."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import triton.language as tl
 
 from .rows import (
     LN2,
-    LOG2E,
     ROW_FIELDS,
     Problem,
     Role,
-    expm1_unit,
     load_logits,
-    log1p_any,
+    loss_at,
+    loss_change,
     mixed_logits,
     partners,
     reciprocal,
@@ -22,46 +21,27 @@ from .rows import (
     step_lam,
     store_role,
     takes_adversarial,
-    target_tile,
+    target_masses,
 )
 
 
 @triton.jit
-def cross_entropy_at(x, on):
-    """Cross-entropy of rows in units of log 2, their softmax, and its normalisation (2, 3)."""
-    top = tl.max(x, 0)
-    x = x - top
-    p = tl.exp2(x)
-    sum_exp = tl.sum(p, 0)
-    log_sum = tl.log(sum_exp) * LOG2E
-    loss = tl.sum(tl.where(on != 0, on * (log_sum - x), 0.0), 0) * LN2
-    return loss, p * (1.0 / sum_exp), top + log_sum
-
-
-@triton.jit
-def loss_change(p, on, total, u, far):
-    """δ per row from the change u of its logits (26); `far`, the difference of the losses, where some |u| > 1."""
-    u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
-    near = total * log1p_any(tl.sum(p * expm1_unit(u_near), 0)) - tl.sum(on * u, 0)
-    return tl.where(tl.max(tl.abs(u), 0) <= 1.0, near, far)
-
-
-@triton.jit
-def cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy: tl.constexpr):
+def role_at(problem, x, d, on, total, share, lam, shift_a, shift_b, policy: tl.constexpr):
     """The role of rows whose mixed logits x, and d, are known in units of log 2; and the tile of g at λ* (1-9)."""
-    total = tl.sum(on, 0)
-    loss, p, lse = cross_entropy_at(x, on)
+    loss, p, lse = loss_at(x, on, total, policy)
     grad = scaled_grad(tl.sum((total * p - on) * d, 0) * LN2, problem.grad_divisor_ptr)
     lam_adv = step_lam(lam, grad, problem.step_size, policy)
     delta = tl.full(lam.shape, 0.0, lam.dtype)
     takes = takes_adversarial(loss, delta, policy)
     if policy.mode != "mixup":
         step = (lam_adv - lam) * d
-        loss_adv, p_adv, lse_adv = cross_entropy_at(x + step, on)
-        if policy.keeps_all:
+        loss_adv, p_adv, lse_adv = loss_at(x + step, on, total, policy)
+        if policy.keeps_all and policy.loss == "binary_cross_entropy":
+            delta = loss_adv - loss
+        elif policy.keeps_all:
             delta = (total * (lse_adv - lse) - tl.sum(on * step, 0)) * LN2
         else:
-            delta = loss_change(p, on, total, step * LN2, loss_adv - loss)
+            delta = loss_change(p, on, total, step * LN2, loss_adv - loss, policy)
             loss_adv = loss + delta
         takes = takes_adversarial(loss, delta, policy)
         loss = tl.where(takes, loss_adv, loss)
@@ -79,7 +59,7 @@ def cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy: 
         shift_a,
         shift_b,
         lse,
-        total,
+        tl.sum(on, 0),
         tl.full(lam.shape, False, tl.int1),
     )
     return role, total * p - on
@@ -89,8 +69,8 @@ def cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy: 
 def _role(problem, a, b, shift_a, shift_b, row, other, cols, policy: tl.constexpr):
     lam = tl.load(problem.lam_ptr + row)
     x, d = mixed_logits(a, b, shift_a, shift_b, lam)
-    on, share = target_tile(problem, lam, row, other, cols, policy)
-    return cross_entropy_role(problem, x, d, on, share, lam, shift_a, shift_b, policy)
+    on, total, share = target_masses(problem, lam, row, other, cols, policy)
+    return role_at(problem, x, d, on, total, share, lam, shift_a, shift_b, policy)
 
 
 @triton.jit
@@ -100,7 +80,7 @@ def _amp_few_classes_kernel(
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
     inverse_ptr,  # (B,) int64 with inverse[partner[r]] = r; None: it is partner, or looked for
-    weight_ptr,  # (C,) class weights or None
+    weight_ptr,  # class weights or None: see `Problem`
     grad_divisor_ptr,  # () divisor of ∇λ or None
     dlogits_ptr,  # (B, C) contiguous, the complete gradient, or None
     rows_ptr,  # (fields, B) compute dtype
@@ -130,8 +110,8 @@ def _amp_few_classes_kernel(
     c = b
     if policy.pairing != "matching":
         c = load_logits(problem, source, cols)
-    shift_a = row_shift(a)
-    shift_b = row_shift(b)
+    shift_a = row_shift(a, policy)
+    shift_b = row_shift(b, policy)
     role, g = _role(problem, a, b, shift_a, shift_b, row, other, cols, policy)
     store_role(rows_ptr, row, B, ok, role, ROW_FIELDS)
     scale = tl.full((), divisor, a.dtype)
@@ -141,6 +121,6 @@ def _amp_few_classes_kernel(
         tl.store(loss_ptr, tl.sum(tl.where(ok, role.loss, 0.0), 0) / scale)
         tl.store(divisor_ptr, scale)
     if dlogits_ptr is not None:
-        role_source, g_source = _role(problem, c, a, row_shift(c), shift_a, source, row, cols, policy)
+        role_source, g_source = _role(problem, c, a, row_shift(c, policy), shift_a, source, row, cols, policy)
         dz = reciprocal(scale) * (role.lam * g + (1.0 - role_source.lam) * g_source)
         tl.store(dlogits_ptr + row * C + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=ok & (cols < C))

@@ -128,7 +128,7 @@ def _amp_rows_grad_kernel(
         own = _upstream(upstream_ptr, row * stride_u, divisor_ptr)
         theirs = _upstream(upstream_ptr, source * stride_u, divisor_ptr)
         mask = ok & (cols < C)
-        if BLOCK_B == 1:
+        if BLOCK_B == 1 and policy.loss == "cross_entropy":
             easy = (role.easy > 0) & (role_source.easy > 0)
             if easy:
                 a = load_finite(problem, row, cols)

@@ -28,11 +28,13 @@ from .rows import (
     load_logits,
     load_tile,
     log1p_any,
+    loss_at,
+    loss_change,
     row_shift,
     scaled,
+    target_masses,
     target_tile,
 )
-from .rows_few import cross_entropy_at, loss_change
 from .rows_registers import is_sound, label_tile
 from .tuning import batch_class, tuned
 
@@ -101,19 +103,18 @@ def _select_few_classes_kernel(
     cols = tl.arange(0, BLOCK_C)[:, None] * tl.minimum(B, 1)  # see `_amp_few_classes_kernel`
     mask = ok & (cols < C)
     lam = tl.load(lam_ptr + row)
-    on, _ = target_tile(problem, lam, row, tl.load(partner_ptr + row), cols, policy)
-    total = tl.sum(on, 0)
+    on, total, _ = target_masses(problem, lam, row, tl.load(partner_ptr + row), cols, policy)
     z = load_logits(problem, row, cols)
-    loss, p, _ = cross_entropy_at(scaled(z, row_shift(z)), on)
+    loss, p, _ = loss_at(scaled(z, row_shift(z, policy)), on, total, policy)
     tl.store(grad_ptr + row * C + cols, total * p - on, mask=mask)
     loss_adv = loss
     delta = tl.full(lam.shape, 0.0, lam.dtype)
     if logits_adv_ptr is not None:
         problem = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
         z_adv = load_logits(problem, row, cols)
-        loss_adv, p_adv, _ = cross_entropy_at(scaled(z_adv, row_shift(z_adv)), on)
+        loss_adv, p_adv, _ = loss_at(scaled(z_adv, row_shift(z_adv, policy)), on, total, policy)
         tl.store(grad_adv_ptr + row * C + cols, total * p_adv - on, mask=mask)
-        delta = loss_change(p, on, total, _logit_change(z, z_adv), loss_adv - loss)
+        delta = loss_change(p, on, total, _logit_change(z, z_adv), loss_adv - loss, policy)
     _store_rows(out, row, ok, loss, loss_adv, delta, tie_abs, tie_rel, policy)
 
 
@@ -174,46 +175,21 @@ def _careful(problem, problem_adv, out, row, other, lam, policy: tl.constexpr, B
 
 
 @triton.jit
-def _select_kernel(
-    logits_ptr,  # (B, C) at λ, any strides
-    logits_adv_ptr,  # (B, C) at λ', any strides, or None
-    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
-    lam_ptr,  # (B,) compute dtype: the labels' coefficients
-    partner_ptr,  # (B,) int64
-    weight_ptr,  # (C,) class weights or None
-    loss_ptr,  # (B,) out, compute dtype
-    delta_ptr,  # (B,) out, compute dtype
-    mask_ptr,  # (B,) out, int8
-    grad_ptr,  # (B, C) out, contiguous, compute dtype
-    grad_adv_ptr,  # (B, C) out, contiguous, compute dtype; None with logits_adv_ptr
-    B,
-    C,
-    stride_zm: tl.int64,
-    stride_zn,  # without a type, as stride_an: 1 is then compiled in
-    stride_am: tl.int64,
-    stride_an,
-    tie_abs: tl.float64,
-    tie_rel: tl.float64,
+def _softmax_row(
+    problem,
+    problem_adv,
+    out,
+    row,
+    other,
+    lam,
     policy: tl.constexpr,
-    ALIGN: tl.constexpr,  # a divisor of C and of the stride of rows
+    SPARSE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_CAREFUL: tl.constexpr,
 ):
-    """One row, by a loop over tiles for the sums and one for δ and the gradients (2, 3, 25-27)."""
-    has_adv: tl.constexpr = logits_adv_ptr is not None
-    sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
-    # Which tells the compiler so, for loads of 16 bytes.
-    C = C // ALIGN * ALIGN
-    stride_zm = stride_zm // ALIGN * ALIGN
-    stride_am = stride_am // ALIGN * ALIGN
-    problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
-    problem_adv = problem
-    if has_adv:
-        problem_adv = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
-    out = Out(loss_ptr, delta_ptr, mask_ptr, grad_ptr, grad_adv_ptr)
-    row = tl.program_id(0).to(tl.int64)
-    other = tl.load(partner_ptr + row)
-    lam = tl.load(lam_ptr + row)
+    """ℓ(λ), ℓ(λ') and δ of cross-entropy, and its gradients: one pass for the sums, one for the rest (2, 3, 25-27)."""
+    has_adv: tl.constexpr = out.grad_adv_ptr is not None
+    C = problem.C
     first = tl.arange(0, BLOCK_C)
     # A value of the size of the row's logits is all that a shift has to be: the first tile has one.
     top = tl.max(load_finite(problem, row, first), 0)
@@ -238,13 +214,13 @@ def _select_kernel(
         x_adv = scaled(z_adv, shift_adv)
         sums += tl.exp2(x)
         sums_adv += tl.exp2(x_adv)
-        if not sparse:
+        if not SPARSE:
             on, _ = target_tile(problem, lam, row, other, cols, policy)
             on_sum += on
             on_z += on * x
             on_adv += on * x_adv
             on_u += on * (z_adv - z)
-    if sparse:
+    if SPARSE:
         on = load_labels(problem, lam, row, other, policy)
         z_a = load_tile(problem, row, on.a, 0.0)
         z_b = load_tile(problem, row, on.b, 0.0)
@@ -276,20 +252,20 @@ def _select_kernel(
         u_top = changed
         for start in range(0, C, BLOCK_C):
             cols = start + first
-            if sparse:
+            if SPARSE:
                 tile = label_tile(on, cols)
             else:
                 tile, _ = target_tile(problem, lam, row, other, cols, policy)
             z = load_finite(problem, row, cols)
             e = tl.exp2(scaled(z, shift))
-            tl.store(grad_ptr + row * C + cols, slope * e - tile, mask=cols < C)
+            tl.store(out.grad_ptr + row * C + cols, slope * e - tile, mask=cols < C)
             if has_adv:
                 z_adv = load_finite(problem_adv, row, cols)
                 u = z_adv - z
                 changed += tl.sum(e * expm1_unit(u), 0)
                 u_top = tl.maximum(u_top, tl.max(tl.abs(u), 0))
                 e = tl.exp2(scaled(z_adv, shift_adv))
-                tl.store(grad_adv_ptr + row * C + cols, slope_adv * e - tile, mask=cols < C)
+                tl.store(out.grad_adv_ptr + row * C + cols, slope_adv * e - tile, mask=cols < C)
         if has_adv:
             near = total * log1p_any(changed / sum_exp) - target_u
             delta = tl.where(u_top <= 1.0, near, loss_adv - loss)
@@ -301,6 +277,79 @@ def _select_kernel(
         loss, loss_adv, delta = _careful(problem, problem_adv, out, row, other, lam, policy, BLOCK_CAREFUL)
         if not has_adv:
             delta = tl.full((), 0.0, lam.dtype)
+    return loss, loss_adv, delta
+
+
+@triton.jit
+def _binary_row(problem, problem_adv, out, row, other, lam, policy: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same of binary cross-entropy, whose classes do not depend on one another: one pass (28-31)."""
+    loss = tl.full((), 0.0, lam.dtype)
+    loss_adv = loss
+    delta = loss
+    for start in range(0, problem.C, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)
+        at = row * problem.C + cols
+        on, total, _ = target_masses(problem, lam, row, other, cols, policy)
+        z = load_logits(problem, row, cols)
+        at_lam, p, _ = loss_at(scaled(z, 0.0), on, total, policy)
+        loss += at_lam
+        tl.store(out.grad_ptr + at, total * p - on, mask=cols < problem.C)
+        if out.grad_adv_ptr is not None:
+            z_adv = load_logits(problem_adv, row, cols)
+            at_adv, p_adv, _ = loss_at(scaled(z_adv, 0.0), on, total, policy)
+            loss_adv += at_adv
+            tl.store(out.grad_adv_ptr + at, total * p_adv - on, mask=cols < problem.C)
+            delta += loss_change(p, on, total, _logit_change(z, z_adv), at_adv - at_lam, policy)
+    return loss, loss_adv, delta
+
+
+@triton.jit
+def _select_kernel(
+    logits_ptr,  # (B, C) at λ, any strides
+    logits_adv_ptr,  # (B, C) at λ', any strides, or None
+    target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
+    lam_ptr,  # (B,) compute dtype: the labels' coefficients
+    partner_ptr,  # (B,) int64
+    weight_ptr,  # (C,) class weights or None
+    loss_ptr,  # (B,) out, compute dtype
+    delta_ptr,  # (B,) out, compute dtype
+    mask_ptr,  # (B,) out, int8
+    grad_ptr,  # (B, C) out, contiguous, compute dtype
+    grad_adv_ptr,  # (B, C) out, contiguous, compute dtype; None with logits_adv_ptr
+    B,
+    C,
+    stride_zm: tl.int64,
+    stride_zn,  # without a type, as stride_an: 1 is then compiled in
+    stride_am: tl.int64,
+    stride_an,
+    tie_abs: tl.float64,
+    tie_rel: tl.float64,
+    policy: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C and of the stride of rows
+    BLOCK_C: tl.constexpr,
+    BLOCK_CAREFUL: tl.constexpr,
+):
+    """All of one row."""
+    has_adv: tl.constexpr = logits_adv_ptr is not None
+    sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
+    # Which tells the compiler so, for loads of 16 bytes.
+    C = C // ALIGN * ALIGN
+    stride_zm = stride_zm // ALIGN * ALIGN
+    stride_am = stride_am // ALIGN * ALIGN
+    problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    problem_adv = problem
+    if has_adv:
+        problem_adv = Problem(logits_adv_ptr, stride_am, stride_an, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
+    out = Out(loss_ptr, delta_ptr, mask_ptr, grad_ptr, grad_adv_ptr)
+    row = tl.program_id(0).to(tl.int64)
+    other = tl.load(partner_ptr + row)
+    lam = tl.load(lam_ptr + row)
+    if policy.loss == "binary_cross_entropy":
+        loss, loss_adv, delta = _binary_row(problem, problem_adv, out, row, other, lam, policy, BLOCK_C)
+    else:
+        loss, loss_adv, delta = _softmax_row(
+            problem, problem_adv, out, row, other, lam, policy, sparse, BLOCK_C, BLOCK_CAREFUL
+        )
     _store_rows(out, row, True, loss, loss_adv, delta, tie_abs, tie_rel, policy)
 
 
