@@ -68,7 +68,9 @@ def amp_cross_entropy_forward(
     matching = policy.pairing == "matching"
     dlogits = None
     # A float16 gradient has to see the upstream gradient, usually a loss scale, before it is rounded.
-    if want_grad and divisor is not None and logits.dtype != torch.float16 and (config.in_registers or matching):
+    binary = policy.loss == "binary_cross_entropy"
+    at_once = config.in_registers or (matching and not binary)
+    if want_grad and divisor is not None and logits.dtype != torch.float16 and at_once:
         dlogits = torch.empty(batch, classes, dtype=logits.dtype, device=logits.device)
     inverse = None
     if config.in_registers and dlogits is not None and not matching and batch > SEARCH_ROWS:
@@ -85,7 +87,7 @@ def amp_cross_entropy_forward(
             _amp_few_classes_kernel[grid](*given, *out, *sizes, used, BLOCK_B=config.block_b, **options)
         else:
             kernel = _amp_cross_entropy_kernel if config.in_registers else _amp_rows_kernel
-            if policy.loss == "binary_cross_entropy":
+            if binary:
                 kernel = _amp_binary_kernel
                 options["WHOLE"] = config.in_registers
             options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config, lam.element_size())}

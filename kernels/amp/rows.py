@@ -70,7 +70,7 @@ class Role(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Both labels of a mixed row (0 for what is ignored), and their mass without and with class weights."""
+    """Both labels of a mixed row (0 for what is ignored), their mass, and that with class weights or per class."""
 
     a: Any
     b: Any
@@ -112,18 +112,29 @@ def expm1_unit(u):
 
 @triton.jit
 def log1p_any(v):
-    """log(1 + v) for v > -1, exact near 0: 2 atanh(v / (2 + v)) by its series where |v| < 0.3."""
-    y = v / (2.0 + v)
-    y2 = y * y
+    """log(1 + v) for v > -1, exact near 0.
+
+    k log 2 + 2 atanh(t / (2 + t)) by its series, where 1 + v = 2^k (1 + t) with 1 + t near 1; of doubles the series
+    alone where |v| < 0.3, else a logarithm. NaN beyond the numbers.
+    """
     if v.dtype == tl.float64:
+        y = v / (2.0 + v)
+        y2 = y * y
         series = 0.07692307692307693 + y2 * (
             0.06666666666666667 + y2 * (0.058823529411764705 + y2 * 0.05263157894736842)
         )
         series = 0.1111111111111111 + y2 * (0.09090909090909091 + y2 * series)
+        series = 1.0 + y2 * (0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * series)))
+        return tl.where(tl.abs(v) < 0.3, 2.0 * y * series, tl.log(1.0 + v))
     else:
-        series = tl.full(v.shape, 0.1111111111111111, v.dtype)
-    series = 1.0 + y2 * (0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * series)))
-    return tl.where(tl.abs(v) < 0.3, 2.0 * y * series, tl.log(1.0 + v))
+        # 1 + t in [1/√2, √2): the bits of 1 + v less those of 1/√2 begin with k.
+        k = ((1.0 + v).to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
+        shrink = (0x3F800000 - (k << 23)).to(tl.float32, bitcast=True)
+        t = v * shrink + (shrink - 1.0)
+        y = t / (2.0 + t)
+        y2 = y * y
+        series = 0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * 0.1111111111111111))
+        return k.to(tl.float32) * LN2 + (2.0 * y + 2.0 * y * y2 * series)
 
 
 # Rows
@@ -230,6 +241,13 @@ def mixed_logits(
 
 
 @triton.jit
+def per_class(problem, policy: tl.constexpr):
+    """What binary cross-entropy takes of each class: 1/C, or 1 for their sum."""
+    one = tl.full((), 1.0, problem.lam_ptr.dtype.element_ty)
+    return one if policy.sum_classes else one / problem.C
+
+
+@triton.jit
 def load_labels(problem, lam, row, other, policy: tl.constexpr):
     """Both labels of each row, with their mass: λ_r of the row's own, 1-λ_r of its partner's, 0 of an ignored one."""
     C = problem.C
@@ -243,7 +261,10 @@ def load_labels(problem, lam, row, other, policy: tl.constexpr):
     mass_b = tl.where(known_b, 1.0 - lam, 0.0)
     a = tl.where(known_a, a, 0).to(tl.int32)
     b = tl.where(known_b, b, 0).to(tl.int32)
-    if problem.weight_ptr is None:
+    if policy.loss == "binary_cross_entropy":
+        part = per_class(problem, policy)
+        return Labels(a, b, mass_a, mass_b, mass_a * part, mass_b * part)
+    elif problem.weight_ptr is None:
         return Labels(a, b, mass_a, mass_b, mass_a, mass_b)
     else:
         weight_a = tl.load(problem.weight_ptr + a).to(lam.dtype)
@@ -272,13 +293,6 @@ def target_tile(problem, lam, row, other, cols, policy: tl.constexpr):
     if problem.weight_ptr is not None:
         on *= tl.load(problem.weight_ptr + cols, mask=inside, other=0.0).to(lam.dtype)
     return on, share
-
-
-@triton.jit
-def per_class(problem, policy: tl.constexpr):
-    """What binary cross-entropy takes of each class: 1/C, or 1 for their sum."""
-    one = tl.full((), 1.0, problem.lam_ptr.dtype.element_ty)
-    return one if policy.sum_classes else one / problem.C
 
 
 @triton.jit
@@ -324,6 +338,13 @@ def target_masses(problem, lam, row, other, cols, policy: tl.constexpr):
         on, share = target_tile(problem, lam, row, other, cols, policy)
         total = tl.sum(on, 0)
     return on, total, share
+
+
+@triton.jit
+def sigmoid(x):
+    """2^x, and the sigmoid of x in units of log 2; NaN where the power leaves the range of numbers."""
+    e = tl.exp2(x)
+    return e, e * (1.0 / (1.0 + e))
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Binary cross-entropy of rows of more than a few classes, a program a row or pair (28-31).
 
-A class does not see the others, so nothing has to be relative to a row's largest logit. Most rows that registers hold
-take a lean path, which knows beforehand which of the two losses is wanted. A logit beyond the range of exponentials and
-an excluded class show in its sums, once a row, as does a step too large for it: such a row takes the careful loops,
-and so does every longer one.
+A class does not see the others, so nothing has to be relative to a row's largest logit. Most rows take a lean path,
+which knows beforehand which of the two losses is wanted. A logit beyond the range of exponentials and an excluded class
+show in its sums, once a row, as does a step too large for it: such a row takes careful loops.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import triton.language as tl
 from .rows import (
     LN2,
     ROW_FIELDS,
-    Labels,
     Problem,
     Role,
     binary_target_tile,
     load_finite,
     log1p_any,
     partners,
-    per_class,
     reciprocal,
     scaled,
     scaled_grad,
+    sigmoid,
     step_lam,
     store_role,
     takes_adversarial,
@@ -32,67 +30,176 @@ from .rows import (
 from .rows_careful import careful_binary_role, careful_row_grad
 from .rows_registers import minus_target, sparse_targets
 
-REACH = tl.constexpr(0.03)  # change of a logit up to which δ is taken from the slopes at both ends, to 1e-7
+
+@triton.jit
+def _product(first, second):
+    """(1 + first)(1 + second) - 1, in which nothing small is lost."""
+    return first + second + first * second
 
 
 @triton.jit
-def _sigmoid(x):
-    """2^x, and the sigmoid of x in units of log 2; NaN where the power leaves the range of numbers."""
-    e = tl.exp2(x)
-    return e, e * (1.0 / (1.0 + e))
+def _at(b, d, lam, on, total, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
+    """A tile of ∂ℓ/∂λ in units of log 2, one of the loss, and the sigmoids, of rows mixed at λ (28-30).
 
-
-@triton.jit
-def _log_product(e):
-    """Σ log(1 + e), four classes to a logarithm: log1p of Π(1 + e) - 1, in which no small e is lost."""
-    for _ in tl.static_range(2):
-        first, second = tl.split(tl.permute(tl.reshape(e, (2, e.shape[0] // 2)), (1, 0)))
-        e = first + second + first * second
-    return tl.sum(log1p_any(e), 0)
-
-
-@triton.jit
-def tame_binary_role(problem, a, b, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr):
-    """The role of one row from logits a and b in units of log 2, in the fewest instructions.
-
-    Its field `easy` says whether that was right.
-
-    Returns:
-        The role, S·σ at λ*, and the target: `Labels`, or a tile.
+    With SPARSE targets both are over S and less what the labels have of it; and the loss is that of eight classes to an
+    element: of those that a lane has loaded at once, or of classes a part of a row apart.
     """
-    lam = tl.load(problem.lam_ptr + row)
-    d = a - b
-    e, p = _sigmoid(b + lam * d)
+    x = b + lam * d
+    e, p = sigmoid(x)
     if SPARSE:
-        part = per_class(problem, policy)
-        labels, share, on_b, on_d = sparse_targets(problem, row, other, lam, 0.0, 0.0, policy)
-        on = Labels(labels.a, labels.b, labels.mass_a, labels.mass_b, labels.on_a * part, labels.on_b * part)
-        on_b *= part
-        on_d *= part
-        total = share * part
-        grad = (total * tl.sum(p * d, 0) - on_d) * LN2
+        slope = p * d
+        if ALIGN > 1:
+            loss = log1p_any(tl.reduce(tl.reshape(e, (e.shape[0] // 8, 8)), 1, _product))
+        else:
+            loss = log1p_any(tl.reduce(tl.reshape(e, (8, e.shape[0] // 8)), 0, _product))
+    else:
+        slope = (total * p - on) * d
+        loss = total * log1p_any(e) - on * x * LN2
+    return slope, loss, p
+
+
+@triton.jit
+def _target(problem, lam, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr):
+    """The target, S and what is kept, of a SPARSE row with ⟨t, b⟩ and ⟨t, d⟩, else of a tile."""
+    if SPARSE:
+        on, total, on_b, on_d = sparse_targets(problem, row, other, lam, 0.0, 0.0, policy)
+        return on, total, on.mass_a + on.mass_b, on_b, on_d
     else:
         on, total, kept = binary_target_tile(problem, lam, row, other, cols, policy)
-        share = tl.sum(kept, 0) / problem.C
-        grad = tl.sum((total * p - on) * d, 0) * LN2
-    slope = scaled_grad(grad, problem.grad_divisor_ptr)
-    lam_adv = step_lam(lam, slope, problem.step_size, policy)
-    x = b + lam_adv * d
-    e, p = _sigmoid(x)
+        return on, total, kept, 0.0, 0.0
+
+
+@triton.jit
+def _stepped(problem, lam, slope, total, on_d, policy: tl.constexpr, SPARSE: tl.constexpr):
+    """The row's own ∇λ from the sum of its slopes; ∇λ, and λ'."""
+    own = (total * slope - on_d) * LN2 if SPARSE else slope * LN2
+    grad = scaled_grad(own, problem.grad_divisor_ptr)
+    return own, grad, step_lam(lam, grad, problem.step_size, policy)
+
+
+@triton.jit
+def _role(
+    lam,
+    lam_adv,
+    own,
+    grad,
+    slope,
+    loss,
+    spread,
+    top,
+    total,
+    share,
+    on_b,
+    on_d,
+    policy: tl.constexpr,
+    SPARSE: tl.constexpr,
+):
+    """The role of a row from the sums over its classes at λ and λ', `easy` where they decide it.
+
+    δ is taken from the slopes at both ends, a trapezoid (31): what that leaves out is bounded by `spread`, Σ S d², and
+    `top`, the largest |d|.
+    """
     if SPARSE:
-        grad_adv = (total * tl.sum(p * d, 0) - on_d) * LN2
-        loss = total * _log_product(e) - (on_b + lam_adv * on_d) * LN2
-    else:
-        grad_adv = tl.sum((total * p - on) * d, 0) * LN2
-        loss = tl.sum(total * log1p_any(e) - on * x * LN2, 0)
+        slope = total * slope - on_d
+        loss = total * loss - (on_b + lam_adv * on_d) * LN2
+        spread *= total
     step = lam_adv - lam
-    delta = 0.5 * step * (grad + grad_adv)
-    easy = (tl.abs(loss) < float("inf")) & (tl.abs(grad) < float("inf")) & (tl.abs(grad_adv) < float("inf"))
-    easy = easy & (tl.abs(step) * tl.max(tl.abs(d), 0) * LN2 <= REACH)
-    zero = tl.full((), 0.0, lam.dtype)
+    delta = 0.5 * step * (own + slope * LN2)
+    reach = tl.abs(step) * top * LN2
+    left_out = 0.0039 * reach * step * step * spread  # log(2)² / (12·6√3)
+    easy = (tl.abs(loss) < float("inf")) & (tl.abs(own) < float("inf")) & (tl.abs(slope) < float("inf"))
+    easy = easy & (reach <= 0.25) & (left_out <= 2e-7 * tl.maximum(tl.abs(loss), 1.0))
     takes = takes_adversarial(loss, delta, policy)
-    role = Role(loss, share, lam_adv, lam_adv, slope, delta, takes, zero, zero, zero, zero, easy)
-    return role, total * p, on
+    zero = tl.full((), 0.0, lam.dtype)
+    total = total if SPARSE else zero
+    return Role(loss, share, lam_adv, lam_adv, grad, delta, takes, zero, zero, zero, total, easy)
+
+
+@triton.jit
+def _whole_role(problem, a, b, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
+    """The role of one row from logits a and b in units of log 2; the sigmoids at λ*, S, and the target."""
+    lam = tl.load(problem.lam_ptr + row)
+    on, total, kept, on_b, on_d = _target(problem, lam, row, other, cols, policy, SPARSE)
+    d = a - b
+    slope, _, _ = _at(b, d, lam, on, total, SPARSE, ALIGN)
+    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), total, on_d, policy, SPARSE)
+    slope, loss, p = _at(b, d, lam_adv, on, total, SPARSE, ALIGN)
+    share = kept if SPARSE else tl.sum(kept, 0) / problem.C
+    spread = tl.sum(d * d, 0) if SPARSE else tl.sum(total * d * d, 0)
+    top = tl.max(tl.abs(d), 0)
+    role = _role(
+        lam,
+        lam_adv,
+        own,
+        grad,
+        tl.sum(slope, 0),
+        tl.sum(loss, 0),
+        spread,
+        top,
+        total,
+        share,
+        on_b,
+        on_d,
+        policy,
+        SPARSE,
+    )
+    return role, p, total, on
+
+
+@triton.jit
+def _source_role(problem, a, b, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
+    """What another row's gradient needs of a role: λ', whether it is right, and as `_whole_role`."""
+    lam = tl.load(problem.lam_ptr + row)
+    on, total, _, _, on_d = _target(problem, lam, row, other, cols, policy, SPARSE)
+    slope, _, _ = _at(b, a - b, lam, on, total, SPARSE, ALIGN)
+    own, _, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), total, on_d, policy, SPARSE)
+    # What was in range at λ may leave it by the step, which nothing else would show.
+    _, p = sigmoid(tl.minimum(b + lam_adv * (a - b), 126.0))
+    return lam_adv, tl.abs(own) < float("inf"), p, total, on
+
+
+@triton.jit
+def _long_role(
+    problem, row, other, policy: tl.constexpr, SPARSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The role of one row by two loops over tiles."""
+    lam = tl.load(problem.lam_ptr + row)
+    first = tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), lam.dtype)
+    slopes = zeros
+    spreads = zeros
+    kepts = zeros
+    top = zeros
+    on, total, share, on_b, on_d = _target(problem, lam, row, other, first, policy, SPARSE)
+    for start in range(0, problem.C, BLOCK):
+        cols = start + first
+        b = scaled(load_finite(problem, other, cols), 0.0)
+        d = scaled(load_finite(problem, row, cols), 0.0) - b
+        if not SPARSE:
+            on, total, kept, _, _ = _target(problem, lam, row, other, cols, policy, SPARSE)
+            kepts += kept
+        slope, _, _ = _at(b, d, lam, on, total, SPARSE, ALIGN)
+        slopes += slope
+        spreads += d * d if SPARSE else total * d * d
+        top = tl.maximum(top, tl.abs(d))
+    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slopes, 0), total, on_d, policy, SPARSE)
+    slopes = zeros
+    losses = tl.zeros((BLOCK // 8 if SPARSE else BLOCK,), lam.dtype)
+    for start in range(0, problem.C, BLOCK):
+        cols = start + first
+        b = scaled(load_finite(problem, other, cols), 0.0)
+        d = scaled(load_finite(problem, row, cols), 0.0) - b
+        if not SPARSE:
+            on, total, _, _, _ = _target(problem, lam, row, other, cols, policy, SPARSE)
+        slope, loss, _ = _at(b, d, lam_adv, on, total, SPARSE, ALIGN)
+        slopes += slope
+        losses += loss
+    if not SPARSE:
+        share = tl.sum(kepts, 0) / problem.C
+    return _role(
+        lam, lam_adv, own, grad, tl.sum(slopes, 0), tl.sum(losses, 0), tl.sum(spreads, 0), tl.max(top, 0), total,
+        share, on_b, on_d, policy, SPARSE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -132,15 +239,27 @@ def _amp_binary_kernel(
     sparse: tl.constexpr = has_labels and policy.label_smoothing == 0 and weight_ptr is None
     pairs: tl.constexpr = policy.pairing == "matching"
     has_source: tl.constexpr = pairs or dlogits_ptr is not None
-    decided: tl.constexpr = policy.keeps_all or policy.mode == "mixup"
+    # Doubles are too exact for what the lean path makes of δ.
+    lean: tl.constexpr = (policy.keeps_all or policy.mode == "mixup") and lam_ptr.dtype.element_ty != tl.float64
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     other, source = partners(partner_ptr, inverse_ptr if has_source else partner_ptr, row, B, policy)
     if not pairs or other >= row:
         scale = reciprocal(tl.full((), divisor, lam_ptr.dtype.element_ty))
         easy = False
-        # Doubles are too exact for what the lean path makes of δ.
-        if WHOLE and decided and lam_ptr.dtype.element_ty != tl.float64:
+        if not lean:
+            pass
+        elif not WHOLE:
+            role = _long_role(problem, row, other, policy, sparse, ALIGN, BLOCK_C)
+            easy = role.easy
+            if pairs:
+                role_source = _long_role(problem, other, row, policy, sparse, ALIGN, BLOCK_C)
+                easy = easy & role_source.easy
+            if easy:
+                store_role(rows_ptr, row, B, True, role, ROW_FIELDS)
+                if pairs:
+                    store_role(rows_ptr, other, B, True, role_source, ROW_FIELDS)
+        else:
             # All rows are asked for before the first is used.
             a = load_finite(problem, row, cols)
             b = load_finite(problem, other, cols)
@@ -149,26 +268,34 @@ def _amp_binary_kernel(
                 c = load_finite(problem, source, cols)
             a = scaled(a, 0.0)
             b = scaled(b, 0.0)
-            role, p, on = tame_binary_role(problem, a, b, row, other, cols, policy, sparse)
+            role, p, total, on = _whole_role(problem, a, b, row, other, cols, policy, sparse, ALIGN)
             easy = role.easy
-            if has_source:
-                c = scaled(c, 0.0)
-                role_source, p_source, on_source = tame_binary_role(problem, c, a, source, row, cols, policy, sparse)
+            if pairs:
+                role_source, p_source, total_source, on_source = _whole_role(
+                    problem, b, a, other, row, cols, policy, sparse, ALIGN
+                )
+                lam_source = role_source.lam
                 easy = easy & role_source.easy
+            elif has_source:
+                c = scaled(c, 0.0)
+                lam_source, is_right, p_source, total_source, on_source = _source_role(
+                    problem, c, a, source, row, cols, policy, sparse, ALIGN
+                )
+                easy = easy & is_right
             if easy:
                 store_role(rows_ptr, row, B, True, role, ROW_FIELDS)
                 if pairs:
                     store_role(rows_ptr, other, B, True, role_source, ROW_FIELDS)
                 if dlogits_ptr is not None:
                     own = scale * role.lam
-                    theirs = scale * (1.0 - role_source.lam)
-                    dz = own * p + theirs * p_source
+                    theirs = scale * (1.0 - lam_source)
+                    dz = (own * total) * p + (theirs * total_source) * p_source
                     dz = minus_target(dz, on, on_source, own, theirs, cols, pairs, sparse)
                     _store(dlogits_ptr, row, cols, C, dz)
                     if pairs:
-                        own = scale * role_source.lam
+                        own = scale * lam_source
                         theirs = scale * (1.0 - role.lam)
-                        dz = own * p_source + theirs * p
+                        dz = (own * total_source) * p_source + (theirs * total) * p
                         dz = minus_target(dz, on_source, on, own, theirs, cols, pairs, sparse)
                         _store(dlogits_ptr, other, cols, C, dz)
         if not easy:

@@ -26,6 +26,7 @@ from .rows import (
     load_logits,
     reciprocal,
     scaled,
+    sigmoid,
     target_tile,
 )
 from .rows_careful import careful_grad
@@ -106,7 +107,9 @@ def _amp_rows_grad_kernel(
     C = C // ALIGN * ALIGN
     stride_zm = stride_zm // ALIGN * ALIGN
     problem = Problem(logits_ptr, stride_zm, stride_zn, target_ptr, weight_ptr, lam_ptr, None, C, 0.0)
-    sparse: tl.constexpr = target_ptr.dtype.element_ty == tl.int64 and policy.label_smoothing == 0
+    binary: tl.constexpr = policy.loss == "binary_cross_entropy"
+    has_labels: tl.constexpr = target_ptr.dtype.element_ty == tl.int64
+    sparse: tl.constexpr = has_labels and policy.label_smoothing == 0 and not (binary and weight_ptr is not None)
     pairs: tl.constexpr = policy.pairing == "matching" and BLOCK_B == 1
     if BLOCK_B == 1:
         row = tl.program_id(0).to(tl.int64)
@@ -128,7 +131,7 @@ def _amp_rows_grad_kernel(
         own = _upstream(upstream_ptr, row * stride_u, divisor_ptr)
         theirs = _upstream(upstream_ptr, source * stride_u, divisor_ptr)
         mask = ok & (cols < C)
-        if BLOCK_B == 1 and policy.loss == "cross_entropy":
+        if BLOCK_B == 1 and (sparse or not binary):
             easy = (role.easy > 0) & (role_source.easy > 0)
             if easy:
                 a = load_finite(problem, row, cols)
@@ -140,8 +143,14 @@ def _amp_rows_grad_kernel(
                 a = scaled(a, role.shift_a)
                 b = scaled(b, role.shift_b)
                 c = b if pairs else scaled(c, role_source.shift_a)
-                e = tl.exp2(b + role.lam * (a - b))
-                e_source = tl.exp2(a + role_source.lam * (c - a))
+                x = b + role.lam * (a - b)
+                x_source = a + role_source.lam * (c - a)
+                if binary:
+                    _, e = sigmoid(tl.minimum(x, 126.0))
+                    _, e_source = sigmoid(tl.minimum(x_source, 126.0))
+                else:
+                    e = tl.exp2(x)
+                    e_source = tl.exp2(x_source)
                 slope = softmax_factor(role)
                 slope_source = softmax_factor(role_source)
                 lam = tl.load(lam_ptr + row)
