@@ -37,11 +37,13 @@ class Case(NamedTuple):
         return warps
 
 
-def variants(*, matched: bool = False) -> Iterator[tuple[str, Policy, bool, bool]]:
+def variants(*, matched: bool = False, binary: bool = False) -> Iterator[tuple[str, Policy, bool, bool]]:
     """Name, policy, soft targets, class weights: the lightest and the heaviest."""
-    pairing, suffix = ("matching", ", matched") if matched else ("permutation", "")
-    yield f"plain{suffix}", PLAIN._replace(pairing=pairing), False, False
-    yield f"all{suffix}", MASKED._replace(pairing=pairing), True, True
+    pairing = "matching" if matched else "permutation"
+    loss = "binary_cross_entropy" if binary else "cross_entropy"
+    suffix = ", binary" * binary + ", matched" * matched
+    yield f"plain{suffix}", PLAIN._replace(pairing=pairing, loss=loss), False, False
+    yield f"all{suffix}", MASKED._replace(pairing=pairing, loss=loss), True, True
 
 
 def data_type(itemsize: int, weighted: bool) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from fastamp.kernels import (
     config,
     embedding_mix,
     linear_amp_cross_entropy,
+    rows_binary,
     rows_few,
     rows_grad,
     rows_loop,
@@ -35,15 +36,17 @@ def row_signature(itemsize: int, data: str, soft: bool, weighted: bool) -> dict[
     return signature | ({"weight_ptr": wide} if weighted else {})
 
 
-def row_cases(itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = False) -> Iterator[Case]:
+def row_cases(
+    itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = False, binary: bool = False
+) -> Iterator[Case]:
     """The forward at (B, C) in `sizes`: rows of few classes, rows in registers, and longer ones by loops."""
-    for name, policy, soft, weighted in variants(matched=matched):
+    for name, policy, soft, weighted in variants(matched=matched, binary=binary):
         width, data = data_type(itemsize, weighted)
         for batch, classes in sizes:
             launch = config.forward_config(batch, classes, itemsize, policy, dense_target=soft)
             few, by_loops = launch.block_b > 1, not launch.in_registers
             signature = row_signature(itemsize, data, soft, weighted) | {"step_size": "fp64", "divisor": "fp64"}
-            signature |= {"dlogits_ptr": data} if matched or not by_loops else {}
+            signature |= {"dlogits_ptr": data} if (matched and not binary) or not by_loops else {}
             constants = {"stride_zn": 1, "policy": policy, "BLOCK_C": launch.block_c}
             if few:
                 kernel = rows_few._amp_few_classes_kernel
@@ -52,7 +55,10 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = Fa
                     signature |= {"loss_ptr": DTYPES[itemsize], "divisor_ptr": DTYPES[itemsize]}
             else:
                 kernel = rows_loop._amp_rows_kernel if by_loops else rows_registers._amp_cross_entropy_kernel
-                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch, itemsize)}
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch)}
+                if binary:
+                    kernel = rows_binary._amp_binary_kernel
+                    constants["WHOLE"] = launch.in_registers
             if not matched and not by_loops and batch > config.SEARCH_ROWS:
                 signature |= {"inverse_ptr": "*i64"}
             tile = tiles(classes, launch.block_c) if by_loops else launch.block_c
@@ -70,12 +76,12 @@ def row_cases(itemsize: int, sizes: list[tuple[int, int]], *, matched: bool = Fa
             )
 
 
-def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
+def grad_cases(itemsize: int, *, matched: bool = False, binary: bool = False) -> Iterator[Case]:
     """The gradient from those scalars: few classes, several, and rows of many tiles."""
-    for name, policy, soft, weighted in variants(matched=matched):
+    for name, policy, soft, weighted in variants(matched=matched, binary=binary):
         width, data = data_type(itemsize, weighted)
         for classes in (32000,) if matched else (2, 64, 32000):
-            launch = config.backward_config(classes, itemsize)
+            launch = config.backward_config(classes, itemsize, policy)
             signature = row_signature(itemsize, data, soft, weighted)
             signature |= {"upstream_ptr": DTYPES[itemsize], "stride_u": "i64", "inverse_ptr": "*i64"}
             signature |= {"dlogits_ptr": data, "divisor_ptr": DTYPES[itemsize]}
@@ -93,9 +99,9 @@ def grad_cases(itemsize: int, *, matched: bool = False) -> Iterator[Case]:
             )
 
 
-def head_cases(itemsize: int, shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
+def head_cases(itemsize: int, shapes: list[tuple[int, int, int]], *, binary: bool = False) -> Iterator[Case]:
     """The head kernel at (B, D, C)."""
-    for name, policy, soft, weighted in variants():
+    for name, policy, soft, weighted in variants(binary=binary):
         for batch, depth, classes in shapes:
             launch = config.linear_head_config(batch, classes, depth, itemsize)
             if launch is None:
@@ -153,8 +159,10 @@ def small_cases() -> Iterator[Case]:
 FEW = [(64, 6), (64, 16), (4096, 2), (4096, 16)]
 REGISTERS = [(1024, 100), (4096, 1000), (4096, 2048), (4096, 4096)]
 LOOP = [(64, 32000)]
+BINARY = [(64, 6), (1024, 100), (4096, 1000), (4096, 4096), *LOOP]
 HEADS = [(50, 300, 6), (24, 768, 5), (24, 768, 2), (512, 1024, 8), (50, 512, 16)]
 ASSERTING_KERNELS = (
+    rows_binary._amp_binary_kernel,
     rows_few._amp_few_classes_kernel,
     rows_registers._amp_cross_entropy_kernel,
     rows_loop._amp_rows_kernel,
@@ -172,6 +180,15 @@ GROUPS_OF_CASES = {
     "grad-fp64": lambda: grad_cases(8),
     "head": lambda: head_cases(4, HEADS),
     "head-fp64": lambda: head_cases(8, [(50, 300, 3), (24, 768, 2)]),
+    "binary": lambda: itertools.chain(
+        row_cases(4, BINARY, binary=True),
+        row_cases(4, BINARY[1:], matched=True, binary=True),
+        grad_cases(4, binary=True),
+        grad_cases(4, matched=True, binary=True),
+        head_cases(4, HEADS[:3], binary=True),
+        select_cases(4, [6, 4096], binary=True),
+    ),
+    "binary-fp64": lambda: row_cases(8, [(50, 6), (4096, 1000)], binary=True),
     "small": small_cases,
     "mix": mix_cases,
     "remix": remix_cases,

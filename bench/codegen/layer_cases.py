@@ -80,13 +80,13 @@ def remix_cases() -> Iterator[Case]:
         )
 
 
-def select_cases(itemsize: int, sizes: list[int]) -> Iterator[Case]:
+def select_cases(itemsize: int, sizes: list[int], *, binary: bool = False) -> Iterator[Case]:
     """Two sets of logits, by the number of classes."""
-    for name, policy, soft, weighted in variants():
+    for name, policy, soft, weighted in variants(binary=binary):
         width, data = data_type(itemsize, weighted)
         wide = DTYPES[itemsize]
         for classes in sizes:
-            launch = config.select_config(classes, itemsize, dense_target=soft)
+            launch = config.select_config(classes, itemsize, policy, dense_target=soft)
             signature = {name: data for name in ("logits_ptr", "logits_adv_ptr")}
             signature |= {"target_ptr": data if soft else "*i64", "lam_ptr": wide, "partner_ptr": "*i64"}
             signature |= {name: wide for name in ("loss_ptr", "delta_ptr", "grad_ptr", "grad_adv_ptr")}
@@ -98,7 +98,7 @@ def select_cases(itemsize: int, sizes: list[int]) -> Iterator[Case]:
             if few:
                 constants["BLOCK_B"] = launch.block_b
             else:
-                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch, 4)}
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch)}
             aligned = ("logits_ptr", "logits_adv_ptr", "grad_ptr", "grad_adv_ptr")
             long = classes >= 1024
             yield Case(

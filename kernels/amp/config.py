@@ -19,6 +19,7 @@ FEW_WARPS = 2
 REGISTER_WORDS = 4096
 WORDS_PER_WARP = 1024  # 32 a lane: 194-209 registers, 254 of a pair
 WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass: 209-235; with 1024 they spill
+BINARY_WORDS = 1024  # of binary cross-entropy, 168 registers by one warp; twice as many by two spill
 LEAST_WORDS = 64  # two a lane: a sum then is one of numbers that all lanes have rounded alike
 CAREFUL_COLUMNS = 64  # least tile of careful loops
 SEARCH_ROWS = 1024  # of so many a program looks for the row whose partner its own is; of more it is told
@@ -33,6 +34,7 @@ TOTAL_TURNS = 4  # of one program; more losses are summed by several, and their 
 RESCALE_BLOCK = 4096
 # select_cross_entropy, by loops beyond few classes
 SELECT_WORDS = 1024  # by one warp 254 registers; where every class has target mass, by two 206
+SELECT_WORDS_PER_WARP_BINARY = 256
 # linear_head
 HEAD_CLASSES = 16
 HEAD_DEPTH = 1024
@@ -81,45 +83,56 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     """
     block_c = next_power_of_2(classes)
     words = block_c * itemsize // 4
-    if words <= FEW_CLASSES:
+    if _is_few(words, itemsize, policy):
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     if words > REGISTER_WORDS:
         warps = PAIR_WARPS if policy.pairing == "matching" else LOOP_WARPS
         return Config(1, LOOP_WORDS * 4 // itemsize, warps, False)
     light = (policy.keeps_all or policy.mode == "mixup") and not dense_target
+    if policy.loss == "binary_cross_entropy":
+        light = itemsize == 8 or (light and words <= BINARY_WORDS)  # doubles take careful loops
     per_warp = WORDS_PER_WARP if light else WORDS_PER_WARP_HEAVY
     return Config(1, max(block_c, LEAST_WORDS * 4 // itemsize), max(1, words // per_warp), True)
 
 
-def careful_block(config: Config, itemsize: int) -> int:
-    """The tile of a program's careful loops; doubles that are not in registers have no others."""
-    if itemsize == 8 and not config.in_registers:
+def careful_block(config: Config) -> int:
+    """The tile of a program's careful loops; rows that are not in registers may have no others, then in vectors."""
+    if not config.in_registers:
         return 128 * config.num_warps
     return max(CAREFUL_COLUMNS, config.block_c // 4)
 
 
-def backward_config(classes: int, itemsize: int) -> Config:
+def _is_few(words: int, itemsize: int, policy: Any) -> bool:
+    """Whether rows go one to a lane; the logarithms of doubles, one a class, would spill."""
+    return words <= FEW_CLASSES and (policy.loss == "cross_entropy" or itemsize == 4)
+
+
+def backward_config(classes: int, itemsize: int, policy: Any) -> Config:
     """The launch of the gradient from stored scalars."""
     block_c = next_power_of_2(classes)
-    if block_c * itemsize // 4 <= FEW_CLASSES:
+    if _is_few(block_c * itemsize // 4, itemsize, policy):
         return Config(FEW_ROWS, block_c, FEW_WARPS, False)
     words = max(LEAST_WORDS, min(block_c * itemsize // 4, GRAD_WORDS))
-    return Config(1, words * 4 // itemsize, max(1, words // GRAD_WORDS_PER_WARP), False)
+    per_warp = GRAD_WORDS_PER_WARP if policy.loss == "cross_entropy" else GRAD_WORDS_PER_WARP // 2
+    return Config(1, words * 4 // itemsize, max(1, words // per_warp), False)
 
 
-def select_config(classes: int, itemsize: int, *, dense_target: bool) -> Config:
+def select_config(classes: int, itemsize: int, policy: Any, *, dense_target: bool) -> Config:
     """The launch that compares the losses of two sets of logits.
 
     Args:
         classes: C.
         itemsize: bytes of the compute dtype, 4 or 8.
+        policy: what the kernel is compiled for.
         dense_target: probabilities, or labels that are smoothed.
     """
     block_c = next_power_of_2(classes)
-    if block_c * itemsize // 4 <= FEW_CLASSES:
+    if _is_few(block_c * itemsize // 4, itemsize, policy):
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     words = max(min(block_c * itemsize // 4, SELECT_WORDS), LEAST_WORDS)
     per_warp = WORDS_PER_WARP_HEAVY if dense_target else WORDS_PER_WARP
+    if policy.loss == "binary_cross_entropy":
+        per_warp = SELECT_WORDS_PER_WARP_BINARY
     return Config(1, words * 4 // itemsize, max(1, words // per_warp), False)
 
 

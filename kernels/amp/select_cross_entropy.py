@@ -405,15 +405,12 @@ def select_cross_entropy_forward(
             _select_few_classes_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
         else:
             rows = (logits,) if logits_adv is None else (logits, logits_adv)
-            options |= {
-                "ALIGN": alignment(*rows),
-                "BLOCK_CAREFUL": careful_block(config._replace(in_registers=True), 4),
-            }
+            options |= {"ALIGN": alignment(*rows), "BLOCK_CAREFUL": careful_block(config)}
             _select_kernel[(batch,)](*tensors, batch, classes, *scalars, **options)
         return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
 
     dense_target = target.is_floating_point() or policy.label_smoothing > 0
-    config = select_config(classes, lam.element_size(), dense_target=dense_target)
+    config = select_config(classes, lam.element_size(), policy, dense_target=dense_target)
     with on_device_of(logits):
         return tuned(
             "_select_kernel",
