@@ -119,7 +119,7 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]], *, binary: boo
                 linear_amp_cross_entropy._linear_amp_cross_entropy_kernel,
                 launch,
                 signature,
-                {"policy": policy, "RELU": weighted, **tile},
+                {"policy": policy, "RELU": weighted and not binary, **tile},
                 ("hidden_ptr", "dhidden_ptr", "stride_hm", "D"),
                 elements=launch.rows * launch.block_d,
                 floor=(3 if weighted else 2) * itemsize,  # and a dropout mask

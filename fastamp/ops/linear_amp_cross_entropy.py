@@ -231,6 +231,8 @@ def _fits_kernel(head: Head, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
     if policy.loss == "softmax_bce" or torch.compiler.is_compiling() or not takes_kernels(head.hidden):
         return False
+    if policy.loss == "binary_cross_entropy" and head.relu:
+        return False  # two more numbers a class, in both passes: more than registers hold
     from fastamp import kernels
 
     classes, depth = head.weight.shape

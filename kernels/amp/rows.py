@@ -354,8 +354,8 @@ def loss_at(x, on, total, policy: tl.constexpr):
     if policy.loss == "binary_cross_entropy":
         e = tl.exp2(-tl.abs(x))
         p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-        softplus = tl.where(x > 0, x, 0.0) * LN2 + log1p_any(e)
-        loss = tl.sum(total * softplus - tl.where(on != 0, on * x, 0.0) * LN2, 0)
+        above = tl.where(x > 0, total, 0.0) - on  # S log(1 + 2^x) = S log(1 + 2^-|x|) + S max(x, 0) log 2
+        loss = tl.sum(total * log1p_any(e) + tl.where(above != 0, above * x, 0.0) * LN2, 0)
         lse = tl.zeros_like(top)
     else:
         x = x - top
@@ -370,7 +370,7 @@ def loss_at(x, on, total, policy: tl.constexpr):
 
 @triton.jit
 def loss_change(p, on, total, u, far, policy: tl.constexpr):
-    """δ per row from the change u of its logits (26, 31); `far`, the difference of the losses, where some |u| > 1."""
+    """δ per row from the change u of its logits (26, 33); `far`, the difference of the losses, where some |u| > 1."""
     u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
     gain = p * expm1_unit(u_near)
     if policy.loss == "binary_cross_entropy":

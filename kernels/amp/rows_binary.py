@@ -1,4 +1,4 @@
-"""Binary cross-entropy of rows of more than a few classes, a program a row or pair (28-31).
+"""Binary cross-entropy of rows of more than a few classes, a program a row or pair (30-34).
 
 A class does not see the others, so nothing has to be relative to a row's largest logit. Most rows take a lean path,
 which knows beforehand which of the two losses is wanted. A logit beyond the range of exponentials and an excluded class
@@ -39,7 +39,7 @@ def _product(first, second):
 
 @triton.jit
 def _at(b, d, lam, on, total, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
-    """A tile of ∂ℓ/∂λ in units of log 2, one of the loss, and the sigmoids, of rows mixed at λ (28-30).
+    """A tile of ∂ℓ/∂λ in units of log 2, one of the loss, and the sigmoids, of rows mixed at λ (30-32).
 
     With SPARSE targets both are over S and less what the labels have of it; and the loss is that of eight classes to an
     element: of those that a lane has loaded at once, or of classes a part of a row apart.
@@ -96,7 +96,7 @@ def _role(
 ):
     """The role of a row from the sums over its classes at λ and λ', `easy` where they decide it.
 
-    δ is taken from the slopes at both ends, a trapezoid (31): what that leaves out is bounded by `spread`, Σ S d², and
+    δ is taken from the slopes at both ends, a trapezoid (34): what that leaves out is bounded by `spread`, Σ S d², and
     `top`, the largest |d|.
     """
     if SPARSE:

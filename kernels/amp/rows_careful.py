@@ -124,7 +124,7 @@ def careful_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def careful_binary_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr):
-    """`careful_role` with binary cross-entropy: sums of tiles, which do not depend on one another (28-31)."""
+    """`careful_role` with binary cross-entropy: sums of tiles, which do not depend on one another (30-34)."""
     lam = tl.load(problem.lam_ptr + row)
     zero = tl.full((), 0.0, lam.dtype)
     loss = zero

@@ -1,4 +1,4 @@
-"""Tiles of whole rows, whatever they hold, by either cross-entropy (1-11, 28-31); few classes, one row to a lane."""
+"""Tiles of whole rows, whatever they hold, by either cross-entropy (1-11, 30-34); few classes, one row to a lane."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def _softmax_row(
 
 @triton.jit
 def _binary_row(problem, problem_adv, out, row, other, lam, policy: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same of binary cross-entropy, whose classes do not depend on one another: one pass (28-31)."""
+    """The same of binary cross-entropy, whose classes do not depend on one another: one pass (30-34)."""
     loss = tl.full((), 0.0, lam.dtype)
     loss_adv = loss
     delta = loss
