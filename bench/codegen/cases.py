@@ -106,6 +106,8 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]], *, binary: boo
             launch = config.linear_head_config(batch, classes, depth, itemsize)
             if launch is None:
                 continue
+            # With a comparison, binary cross-entropy takes the closed form.
+            policy = policy._replace(keeps_all=policy.keeps_all or binary)
             wide = DTYPES[itemsize]
             pointers = ("hidden", "weight", "bias", "lam", "rows", "dhidden", "dweight", "dbias")
             signature = {f"{pointer}_ptr": wide for pointer in pointers}

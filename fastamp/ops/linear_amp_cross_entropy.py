@@ -191,6 +191,9 @@ def dispatch(
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`linear_amp_cross_entropy` for checked arguments."""
+    # Behind a ReLU the loss is not convex in λ.
+    keeps_all = policy.mode == "maxop" or (not head.relu and known_to_keep_all(mixture, policy, reduction))
+    policy = policy._replace(keeps_all=keeps_all)
     by_kernel = _fits_kernel(head, policy)
     # A graph stays whole unless chunks are asked for.
     if chunk_rows is None and head.is_affine and not by_kernel and not torch.compiler.is_compiling():
@@ -209,9 +212,6 @@ def dispatch(
         return on_logits.dispatch(logits, mixture, policy, step_size, reduction, return_stats)
     mixture = mixture.computed_in(compute_dtype(head.hidden.dtype))
     if by_kernel:
-        # Behind a ReLU the loss is not convex in λ.
-        keeps_all = policy.mode == "maxop" or (not head.relu and known_to_keep_all(mixture, policy, reduction))
-        policy = policy._replace(keeps_all=keeps_all)
         divisor, after = reduction.on_host()
         grad_divisor = reduction.kernel_grad_divisor(mixture, policy)
         loss, rows = _LinearAmpCrossEntropy.apply(
@@ -231,8 +231,8 @@ def _fits_kernel(head: Head, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
     if policy.loss == "softmax_bce" or torch.compiler.is_compiling() or not takes_kernels(head.hidden):
         return False
-    if policy.loss == "binary_cross_entropy" and head.relu:
-        return False  # two more numbers a class, in both passes: more than registers hold
+    if policy.loss == "binary_cross_entropy" and (head.relu or not (policy.keeps_all or policy.mode == "mixup")):
+        return False  # in a comparison it has two more numbers a class: more than registers hold
     from fastamp import kernels
 
     classes, depth = head.weight.shape
