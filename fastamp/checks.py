@@ -219,18 +219,19 @@ def check_class_weight(weight: object, classes: int, device: torch.device, *, na
 
 
 def checked_class_weights(
-    weight: Tensor | None, pos_weight: Tensor | None, classes: int, device: torch.device, loss: str
+    weight: Tensor | None, pos_weight: Tensor | None, classes: int, rows: Tensor, loss: str
 ) -> Tensor | None:
-    """What a `Mixture` is weighted by, see there; both are None or (C,) floating point on `device`."""
-    check_class_weight(weight, classes, device)
+    """What a `Mixture` is weighted by, see there; both are None or (C,) floating point on the device of the rows."""
+    check_class_weight(weight, classes, rows.device)
     if loss != "binary_cross_entropy":
         if pos_weight is not None:
             raise ValueError(f"pos_weight belongs to loss='binary_cross_entropy', got loss={loss!r}")
         return weight
-    check_class_weight(pos_weight, classes, device, name="pos_weight")
+    check_class_weight(pos_weight, classes, rows.device, name="pos_weight")
     if pos_weight is None:
         return None if weight is None else weight.expand(2, -1)
-    return torch.stack([pos_weight, torch.ones_like(pos_weight)]) * (1 if weight is None else weight)
+    yes = pos_weight.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.stack([yes, torch.ones_like(yes)]) * (1 if weight is None else weight.to(yes.dtype))
 
 
 def check_head_dtypes(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:

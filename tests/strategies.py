@@ -65,9 +65,9 @@ def assert_case_holds(case: Any, layout: str, dtype: torch.dtype, seed: int, *, 
 def options(draw: st.DrawFn, batch: int, classes: int, *, soft: bool) -> dict[str, Any]:
     """Any combination of the options of `amp_cross_entropy`."""
     grad_clip = draw(st.sampled_from([1.0, 1.0, 0.1, None]))
-    return {
+    chosen = {
         "mode": draw(st.sampled_from(["amp", "amp", "maxop", "mixup"])),
-        "loss": draw(st.sampled_from(["cross_entropy", "cross_entropy", "softmax_bce"])),
+        "loss": draw(st.sampled_from(["cross_entropy", "binary_cross_entropy", "softmax_bce"])),
         "step_size": draw(st.sampled_from([2e-3, 0.3] if grad_clip is None else [2e-3, 0.3, 1.0])),
         "grad_clip": grad_clip,
         "grad_scale": draw(st.sampled_from(["row", "mean"])),
@@ -79,6 +79,9 @@ def options(draw: st.DrawFn, batch: int, classes: int, *, soft: bool) -> dict[st
         "num_items": draw(st.sampled_from([None, None, 2.5, torch.tensor(3)])),
         "weight": draw(st.sampled_from([None, "random"])),
     }
+    if chosen["loss"] == "binary_cross_entropy":
+        chosen |= {"sum_classes": draw(st.booleans()), "pos_weight": draw(st.sampled_from([None, "random"]))}
+    return chosen
 
 
 @st.composite
@@ -102,12 +105,15 @@ def cases(
     if soft:
         target = torch.rand(batch, classes).softmax(1) * (1 if draw(st.booleans()) else 0.8)
         target = target.to(draw(st.sampled_from(DTYPES)))
+        if chosen["loss"] == "binary_cross_entropy" and draw(st.booleans()):
+            target[torch.rand(batch, classes) < 0.3] = -100
     else:
         target = torch.randint(classes, (batch,))
         if chosen["ignore_index"] != -100 and draw(st.booleans()):
             target[draw(st.integers(0, batch - 1))] = chosen["ignore_index"]
-    if chosen["weight"] is not None:
-        chosen["weight"] = laid_out(0.25 + torch.rand(classes), draw(layout))
+    for name in ("weight", "pos_weight"):
+        if chosen.get(name) is not None:
+            chosen[name] = laid_out(0.25 + torch.rand(classes), draw(layout))
     lam = torch.rand(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     if chosen["reduction"] == "none":
         upstream = laid_out(torch.randn(batch), draw(layout))

@@ -78,7 +78,11 @@ ROWS = [
 ]
 OPTIONS = [
     ({"mode": "adversarial"}, ValueError, "mode must be one of 'amp', 'maxop', 'mixup'; got 'adversarial'"),
-    ({"loss": "bce"}, ValueError, "loss must be one of 'cross_entropy', 'softmax_bce'; got 'bce'"),
+    (
+        {"loss": "bce"},
+        ValueError,
+        "loss must be one of 'cross_entropy', 'binary_cross_entropy', 'softmax_bce'; got 'bce'",
+    ),
     ({"grad_scale": 2}, ValueError, "grad_scale must be one of 'row', 'mean'; got 2"),
     ({"step_size": float("nan")}, ValueError, "step_size must be a finite number >= 0, got nan"),
     ({"step_size": -1e-3}, ValueError, r"step_size must be a finite number >= 0, got -0\.001"),

@@ -16,7 +16,7 @@ from fastamp.functional import amp_cross_entropy
 from fastamp.ops import rows
 from fastamp.policy import Policy
 
-LOSSES = ("cross_entropy", "softmax_bce")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "softmax_bce")
 
 
 def exact(a, b, labels, lam, step):
@@ -82,7 +82,10 @@ def test_delta_of_long_rows_keeps_its_digits_from_moments_and_from_passes(small_
     torch.testing.assert_close(ours.delta.double(), loss(ours.lam_adv) - loss(case.lam), rtol=1e-5, atol=1e-10)
 
 
-@pytest.mark.parametrize(("loss", "scale"), [("cross_entropy", 100.0), ("softmax_bce", 30.0), ("softmax_bce", 100.0)])
+@pytest.mark.parametrize(
+    ("loss", "scale"),
+    [("cross_entropy", 100.0), ("binary_cross_entropy", 100.0), ("softmax_bce", 30.0), ("softmax_bce", 100.0)],
+)
 def test_saturated_rows_have_finite_losses_and_gradients(backend, loss, scale):
     """Probabilities that round to 0 and 1."""
     case = random_case(8, 5, loss=loss, step_size=0.3, reduction="none")
@@ -241,6 +244,8 @@ def test_the_gradient_is_that_of_the_chosen_branch_with_lambda_held_constant(bac
     q = F.one_hot(case.target, 3).double()
     t = case.lam[:, None] * q + (1 - case.lam[:, None]) * q[case.partner]
     rows = -(t * x.log_softmax(1)).sum(1)
+    if loss == "binary_cross_entropy":
+        rows = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
     if loss == "softmax_bce":
         others = torch.stack([x[:, [1, 2]], x[:, [0, 2]], x[:, [0, 1]]], 1).logsumexp(2)
         rows = rows - ((1 - t) * (others - x.logsumexp(1, keepdim=True))).sum(1)

@@ -46,6 +46,7 @@ def test_a_head_is_no_worse_than_its_composition(backend, dtype, relu, dropout, 
         {"mode": "mixup"},
         {"mode": "maxop", "step_size": 0.3},
         {"loss": "softmax_bce", "step_size": 0.05},
+        {"loss": "binary_cross_entropy"},
         {"loss": "softmax_bce", "grad_scale": "mean", "grad_clip": None, "step_size": 0.3, "tie_tol": 0.0},
         {"label_smoothing": 0.2, "reduction": "sum", "step_size": 0.1},
         {"clamp": True, "step_size": 1.0},
@@ -95,7 +96,7 @@ def test_behind_a_relu_rows_keep_lambda(backend):
     weight=st.sampled_from(["none", "positive", "of both signs"]),
     options=st.fixed_dictionaries(
         {
-            "loss": st.sampled_from(["cross_entropy", "cross_entropy", "softmax_bce"]),
+            "loss": st.sampled_from(["cross_entropy", "binary_cross_entropy", "softmax_bce"]),
             "step_size": st.sampled_from([2e-3, 0.1, 1.0]),
             "grad_clip": st.sampled_from([1.0, None]),
             "grad_scale": st.sampled_from(["row", "row", "mean"]),

@@ -29,7 +29,7 @@ from fastamp.functional import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA or ROCm device")]
 
-LOSSES = ("cross_entropy", "softmax_bce")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "softmax_bce")
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "auto"])
 
 

@@ -82,6 +82,26 @@ def test_four_accumulated_batches_are_one_batch(mix_at: str | int, tmp_path: Pat
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mix_at", [1, "sent_loss"])
+def test_several_labels_a_row(mix_at: str | int, tmp_path: Path) -> None:
+    """Accumulated as one batch, though the Trainer counts every class; evaluation is the model's own loss."""
+    weights = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        model = hf_models.build("bert", problem_type="multi_label_classification")
+        criterion = fixed(loss="binary_cross_entropy", step_size=0.05)
+        trainer = trainer_for(mix_at, criterion, tmp_path, model, **options)
+        data = hf_models.Questions(64)
+        data.labels = F.one_hot(data.labels, 3).double().index_fill_(1, torch.tensor([1]), 1.0)
+        trainer.train_dataset = trainer.eval_dataset = data
+        trainer.train()
+        weights.append(hf_models.weights(trainer.model))
+        plain = Trainer(trainer.model, hf_models.arguments(tmp_path), eval_dataset=data)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(weights[0], hf_models.weights(hf_models.build("bert")))
+
+
 def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     trainer = trained(1, fixed(step_size=0.05), tmp_path, max_steps=1)
     model, criterion = hf_models.build("bert"), fixed(step_size=0.05)
@@ -341,7 +361,8 @@ def test_float_labels_are_refused_with_the_reason(mix_at: str | int, tmp_path: P
 def test_other_heads_are_refused(mix_at: str | int, tmp_path: Path) -> None:
     for overrides, message in (
         ({"num_labels": 1}, "num_labels=1 is a regression"),
-        ({"problem_type": "multi_label_classification"}, "configured for 'multi_label_classification'"),
+        ({"problem_type": "multi_label_classification"}, "give AMPLoss.loss='binary_cross_entropy'"),
+        ({"problem_type": "regression"}, "configured for 'regression'$"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_for(mix_at, fastamp.AMPLoss(), tmp_path, hf_models.build("bert", **overrides)).train()

@@ -21,6 +21,8 @@ OPTIONS = [
     {"tie_tol": 0.0},
     {"grad_scale": "mean", "num_items": 11.0},
     {"loss": "softmax_bce", "step_size": 0.1},
+    {"loss": "binary_cross_entropy"},
+    {"loss": "binary_cross_entropy", "label_smoothing": 0.1, "sum_classes": True},
 ]
 
 

@@ -76,7 +76,7 @@ def test_a_step_that_lowers_the_loss_is_rejected():
     torch.testing.assert_close(always.loss[0], plain.loss[0] + result.delta[0])
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "softmax_bce"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "softmax_bce"])
 def test_gradients_of_plain_mixup_are_the_numerical_ones(loss):
     hidden, target = rows(4, 3)
     head = torch.randn(3, 3, dtype=torch.float64)

@@ -84,26 +84,26 @@ class StepCase(OfClasses):
         mask = selected.mask if mask is None else mask
         # By hand, so that a run in a narrow dtype can be made to take the same branch as the truth.
         rows = torch.where(mask, at_adv.loss, at_lam.loss)
-        mean = rows.sum() / _divisor(given).to(x["hidden"].dtype)
+        mean = rows.sum() / _divisor(given, self.options.get("loss")).to(x["hidden"].dtype)
         values = {"row losses": rows, "mean loss": mean, "λ'": selected.lam_adv}
         return Outcome(values, mask, selected.delta, selected.row_loss)
 
 
-def _divisor(inputs: Tensors) -> Tensor:
+def _divisor(inputs: Tensors, loss: str | None) -> Tensor:
     """What the sum of the rows' losses is divided by, float64."""
     target, lam, partner = inputs["target"], inputs["lam"].double(), inputs["partner"]
     mass = torch.ones_like(lam)
     if not target.is_floating_point():
         kept = target != -100
         mass = mass * kept
-        if "class_weight" in inputs:
+        if "class_weight" in inputs and loss != "binary_cross_entropy":
             mass = mass * inputs["class_weight"].double()[torch.where(kept, target, 0)]
     return (lam * mass + (1 - lam) * mass[partner]).sum()
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
     """All cases; the quick ones are a part of them."""
-    for loss in ("cross_entropy", "softmax_bce"):
+    for loss in ("cross_entropy", "binary_cross_entropy", "softmax_bce"):
         options: dict[str, Any] = {"loss": loss}
         yield from (StepCase(f"{loss} {mode}", options={**options, "mode": mode}) for mode in ("amp", "maxop", "mixup"))
         yield StepCase(f"{loss} confident", batch=7, scale=20.0, options=options)
@@ -138,7 +138,10 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield StepCase(f"{loss} BERT head", batch=24, classes=5, width=768, options=options)
         yield StepCase(f"{loss} chunks of marked rows", **small, **marked)
         yield StepCase(f"{loss} chunks of one", **{**small, "chunk_rows": 1}, soft=True, options=options)
+    summed = {"loss": "binary_cross_entropy", "sum_classes": True, "label_smoothing": 0.1}
+    yield StepCase("binary_cross_entropy several labels, summed", soft=True, options=summed)
     if not quick:
+        yield StepCase("binary_cross_entropy 5000 classes", batch=6, classes=5000, options={"loss": summed["loss"]})
         yield StepCase("cross_entropy 5000 classes", batch=6, classes=5000)
         yield StepCase("cross_entropy 20000 classes", batch=4, classes=20000)
         yield StepCase("cross_entropy chunks of 5000 classes", batch=5, classes=5000, width=9, soft=True, chunk_rows=2)
@@ -156,7 +159,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield OperationCase("remix", "long rows", shape=(3, 40_000))
     yield EmbeddingCase("words")
     yield EmbeddingCase("padding, strided", padding_idx=0, layout="strided")
-    for loss in ("cross_entropy", "softmax_bce"):
+    for loss in ("cross_entropy", "binary_cross_entropy", "softmax_bce"):
         options = {"loss": loss}
         yield SelectionCase(loss, options=options)
         yield SelectionCase(f"{loss} -inf, strided", spoiled=True, layout="strided", options=options)

@@ -45,18 +45,20 @@ class SentLoss(TrainerCallback):
 
         Args:
             outputs: the model's outputs; their logits are (B, C).
-            labels: (B,) integer class indices.
-            num_items_in_batch: rows of all batches whose gradients are added up; divides the summed losses.
+            labels: (B,) integer class indices; for loss="binary_cross_entropy" also (B, C) floating point in [0, 1].
+            num_items_in_batch: labels of all batches whose gradients are added up; divides the summed losses, a
+                C-th of it where labels are (B, C).
 
         Returns:
             (), float32.
 
         Raises:
-            TypeError, ValueError: labels or logits that are not those of single-label classification.
+            TypeError, ValueError: labels or logits that are not those of a classification by the criterion's loss.
         """
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        labels, num_items = checked_labels(labels), checked_items(num_items_in_batch)
-        if logits.dim() != 2 or logits.shape[1] == 1:
+        labels = checked_labels(labels, self.criterion)
+        num_items = checked_items(num_items_in_batch, labels)
+        if logits.dim() != 2 or (logits.shape[1] == 1 and not is_binary(self.criterion)):
             raise ValueError(
                 f"AMP needs logits (B, C) of a classification with C > 1 labels, got {tuple(logits.shape)}"
                 + ("; num_labels=1 is a regression head" if logits.shape[-1] == 1 else "")
@@ -113,7 +115,7 @@ class SentLoss(TrainerCallback):
         self._is_callback, self.reached = True, False
         check_counts(self.criterion)
         check_arguments(args, self.criterion)
-        check_head(model)
+        check_head(model, self.criterion)
         self.criterion.to(args.device)
         self._sums = None
         if state.global_step > 0:
@@ -179,7 +181,8 @@ def sent_loss(criterion: AMPLoss) -> SentLoss:
 
     In training it is AMP on the model's logits, which for a model that ends in a linear layer is mixing that layer's
     input, after its dropout. In evaluation and prediction it is plain cross-entropy, whatever mode the criterion is
-    in. The summed losses are divided by the Trainer's count of rows, so that accumulated gradients are right.
+    in. The summed losses are divided by the Trainer's count of rows, so that accumulated gradients are right. A model
+    of several labels a row (problem_type="multi_label_classification") takes AMPLoss(loss="binary_cross_entropy").
 
     As a callback it checks the arguments, adds mix/lam_shift (mean |λ'-λ|), mix/mask_rate, mix/grad_abs (not for
     mode="mixup") and mix/delta to the training logs, and saves and restores a criterion with a generator or a window
@@ -204,31 +207,38 @@ def sent_loss(criterion: AMPLoss) -> SentLoss:
     return SentLoss(criterion)
 
 
-def checked_labels(labels: Any) -> Tensor:
-    """(B,) int64 of the Trainer's labels; errors say why others would be wrong."""
+def is_binary(criterion: AMPLoss) -> bool:
+    """Whether every class is a question of its own, as in multi-label classification."""
+    return criterion.policy.loss == "binary_cross_entropy"
+
+
+def checked_labels(labels: Any, criterion: AMPLoss) -> Tensor:
+    """(B,) int64 of the Trainer's labels, or (B, C) floating point; errors say why others would be wrong."""
     if not isinstance(labels, Tensor):
         raise ValueError("AMP needs labels in every training batch, under the key 'labels'")
+    if labels.is_floating_point() and is_binary(criterion):
+        return labels
     if labels.is_floating_point():
         rows = labels.shape[0] if labels.dim() > 0 else 1
         counted = f"the Trainer would count {labels.numel()} items for {rows} rows, and " * (labels.numel() != rows)
         raise TypeError(
             f"labels are {labels.dtype}: {counted}transformers' models take float labels for multi-label "
-            "classification and change to a sigmoid loss. Give integer class indices; for soft labels call "
-            "fastamp.AMPLoss in a loop of your own"
+            "classification and change to a sigmoid loss, which is AMPLoss(loss='binary_cross_entropy'). Give that, or "
+            "integer class indices; for other soft labels call fastamp.AMPLoss in a loop of your own"
         )
     if labels.dim() != 1 and labels.shape[1:].numel() != 1:
         raise ValueError(f"labels must be (B,) class indices, got shape {tuple(labels.shape)}")
     return labels.reshape(-1).long()
 
 
-def checked_items(num_items: Any) -> Any:
-    """The Trainer's count of rows; a ValueError for that of nn.DataParallel."""
+def checked_items(num_items: Any, labels: Tensor) -> Any:
+    """The Trainer's count as one of rows: it counts every class of (B, C). A ValueError for nn.DataParallel's."""
     if isinstance(num_items, Tensor) and num_items.dim() > 0:
         raise ValueError(
             f"num_items_in_batch has shape {tuple(num_items.shape)}, as under nn.DataParallel, which is not supported: "
             "launch one process per device with torchrun"
         )
-    return num_items
+    return num_items / labels.shape[1] if num_items is not None and labels.dim() == 2 else num_items
 
 
 def check_counts(criterion: AMPLoss) -> None:
@@ -299,13 +309,15 @@ def check_generators(criterion: AMPLoss) -> None:
         )
 
 
-def check_head(model: Any) -> None:
-    """ValueError for a model that is configured for something else than single-label classification."""
+def check_head(model: Any, criterion: AMPLoss) -> None:
+    """ValueError for a model that is configured for something else than the criterion's kind of classification."""
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise ValueError(f"AMP mixes single-label classifications; the model is configured for {problem!r}")
-    if getattr(config, "num_labels", 2) == 1:
+    binary = is_binary(criterion)
+    if problem not in (None, "single_label_classification", "multi_label_classification" if binary else None):
+        advice = "; give AMPLoss(loss='binary_cross_entropy')" * (problem == "multi_label_classification")
+        raise ValueError(f"AMP mixes single-label classifications; the model is configured for {problem!r}{advice}")
+    if getattr(config, "num_labels", 2) == 1 and not binary:
         raise ValueError("AMP mixes classifications; a model with num_labels=1 is a regression")
 
 

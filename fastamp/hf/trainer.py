@@ -94,8 +94,9 @@ class AMPTrainerMixin:
         **kwargs: as Trainer has them; compute_loss_func is taken by the criterion.
 
     Raises:
-        TypeError, ValueError: a model or a place that `split` does not take, a head that is no single-label
-            classification, arguments that would be ignored, parallelism that is not by whole rows.
+        TypeError, ValueError: a model or a place that `split` does not take, a head that is no
+            classification by the criterion's loss, arguments that would be ignored, parallelism that is not by whole
+            rows.
     """
 
     criterion: AMPLoss
@@ -108,7 +109,7 @@ class AMPTrainerMixin:
         trainer: Any = self
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)  # type: ignore[call-arg]
         losses.check_arguments(trainer.args, criterion, at_a_layer=mix_at != "logits")
-        losses.check_head(unwrapped(trainer.model))
+        losses.check_head(unwrapped(trainer.model), criterion)
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
         if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
             raise ValueError("AMPTrainer does not run under tensor, context or sequence parallelism")
@@ -136,11 +137,11 @@ class AMPTrainerMixin:
         trainer: Any = super()
         if self.mix_at == "logits" or not torch.is_grad_enabled():
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = losses.checked_labels(inputs.get("labels"))
+        labels = losses.checked_labels(inputs.get("labels"), self.criterion)
         if self._pass is None or self._pass.model is not model:
             self._pass = self._loss.mixed_pass = MixedPass(self.criterion, model, self.mix_at)
         mix = self.criterion.sample(len(labels), device=labels.device)
-        self._pass.prepare(labels, mix, losses.checked_items(num_items_in_batch))
+        self._pass.prepare(labels, mix, losses.checked_items(num_items_in_batch, labels))
         self._loss.reached = True
         # accelerate puts autocast into the forward that the mixed pass stands in for.
         autocast = self.accelerator.autocast()  # type: ignore[attr-defined]

@@ -126,7 +126,7 @@ def check(
     """The checked target, its weights, and how its losses are reduced; ValueError for a CPU's label out of range."""
     check_logits("logits", logits)
     target = checked_target(target, logits)
-    weights = checked_class_weights(weight, pos_weight, logits.shape[1], logits.device, policy.loss)
+    weights = checked_class_weights(weight, pos_weight, logits.shape[1], logits, policy.loss)
     return target, weights, checked_reduction(reduction, num_items, target, logits.shape[1], policy)
 
 

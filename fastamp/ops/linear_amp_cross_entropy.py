@@ -139,7 +139,7 @@ def linear_amp_cross_entropy(
     classes = len(linear_weight)
     target = checked_target(target, hidden.new_empty(()).expand(len(hidden), classes))
     lam = checked_mix(lam, partner, len(hidden), hidden.device, pairing=policy.pairing)
-    weight = checked_class_weights(weight, pos_weight, classes, hidden.device, policy.loss)
+    weight = checked_class_weights(weight, pos_weight, classes, hidden, policy.loss)
     if chunk_rows is not None:
         _check_chunk_rows(chunk_rows, head)
     how = checked_reduction(reduction, num_items, target, classes, policy)

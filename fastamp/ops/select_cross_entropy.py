@@ -116,7 +116,7 @@ def select_cross_entropy(
     check_device("logits_adv", logits_adv, logits.device)
     target = checked_target(target, logits)
     lam = checked_mix(lam, partner, len(logits), logits.device)
-    weight = checked_class_weights(weight, pos_weight, logits.shape[1], logits.device, loss)
+    weight = checked_class_weights(weight, pos_weight, logits.shape[1], logits, loss)
     kept = all_kept(target, logits.shape[1], policy)
     mixture = Mixture(target, lam.detach().to(compute_dtype(logits.dtype)), partner, weight)
     rows = dispatch(logits, logits_adv, mixture, policy, policy.tie_bounds(logits.dtype), kept)

@@ -115,7 +115,7 @@ class Answered(NamedTuple):
         mixture, policy = step.mixture, step.policy
         checked = check_outputs(logits, len(mixture.lam))
         checked_target(mixture.target, checked)
-        weight = checked_class_weights(*step.weights, checked.shape[1], checked.device, policy.loss)
+        weight = checked_class_weights(*step.weights, checked.shape[1], checked, policy.loss)
         mixture = mixture._replace(weight=weight)
         step = step._replace(mixture=mixture)
         reduction = checked_reduction("mean", step.num_items, mixture.target, checked.shape[1], policy)

@@ -188,6 +188,10 @@ def _amp_rows_grad_kernel(
                     )
         else:
             _store_careful(problem, dlogits_ptr, row, other, source, role, role_source, own, theirs, cols, mask, policy)
+            if pairs:
+                _store_careful(
+                    problem, dlogits_ptr, other, row, row, role_source, role, theirs, own, cols, mask, policy
+                )
 
 
 @triton.jit
