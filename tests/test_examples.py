@@ -74,6 +74,19 @@ def test_the_plain_loop_runs_at_any_layer(at: str) -> None:
     assert f"mixed at {at}: test error" in run("plain_loop", "--steps", "3", "--at", at)
 
 
+@pytest.mark.parametrize("at", ["pixels", "middle", "logits"])
+def test_the_timm_script_trains_at_any_place(at: str) -> None:
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
+        pytest.skip(f"timm and torchvision cannot be imported: {error}")
+    learns = at == "logits"
+    output = run("timm_images", "--at", at, "--steps", "20" if learns else "2", "--batch-size", "32" if learns else "8")
+    error_rate = re.search(rf"mixed at {at}: test loss \d+\.\d+, test error (\d+\.\d)%", output)
+    assert error_rate is not None
+    assert not learns or float(error_rate[1]) < 60  # guessing: 75
+
+
 def test_the_scripts_say_what_they_need() -> None:
     for name, options, message in (
         ("trainer_trec", [], "give data_dir"),
