@@ -273,7 +273,8 @@ def _run(
         (5, B): losses, λ', ∇λ, δ and the mask as numbers; and the gradients to hidden, weight and bias in the compute
         dtype, None where not wanted.
     """
-    lam, made = mixture.lam, []
+    lam = mixture.lam
+    made: list[Tensor] = []
     grads = [
         make(leaf.shape) if need and upstream is not None and leaf is not None else None
         for make, leaf, need in zip((lam.new_zeros, lam.new_empty, lam.new_zeros), head[:3], needs, strict=True)
