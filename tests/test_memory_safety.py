@@ -18,6 +18,7 @@ import torch
 from conftest import DTYPES, HAS_GPU, TRITON_DEVICE
 from torch import Tensor
 
+import fastamp
 from fastamp.conformance import check_case
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -35,6 +36,7 @@ LAUNCHED = {
     "select_cross_entropy": {"_select_few_classes_kernel", "_select_kernel"},
     "embedding_mix": {"_embedding_mix_kernel", "_run_pieces_kernel", "_long_runs_kernel"},
 }
+DRAWN = {"_draw_partner_kernel"}
 # What goes through tiles of a few elements as well.
 SMALL = {
     "amp_cross_entropy": ["probabilities", "pairs"],
@@ -192,6 +194,17 @@ def test_kernels_stay_within_their_tensors_where_tiles_are_small(
         assert_stays_within(guard, case, torch.float32)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 50, 257])
+def test_the_draw_of_partners_stays_within_its_tensors(monkeypatch, batch):
+    guard = Guard(monkeypatch)
+    for alpha, pairing in ((1.0, "permutation"), (0.3, "matching"), (1.0, "matching")):
+        with fastamp.set_backend("triton"):
+            partner = fastamp.AMPLoss(alpha=alpha, pairing=pairing).sample(batch, device=TRITON_DEVICE).partner
+        assert partner.sort().values.tolist() == list(range(batch))
+    assert not guard.stray
+    assert guard.launched == DRAWN
+
+
 def assert_stays_within(guard, case, dtype):
     """The case holds the contract, and nothing was written elsewhere."""
     finding = check_case(case, TRITON_DEVICE, "triton", dtype)
@@ -203,7 +216,7 @@ def test_every_kernel_is_among_those_launched():
     package = import_module("fastamp.kernels")
     modules = [import_module(f"fastamp.kernels.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
     defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert defined == set().union(*LAUNCHED.values())
+    assert defined == DRAWN.union(*LAUNCHED.values())
 
 
 def test_the_sanitizer_run_is_rehearsed_without_it(tmp_path):
