@@ -22,7 +22,7 @@ KERNELS = {
     (50, 6, "linear_amp_cross_entropy"): [DRAW, "_linear_amp_cross_entropy_kernel", "_amp_total_kernel"],
     (256, 1000, "AMPLoss"): WHOLE,
     (256, 1000, "AMPLoss, matching"): WHOLE,
-    (64, 32000, "AMPLoss"): [DRAW, "_amp_rows_kernel", "_amp_total_kernel", "_amp_rows_grad_kernel"],
+    (64, 32000, "AMPLoss"): [DRAW, "_amp_rows_kernel", "_amp_total_kernel", "_inverse_kernel", "_amp_rows_grad_kernel"],
     (64, 32000, "AMPLoss, matching"): [DRAW, "_amp_rows_kernel", "_amp_total_kernel", "_rescale_kernel"],
 }
 FREE = ("empty", "new_empty", "empty_like")  # memory, but no launch

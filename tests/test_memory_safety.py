@@ -26,15 +26,16 @@ import triton.language as tl  # noqa: E402
 
 BENCH = Path(__file__).parents[1] / "bench"
 MARGIN = 1 << 14  # elements on either side, more than any tile
-CHUNKS = {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
+INVERSE = {"_inverse_kernel"}
+CHUNKS = INVERSE | {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
 LAUNCHED = {
     "amp_cross_entropy": CHUNKS | {"_amp_few_classes_kernel", "_amp_total_kernel", "_rescale_kernel"},
     "linear_amp_cross_entropy": CHUNKS | {"_linear_amp_cross_entropy_kernel", "_amp_total_kernel"},
-    "mix": {"_mix_kernel", "_mix_grad_kernel"},
+    "mix": INVERSE | {"_mix_kernel", "_mix_grad_kernel"},
     "lambda_grad": {"_inner_product_kernel"},
-    "remix": {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
+    "remix": INVERSE | {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
     "select_cross_entropy": {"_select_few_classes_kernel", "_select_kernel"},
-    "embedding_mix": {"_embedding_mix_kernel", "_run_pieces_kernel", "_long_runs_kernel"},
+    "embedding_mix": INVERSE | {"_embedding_mix_kernel", "_run_pieces_kernel", "_long_runs_kernel"},
 }
 DRAWN = {"_draw_partner_kernel"}
 # What goes through tiles of a few elements as well.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from fastamp.kernels import (
     config,
     embedding_mix,
+    launch,
     linear_amp_cross_entropy,
     rows_few,
     rows_grad,
@@ -163,6 +164,7 @@ ASSERTING_KERNELS = (
     embedding_mix._embedding_mix_kernel,
     select._select_few_classes_kernel,
     select._select_kernel,
+    launch._inverse_kernel,
 )
 GROUPS_OF_CASES = {
     "rows": lambda: row_cases(4, FEW + REGISTERS + LOOP),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import triton
 
-from fastamp.kernels import config, draw, embedding_mix, mix, remix
+from fastamp.kernels import config, draw, embedding_mix, launch, mix, remix
 from fastamp.kernels import select_cross_entropy as select
 
 from .case import DTYPES, MASKED, PLAIN, Case, data_type, tiles, variants
@@ -15,7 +15,7 @@ WIDE = 768  # rows of so many elements are read in vectors
 
 
 def draw_cases() -> Iterator[Case]:
-    """Partners from keys of either dtype, of a batch that takes several turns."""
+    """Partners from keys of either dtype, and the inverse of a permutation."""
     for itemsize, matching in ((4, False), (4, True), (8, True)):
         keys = DTYPES[itemsize]
         yield Case(
@@ -30,6 +30,17 @@ def draw_cases() -> Iterator[Case]:
             sizes={"B": config.DRAW_COLUMNS},
             warps=config.DRAW_WARPS,
         )
+    yield Case(
+        "int64",
+        launch._inverse_kernel,
+        config.INVERSE_BLOCK,
+        {"partner_ptr": "*i64", "inverse_ptr": "*i64", "B": "i32"},
+        {"BLOCK": config.INVERSE_BLOCK},
+        ("partner_ptr", "inverse_ptr"),
+        elements=config.INVERSE_BLOCK,
+        floor=16,
+        warps=4,
+    )
 
 
 def mix_cases() -> Iterator[Case]:
