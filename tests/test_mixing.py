@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import TRITON_DEVICE
 from scipy import stats
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import fastamp
 import fastamp.mixing
-from conftest import TRITON_DEVICE
 from fastamp.mixing import Mix, draw
 
 REJECT = 1e-3  # seeds are fixed: a test that passes once passes always

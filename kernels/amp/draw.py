@@ -62,10 +62,10 @@ def draw_partner(keys: Tensor, matching: bool) -> Tensor:
     """(B,) int64: a uniform random permutation, or perfect matching, of independent uniform keys.
 
     Args:
-        keys: (2, B) float32 or (1, B) float64, in [0, 1), contiguous; 1 <= B <= 1024.
+        keys: (2, B) float32 or (1, B) float64, in [0, 1); 1 <= B <= 1024.
         matching: whether partner is to be its own inverse; one row of an odd batch then is its own partner.
     """
-    batch = keys.shape[1]
+    keys, batch = keys.contiguous(), keys.shape[1]
     partner = torch.empty(batch, dtype=torch.int64, device=keys.device)
     with on_device_of(keys):
         _draw_partner_kernel[(cdiv(batch, DRAW_ROWS),)](
