@@ -106,7 +106,7 @@ def draw(
         # Sorting random keys is a random permutation; double precision makes ties a matter of 1e-16·B².
         keys = torch.rand(batch_size, processes, dtype=torch.float64, device=_with_float64(source, generator))
         partner = keys[:, rank].argsort().to(source)
-    if pairing == "matching" and keys is None:
+    if pairing == "matching" and not ranked:
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
         order, alone = partner, batch_size % 2
         swapped = order[: batch_size - alone].view(-1, 2).flip(1).view(-1)

@@ -139,6 +139,15 @@ def test_a_matching_is_an_involution_with_a_fixed_point_only_in_an_odd_batch(bac
         assert (partner == rows).sum() == batch % 2
 
 
+@pytest.mark.parametrize("batch", [6, 7])
+def test_processes_draw_matchings_as_well(backend, monkeypatch, batch):
+    monkeypatch.setattr(fastamp.mixing, "_rank", lambda: (1, 3))
+    partner = draw(batch, pairing="matching").partner
+    rows = torch.arange(batch)
+    assert torch.equal(partner[partner], rows)
+    assert (partner == rows).sum() == batch % 2
+
+
 @pytest.mark.parametrize(
     ("batch", "dtype"),
     [*itertools.product((1, 2, 3, 50), (torch.float32, torch.float64)), (257, torch.float64), (1024, torch.float32)],
