@@ -81,7 +81,7 @@ def run_cases(device: str) -> int:
     """
     import torch
 
-    from fastamp import set_backend
+    from fastamp import AMPLoss, set_backend
 
     count = 0
     with set_backend("triton"):
@@ -90,6 +90,8 @@ def run_cases(device: str) -> int:
                 drawn = case.draw(getattr(torch, dtype), torch.Generator().manual_seed(count))
                 case.ours({name: value.to(device) for name, value in drawn.items()})
                 count += 1
+        for options in ({}, {"pairing": "matching"}, {"alpha": 0.5}):
+            AMPLoss(**options).sample(37, device=device)
     if device == "cuda":
         torch.cuda.synchronize()
     return count

@@ -1,4 +1,4 @@
-"""AMP for image models: in place of timm's Mixup and its BinaryCrossEntropy, at the pixels, a middle layer or the logits.
+"""AMP for image models, in place of timm's Mixup and its BinaryCrossEntropy: at pixels, a middle layer or logits.
 
     python examples/timm_images.py --at pixels
 

@@ -61,6 +61,13 @@ def takes_kernels(rows: torch.Tensor) -> bool:
     return uses_triton(rows) and rows.numel() > 0 and not in_torch_func()
 
 
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels make what is new on `device`: as for tensors that lie there, but without a refusal."""
+    if _current == "torch" or not has_triton() or in_torch_func():
+        return False
+    return device.type == "cuda" or (_current == "triton" and device.type == "cpu" and interpreting())
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether operations on `tensor` go to Triton; RuntimeError if it was forced and cannot take the tensor."""
     if _current == "torch" or (_current == "auto" and not (tensor.is_cuda and has_triton())):

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastamp.backend import launches_on
+from fastamp.ops.operator import operator
 from fastamp.step.randomness import capturing
+
+RANKED_ROWS = 1024  # a kernel makes the partners of so many, by comparing all with all
 
 
 class Mix(NamedTuple):
@@ -84,11 +88,17 @@ def draw(
 
     Processes of torch.distributed are mostly seeded alike. Drawing from the default generator, each of them therefore
     draws for all, and takes the part of its rank: independent draws, from one seed, without communication.
+
+    Kernels rank random keys of 48 bits or more, drawn together with λ; two of B rows have the same one, and follow the
+    order of their numbers, with a probability of 2⁻⁴⁹B² at most.
     """
     source = draw_device(device, generator)
     rank, processes = (0, 1) if generator is not None else _rank()
-    lam = draw_beta(processes * batch_size, alpha, source, generator)
-    if processes == 1:
+    ranked = processes == 1 and 1 <= batch_size <= RANKED_ROWS and launches_on(source)
+    lam, keys = draw_beta(processes * batch_size, alpha, source, generator, with_keys=ranked)
+    if keys is not None:
+        partner = draw_partner(keys, pairing == "matching")
+    elif processes == 1:
         partner = draw_permutation(batch_size, source, generator)
     else:
         # By turns: numbers of two ranks never coincide, even if their batches differ in size.
@@ -96,7 +106,7 @@ def draw(
         # Sorting random keys is a random permutation; double precision makes ties a matter of 1e-16·B².
         keys = torch.rand(batch_size, processes, dtype=torch.float64, device=_with_float64(source, generator))
         partner = keys[:, rank].argsort().to(source)
-    if pairing == "matching":
+    if pairing == "matching" and not ranked:
         # Neighbours in a random order are paired; the last of an odd batch stays alone.
         order, alone = partner, batch_size % 2
         swapped = order[: batch_size - alone].view(-1, 2).flip(1).view(-1)
@@ -134,19 +144,35 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def draw_beta(batch_size: int, alpha: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """(batch_size,) numbers, float32, from Beta(alpha, alpha), drawn on `device`, which is the generator's."""
+def draw_beta(
+    batch_size: int, alpha: float, device: torch.device, generator: torch.Generator | None, *, with_keys: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(batch_size,) numbers, float32, from Beta(alpha, alpha), drawn on `device`, which is the generator's.
+
+    And, at no further launch, keys for `draw_partner`; None if not wanted.
+    """
     if alpha == 1.0:
-        return torch.rand(batch_size, dtype=torch.float32, device=device, **_given(generator))
+        if not with_keys:
+            return torch.rand(batch_size, dtype=torch.float32, device=device, **_given(generator)), None
+        numbers = torch.rand(3, batch_size, dtype=torch.float32, device=device, **_given(generator))
+        return numbers[0], numbers[1:]
     # Beta(α, α) = X / (X + Y) with X, Y ~ Gamma(α). For small α both gammas underflow, and λ would pile up
     # at 0.5, so the logarithms are drawn: log X = log Gamma(α+1) + log(U) / α (Marsaglia & Tsang 2000, §6).
     source = _with_float64(device, generator)
     shape = torch.full((2, batch_size), alpha + 1.0, dtype=torch.float64, device=source)
     log_gamma = torch._standard_gamma(shape, generator=generator).log()
     # 1 - U lies in (0, 1]: its logarithm is finite.
-    uniform = torch.rand(2, batch_size, dtype=torch.float64, device=source, **_given(generator))
-    log_x, log_y = log_gamma + torch.log1p(-uniform) / alpha
-    return torch.sigmoid(log_x - log_y).float().to(device)
+    uniform = torch.rand(2 + with_keys, batch_size, dtype=torch.float64, device=source, **_given(generator))
+    log_x, log_y = log_gamma + torch.log1p(-uniform[:2]) / alpha
+    return torch.sigmoid(log_x - log_y).float().to(device), uniform[2:] if with_keys else None
+
+
+@operator("fastamp::draw_partner", lambda keys, _: torch.empty(keys.shape[1], dtype=torch.int64, device=keys.device))
+def draw_partner(keys: Tensor, matching: bool) -> Tensor:
+    """(B,) int64: a uniform random permutation or matching from uniform keys (2, B) float32 or (1, B) float64."""
+    from fastamp import kernels
+
+    return kernels.draw_partner(keys, matching)
 
 
 def draw_permutation(size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

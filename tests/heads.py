@@ -105,13 +105,14 @@ KINDS = st.sampled_from(["permutation", "permutation", "one cycle", "matching", 
 
 
 class Made(TorchDispatchMode):
-    """Notes shape and bytes of every tensor that an operation makes in memory of its own."""
+    """Counts operations, and notes shape and bytes of every tensor that one makes in memory of its own."""
 
     def __init__(self):
         super().__init__()
-        self.shapes, self.largest = set(), 0
+        self.operators, self.shapes, self.largest = 0, set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += 1
         made = function(*args, **(kwargs or {}))
         given_memory = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
         for one in made if isinstance(made, (tuple, list)) else [made]:

@@ -18,19 +18,33 @@ from fastamp.ops import chunked_head
 def test_every_role_finds_both_of_its_rows_in_one_chunk(batch, chunk_rows, kind, seed):
     torch.manual_seed(seed)
     partner = partners(kind, batch)
-    own = []
-    for chunk in chunked_head.chunks(partner, chunk_rows):
-        assert len(chunk.rows) <= chunk_rows + chunked_head.OUTSIDE
-        mine = chunk.rows[: chunk.own]
-        assert torch.equal(chunk.rows[chunk.partner[: chunk.own]], partner[mine])
-        assert torch.equal(chunk.partner.sort().values, torch.arange(len(chunk.rows)))
-        own.append(mine)
-    assert torch.equal(torch.cat(own).sort().values, torch.arange(batch))
+    is_matching = torch.equal(partner[partner], torch.arange(batch))
+    cut = chunked_head.chunks(partner, chunk_rows, chunked_head.PAIR if is_matching else None)
+    assert cut.size <= chunk_rows + chunked_head.OUTSIDE
+    every = []
+    for rows, local in zip(cut.rows.split(cut.size), cut.partner.split(cut.size), strict=True):
+        own = rows[cut.outside :]
+        assert torch.equal(rows[local[cut.outside :]], partner[own])
+        assert torch.equal(local.sort().values, torch.arange(len(rows)))
+        every.append(own)
+    assert torch.equal(torch.cat(every), cut.order)
+    assert torch.equal(cut.order.sort().values, torch.arange(batch))
 
 
 def test_the_order_is_made_without_a_look_at_the_permutation():
     on_meta = torch.empty(50, dtype=torch.int64, device="meta")
-    assert [chunk.own for chunk in chunked_head.chunks(on_meta, 16)] == [16, 16, 16, 2]
+    cut = chunked_head.chunks(on_meta, 16)
+    assert [len(rows) - cut.outside for rows in cut.rows.split(cut.size)] == [16, 16, 16, 2]
+
+
+def test_the_indices_of_all_chunks_are_made_at_once():
+    def operators(chunk_rows, longest=None):
+        with Made() as made:
+            chunked_head.chunks(torch.randperm(1000), chunk_rows, longest)
+        return made.operators
+
+    assert operators(3) == operators(400) < 90
+    assert operators(3, chunked_head.PAIR) < operators(3) - 25
 
 
 @st.composite
@@ -126,8 +140,9 @@ def test_the_same_inputs_give_the_same_bits(backend):
 
 
 @pytest.mark.parametrize(("reduction", "soft"), [("mean", False), ("none", True)])
-def test_no_tensor_has_as_many_elements_as_the_logits(backend, reduction, soft):
+def test_no_tensor_has_as_many_elements_as_the_logits(backend, monkeypatch, reduction, soft):
     batch, classes, rows = 16, 60, 3
+    monkeypatch.setattr(chunked_head, "SLICE_BYTES", 2 * 4 * classes)
     call = Call(batch, 4, classes, dtype=torch.bfloat16, chunk_rows=rows, reduction=reduction)
     if soft:
         call.target = torch.rand(batch, classes).softmax(1)

@@ -17,12 +17,20 @@ from fastamp.reduction import Reduction
 ALL = (True, True, True)
 
 
-def automatic_rows(batch, depth, classes, dtype, needs=ALL):
+class Leaf:
+    """What is asked of a tensor before its rows are counted; on any device."""
+
+    def __init__(self, shape, dtype, requires_grad, device):
+        self.shape, self.dtype, self.requires_grad = shape, dtype, requires_grad
+        self.device = torch.device(device)
+
+    def __len__(self):
+        return self.shape[0]
+
+
+def automatic_rows(batch, depth, classes, dtype, needs=ALL, device="cuda"):
     shapes = ((batch, depth), (classes, depth), (classes,))
-    leaves = [
-        torch.empty((), dtype=dtype, requires_grad=need).expand(shape)
-        for shape, need in zip(shapes, needs, strict=True)
-    ]
+    leaves = [Leaf(shape, dtype, need, device) for shape, need in zip(shapes, needs, strict=True)]
     return chunked_head.automatic_rows(chunked_head.Head(*leaves))
 
 
@@ -31,58 +39,59 @@ def wanted_elements(batch, depth, classes, needs):
     return sum(size for size, need in zip((batch * depth, classes * depth, classes), needs, strict=True) if need)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("needs", [ALL, (True, False, False), (False, True, False), (False, False, False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_chunks_are_several_and_take_less_memory_than_the_whole(dtype, needs):
+def test_chunks_take_less_memory_than_the_whole(dtype, needs, device):
     """By what is held at most: logits and their gradient, gradients in the dtype of sums, and those returned."""
     cut = 0
+    on_host = device == "cpu"
+    least = chunked_head.SAVED_BYTES_CPU if on_host else chunked_head.SAVED_BYTES
     batches = (1, 2, 5, 6, 7, 8, 20, 100, 300, 1000, 1022, 2000, 4096, 8192, 10**5)
     for batch, depth, classes in itertools.product(batches, (16, 1024, 8192), (1000, 32_000, 128_256, 10**6, 10**8)):
-        rows = automatic_rows(batch, depth, classes, dtype, needs)
+        rows = automatic_rows(batch, depth, classes, dtype, needs, device)
         row_bytes = (2 if any(needs) else 1) * classes * dtype.itemsize
+        whole = batch * (chunked_head.CLOSED_FORM * classes * max(4, dtype.itemsize) if on_host else row_bytes)
         elements = wanted_elements(batch, depth, classes, needs)
         summed, returned = elements * max(4, dtype.itemsize), elements * dtype.itemsize
         if rows is None:
-            assert batch < 8 or batch * row_bytes < chunked_head.SAVED_BYTES + max(2 * summed, batch * row_bytes / 2)
+            fewest = (chunked_head.MIN_ROWS_CPU if on_host else 1280) * row_bytes
+            assert whole < least + summed + max(fewest, returned + 128 * row_bytes)
             continue
         cut += 1
-        assert rows >= 1
-        assert -(-batch // rows) >= (4 if batch >= 16 else 2)
-        chunk = (rows + chunked_head.OUTSIDE) * row_bytes
-        assert summed + max(chunk, returned) <= batch * row_bytes - chunked_head.SAVED_BYTES
+        assert rows >= (chunked_head.MIN_ROWS_CPU if on_host else chunked_head.MIN_ROWS)
+        assert summed + max((rows + chunked_head.OUTSIDE) * row_bytes, returned) <= whole - least
     assert cut > 20
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((8192, 2048, 128256), torch.bfloat16),
-        ((16384, 4096, 32000), torch.float32),
-        ((10**6, 64, 10**6), torch.float64),
-    ],
-)
-def test_chunks_of_huge_heads_are_a_part_of_what_the_gradients_take(shape, dtype):
-    batch, depth, classes = shape
-    rows = automatic_rows(*shape, dtype)
-    logits_and_gradient = 2 * (rows + chunked_head.OUTSIDE) * classes * dtype.itemsize
-    least = 2 * chunked_head.MIN_ROWS * classes * dtype.itemsize
-    gradients = max(4, dtype.itemsize) * (batch + classes) * depth
-    assert logits_and_gradient <= max(least, chunked_head.CHUNK_BYTES, gradients / chunked_head.CHUNK_SHARE)
-    assert 8 <= rows < batch
+def test_chunks_on_a_gpu_are_large_whole_tiles_and_as_few_as_take_no_memory_of_their_own():
+    shape = (8192, 2048, 128_256)
+    assert automatic_rows(*shape, torch.bfloat16) == 1150
+    assert (1150 + chunked_head.OUTSIDE) % chunked_head.TILE_ROWS == 0
+    # A gradient of W that is returned in float32 takes the room of so many rows.
+    with_room = automatic_rows(16_384, 2048, 32_000, torch.float32)
+    assert 2 * (with_room + chunked_head.OUTSIDE - chunked_head.TILE_ROWS) * 4 * 32_000 <= 4 * wanted_elements(
+        16_384, 2048, 32_000, ALL
+    )
+    assert with_room > 1150
 
 
-def test_small_heads_are_not_cut_nor_those_whose_gradients_are_the_larger_part():
+def test_heads_of_which_chunks_would_save_little_are_not_cut():
     assert automatic_rows(50, 300, 6, torch.float32) is None
     assert automatic_rows(1024, 1024, 21841, torch.bfloat16) is None
+    assert automatic_rows(4096, 1024, 32_000, torch.bfloat16) is None
     shape = (4096, 4096, 128_256, torch.bfloat16)
     assert automatic_rows(*shape) is None
     assert automatic_rows(*shape, (True, False, True)) is not None
+    assert automatic_rows(50, 300, 6, torch.float32, device="cpu") is None
+    assert automatic_rows(256, 2048, 1000, torch.float32, device="cpu") is None
 
 
 def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
-    chunk, sums = 2 * 4 * (4 + chunked_head.OUTSIDE) * 60, 4 * wanted_elements(15, 4, 60, ALL)
-    monkeypatch.setattr(chunked_head, "SAVED_BYTES", 2 * 4 * 15 * 60 - chunk - sums)
-    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 0)
+    sums, rows = 4 * wanted_elements(15, 4, 60, ALL), 2 * 4 * (4 + chunked_head.OUTSIDE) * 60
+    monkeypatch.setattr(chunked_head, "MIN_ROWS_CPU", 4)
+    monkeypatch.setattr(chunked_head, "SLICE_BYTES", 2 * 4 * 60)
+    monkeypatch.setattr(chunked_head, "SAVED_BYTES_CPU", chunked_head.CLOSED_FORM * 4 * 15 * 60 - rows - sums)
     call = Call(15, 4, 60, chunk_rows=None)
     with Made() as made:
         loss = call.by_library()[0]
@@ -91,6 +100,23 @@ def test_logits_too_large_are_cut_without_being_asked(backend, monkeypatch):
     with Made() as made:
         Call(14, 4, 60, chunk_rows=None).by_library()
     assert made.largest == 4 * 14 * 60
+
+
+def test_a_cpu_holds_little_besides_a_chunk_and_the_gradients():
+    """The fused linear cross-entropy of torch, of chunks of any size, holds the gradients and their scaled copies."""
+    batch, depth, classes = 256, 64, 16_000
+    call = Call(batch, depth, classes, chunk_rows=None)
+    leaves = call.leaves()
+
+    def step():
+        loss, _, _ = call.by_library(leaves)
+        call.gradients(loss, leaves)
+
+    rows = automatic_rows(batch, depth, classes, torch.float32, device="cpu")
+    gradients = 4 * wanted_elements(batch, depth, classes, ALL)
+    logits = 2 * 4 * (rows + chunked_head.OUTSIDE) * classes
+    assert rows < batch / 2
+    assert peak_bytes(step) < gradients + max(gradients, logits) + 10 * chunked_head.SLICE_BYTES
 
 
 def test_a_half_gradient_is_scaled_without_a_second_wide_one():
@@ -126,10 +152,10 @@ class Wide:
             self.calls.append("mm")
             return mm(a.float(), b.float())
 
-        def wide_addmm(total, a, b, *, out_dtype, out):
+        def wide_addmm(total, a, b, *, beta, out_dtype, out):
             assert (total.dtype, b.dtype, out_dtype) == (torch.float32, a.dtype, torch.float32)
             self.calls.append("addmm")
-            return addmm(total, a.float(), b.float(), out=out)
+            return addmm(total, a.float(), b.float(), beta=beta, out=out)
 
         monkeypatch.setattr(torch, "mm", wide_mm)
         monkeypatch.setattr(torch, "addmm", wide_addmm)

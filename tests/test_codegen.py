@@ -14,7 +14,7 @@ from codegen import TARGETS
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "codegen.json"
-GROUPS = ("rows", "pairs grad small head mix remix embedding select")
+GROUPS = ("rows", "pairs grad small head draw mix remix embedding select")
 FP64 = "pairs-fp64 rows-fp64 grad-fp64 head-fp64 select-fp64"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

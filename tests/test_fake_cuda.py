@@ -72,6 +72,8 @@ def backend_auto_traces_a_whole_graph_with_the_kernels_in_it() -> None:
         assert loss.shape == ((B,) if options.get("reduction") == "none" else ())
         code = graphs[-1].print_readable(print_output=False)
         assert ("fastamp.amp_cross_entropy" in code) == (criterion.loss == "cross_entropy"), code
+        assert "fastamp.draw_partner" in code
+        assert "randperm" not in code
     hidden = torch.randn(B, D, device="cuda")
     criterion = fastamp.AMPLoss(mode="mixup")
     step = torch.compile(lambda h, y: criterion.step(network, h, y), fullgraph=True, backend=collect)
@@ -97,7 +99,8 @@ def what_surrounds_the_launches_makes_and_reads_nothing_on_the_host() -> None:
     JITFunction.run = lambda self, *args, **kwargs: launched.append(self.__name__)
     assert launch.on_device_of(torch.empty(0, device="cuda")) is not None
     _run_everything()
-    assert {"_amp_few_classes_kernel", "_linear_amp_cross_entropy_kernel", "_mix_kernel"} <= set(launched), launched
+    few = {"_draw_partner_kernel", "_amp_few_classes_kernel", "_linear_amp_cross_entropy_kernel", "_mix_kernel"}
+    assert few <= set(launched), launched
 
 
 class OnTheDevice(TorchDispatchMode):

@@ -18,6 +18,7 @@ import torch
 from conftest import DTYPES, HAS_GPU, TRITON_DEVICE
 from torch import Tensor
 
+import fastamp
 from fastamp.conformance import check_case
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -25,16 +26,18 @@ import triton.language as tl  # noqa: E402
 
 BENCH = Path(__file__).parents[1] / "bench"
 MARGIN = 1 << 14  # elements on either side, more than any tile
-CHUNKS = {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
+INVERSE = {"_inverse_kernel"}
+CHUNKS = INVERSE | {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
 LAUNCHED = {
     "amp_cross_entropy": CHUNKS | {"_amp_few_classes_kernel", "_amp_total_kernel", "_rescale_kernel"},
     "linear_amp_cross_entropy": CHUNKS | {"_linear_amp_cross_entropy_kernel", "_amp_total_kernel"},
-    "mix": {"_mix_kernel", "_mix_grad_kernel"},
+    "mix": INVERSE | {"_mix_kernel", "_mix_grad_kernel"},
     "lambda_grad": {"_inner_product_kernel"},
-    "remix": {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
+    "remix": INVERSE | {"_inner_product_kernel", "_remix_kernel", "_mix_grad_kernel"},
     "select_cross_entropy": {"_select_few_classes_kernel", "_select_kernel"},
-    "embedding_mix": {"_embedding_mix_kernel", "_run_pieces_kernel", "_long_runs_kernel"},
+    "embedding_mix": INVERSE | {"_embedding_mix_kernel", "_run_pieces_kernel", "_long_runs_kernel"},
 }
+DRAWN = {"_draw_partner_kernel"}
 # What goes through tiles of a few elements as well.
 SMALL = {
     "amp_cross_entropy": ["probabilities", "pairs"],
@@ -192,6 +195,17 @@ def test_kernels_stay_within_their_tensors_where_tiles_are_small(
         assert_stays_within(guard, case, torch.float32)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 50, 257])
+def test_the_draw_of_partners_stays_within_its_tensors(monkeypatch, batch):
+    guard = Guard(monkeypatch)
+    for alpha, pairing in ((1.0, "permutation"), (0.3, "matching"), (1.0, "matching")):
+        with fastamp.set_backend("triton"):
+            partner = fastamp.AMPLoss(alpha=alpha, pairing=pairing).sample(batch, device=TRITON_DEVICE).partner
+        assert partner.sort().values.tolist() == list(range(batch))
+    assert not guard.stray
+    assert guard.launched == DRAWN
+
+
 def assert_stays_within(guard, case, dtype):
     """The case holds the contract, and nothing was written elsewhere."""
     finding = check_case(case, TRITON_DEVICE, "triton", dtype)
@@ -203,7 +217,7 @@ def test_every_kernel_is_among_those_launched():
     package = import_module("fastamp.kernels")
     modules = [import_module(f"fastamp.kernels.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
     defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert defined == set().union(*LAUNCHED.values())
+    assert defined == DRAWN.union(*LAUNCHED.values())
 
 
 def test_the_sanitizer_run_is_rehearsed_without_it(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from fastamp.kernels import (
     config,
     embedding_mix,
+    launch,
     linear_amp_cross_entropy,
     rows_binary,
     rows_few,
@@ -23,7 +24,7 @@ from fastamp.kernels import (
 from fastamp.kernels import select_cross_entropy as select
 
 from .case import DTYPES, Case, data_type, tiles, variants
-from .layer_cases import embedding_cases, mix_cases, remix_cases, select_cases
+from .layer_cases import draw_cases, embedding_cases, mix_cases, remix_cases, select_cases
 
 TOTAL_ROWS = 4096  # rows that _amp_total_kernel sums
 
@@ -111,7 +112,8 @@ def head_cases(itemsize: int, shapes: list[tuple[int, int, int]], *, binary: boo
             wide = DTYPES[itemsize]
             pointers = ("hidden", "weight", "bias", "lam", "rows", "dhidden", "dweight", "dbias")
             signature = {f"{pointer}_ptr": wide for pointer in pointers}
-            signature |= {"target_ptr": wide if soft else "*i64", "partner_ptr": "*i64", "inverse_ptr": "*i64"}
+            signature |= {"target_ptr": wide if soft else "*i64", "partner_ptr": "*i64"}
+            signature |= {"inverse_ptr": "*i64"} if batch > config.SEARCH_ROWS else {}
             signature |= {"B": "i32", "C": "i32", "D": "i32", "stride_hm": "i64", "stride_u": "i64"}
             signature |= {"step_size": "fp64", "divisor": "fp64"}
             signature |= {"class_weight_ptr": wide, "keep_ptr": wide, "upstream_ptr": wide} if weighted else {}
@@ -172,6 +174,7 @@ ASSERTING_KERNELS = (
     embedding_mix._embedding_mix_kernel,
     select._select_few_classes_kernel,
     select._select_kernel,
+    launch._inverse_kernel,
 )
 GROUPS_OF_CASES = {
     "rows": lambda: row_cases(4, FEW + REGISTERS + LOOP),
@@ -192,6 +195,7 @@ GROUPS_OF_CASES = {
     ),
     "binary-fp64": lambda: row_cases(8, [(50, 6), (4096, 1000)], binary=True),
     "small": small_cases,
+    "draw": draw_cases,
     "mix": mix_cases,
     "remix": remix_cases,
     "embedding": embedding_cases,

@@ -6,12 +6,41 @@ from collections.abc import Iterator
 
 import triton
 
-from fastamp.kernels import config, embedding_mix, mix, remix
+from fastamp.kernels import config, draw, embedding_mix, launch, mix, remix
 from fastamp.kernels import select_cross_entropy as select
 
 from .case import DTYPES, MASKED, PLAIN, Case, data_type, tiles, variants
 
 WIDE = 768  # rows of so many elements are read in vectors
+
+
+def draw_cases() -> Iterator[Case]:
+    """Partners from keys of either dtype, and the inverse of a permutation."""
+    for itemsize, matching in ((4, False), (4, True), (8, True)):
+        keys = DTYPES[itemsize]
+        yield Case(
+            f"{keys[1:]} {'matching' if matching else 'permutation'}",
+            draw._draw_partner_kernel,
+            config.DRAW_ROWS,
+            {"keys_ptr": keys, "partner_ptr": "*i64", "B": "i32"},
+            {"MATCHING": matching, "ROWS": config.DRAW_ROWS, "COLUMNS": config.DRAW_COLUMNS},
+            ("partner_ptr",),
+            elements=config.DRAW_COLUMNS,
+            floor=8,
+            sizes={"B": config.DRAW_COLUMNS},
+            warps=config.DRAW_WARPS,
+        )
+    yield Case(
+        "int64",
+        launch._inverse_kernel,
+        config.INVERSE_BLOCK,
+        {"partner_ptr": "*i64", "inverse_ptr": "*i64", "B": "i32"},
+        {"BLOCK": config.INVERSE_BLOCK},
+        ("partner_ptr", "inverse_ptr"),
+        elements=config.INVERSE_BLOCK,
+        floor=16,
+        warps=4,
+    )
 
 
 def mix_cases() -> Iterator[Case]:

@@ -144,7 +144,7 @@ def missing(work: Workload) -> dict[str, str | None]:
 def of_vocabulary(work: Workload) -> list[Contender]:
     """Who belongs to the suite "vocabulary", ratios being to a linear layer and cross-entropy.
 
-    On a CPU `linear_amp_cross_entropy`, which holds all logits of itself there, is timed in chunks as well.
+    On a CPU `linear_amp_cross_entropy` is timed in chunks of a quarter of the rows as well.
     """
     every = [one for one in contenders() if one.name in WITH_VOCABULARY or "fused linear" in one.name]
     if work.device.type == "cpu":

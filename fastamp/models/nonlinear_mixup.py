@@ -97,7 +97,8 @@ class NonlinearMixup(nn.Module):
         self._check(words, labels)
         check_drawn_once(self.generator)
         source = draw_device(words.device, self.generator)
-        share = draw_beta(words.numel(), self.alpha, source, self.generator).to(words).view_as(words)
+        share, _ = draw_beta(words.numel(), self.alpha, source, self.generator)
+        share = share.to(words).view_as(words)
         partner = draw_permutation(len(words), source, self.generator).to(words.device)
         # One λ a row is what a Mix has; of this one only the partners are asked for.
         mix = Mix(torch.ones(len(words), dtype=torch.float32, device=words.device), partner)

@@ -18,6 +18,7 @@ from fastamp.ops.rows import (
     compute_dtype,
     loss_and_grad,
     loss_change,
+    mixed_rows,
     mixed_target,
     scaled_grad,
     scatter_roles,
@@ -196,8 +197,8 @@ def closed_form(
 ) -> Rows:
     """AMP on logits (B, C) in plain PyTorch; everything returned is in the compute dtype, that of λ.
 
-    A class whose logit is -inf in either row is excluded from the pair: it stays -inf, d is 0 there, and no gradient
-    reaches it unless it carries target mass, when the loss is +inf.
+    Rows after those with a λ are only partners. A class whose logit is -inf in either row is excluded from the pair:
+    it stays -inf, d is 0 there, and no gradient reaches it unless it carries target mass, when the loss is +inf.
     """
     lam, partner = mixture.lam, mixture.partner
     target = mixed_target(mixture, logits.shape[1], policy, all_kept=all_kept)
@@ -207,7 +208,7 @@ def closed_form(
     if policy.loss != "binary_cross_entropy":
         # A common offset of a row changes nothing in exact arithmetic, and costs digits in the mixture.
         z = z - z.amax(1, keepdim=True)
-    other = z.index_select(0, partner)
+    other, z = z.index_select(0, partner), mixed_rows(z, lam)
     excluded = (z == -torch.inf) | (other == -torch.inf)
     d = (z - other).masked_fill(excluded, 0)
     x = (other + lam.unsqueeze(1) * d).masked_fill(excluded, -torch.inf)
@@ -255,7 +256,7 @@ def _lean_rows(
     """
     lam, on = mixture.lam, target.on
     other = z.index_select(0, mixture.partner)
-    d = z - other
+    d = mixed_rows(z, lam) - other
     lam_sel = lam
     grad: Tensor | None = None
     delta: Tensor | None = None

@@ -24,21 +24,21 @@ from fastamp.autograd import once_differentiable
 from fastamp.backend import takes_kernels
 from fastamp.mixing import MixStats, Mixture
 from fastamp.ops import amp_cross_entropy as on_logits
-from fastamp.ops.rows import compute_dtype, scatter_roles
+from fastamp.ops.rows import compute_dtype
 from fastamp.policy import Policy
 from fastamp.reduction import Reduction, divided, known_to_keep_all
 
 # Chunks that save less are not made: it is no more than other activations of a training step take, and one product is
-# the simpler and mostly the faster way.
-SAVED_BYTES = 2**28
-# Logits and gradient of one chunk (what the closed forms make besides is about five times as much): enough for an
-# efficient product, or a part of what gradients in the compute dtype take anyway. Every chunk reads W and reads and
-# writes dW: where these are large, a chunk must not be small. Which number of rows is the fastest on a GPU is open.
-CHUNK_BYTES = 2**25
-CHUNK_SHARE = 4
-MIN_ROWS = 16
-MIN_CHUNKS = 4  # but where rows do not divide by it
+# the simpler and mostly the faster way. A CPU is the faster one in chunks.
+SAVED_BYTES, SAVED_BYTES_CPU = 2**29, 2**26
+# A chunk reads and writes the sum dW in float32, 8 bytes an element, and does 2 operations an element and row: an H100
+# (700 TFLOP/s, 3.35 TB/s) takes as long for 840 rows as for the bytes. A CPU's products are slow below 64 rows.
+MIN_ROWS, MIN_ROWS_CPU = 1024, 64
+TILE_ROWS = 128  # of the products of a GPU
+CLOSED_FORM = 6  # tensors of a batch's logits in the compute dtype that a CPU holds where it makes all at once
+SLICE_BYTES = 2**20  # of a chunk's logits that a CPU makes losses of at a time: what these take fits its caches
 OUTSIDE = 2  # rows of a chunk that are only partners
+PAIR = 2  # rows of the longest cycle of a matching
 SLICE_CLASSES = 1024  # at a time, where values of (C, D) are needed in a wider dtype only for a moment
 # Before, torch.addmm with out_dtype takes only a sum in the dtype of the factors.
 ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -75,12 +75,14 @@ class How(NamedTuple):
     all_kept: bool  # promises that no label equals ignore_index
 
 
-class Chunk(NamedTuple):
-    """Rows whose roles are computed together, and the partners they need besides."""
+class Chunks(NamedTuple):
+    """Rows whose roles are computed together, and the partners they need besides: of all chunks, one after another."""
 
-    rows: Tensor  # (M,) int64: `own` rows, then those outside
-    partner: Tensor  # (M,) int64: a permutation of 0..M-1, right for the own rows
-    own: int
+    rows: Tensor  # (M,) int64: of every chunk `outside` rows, then its own
+    partner: Tensor  # (M,) int64, of every chunk a permutation of its 0..size-1, right for its own rows
+    order: Tensor  # (B,) int64: the own rows alone
+    size: int  # rows of a chunk; the last one is smaller where these do not suffice
+    outside: int
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -95,19 +97,23 @@ def automatic_rows(head: Head) -> int | None:
     """Rows of a chunk, or None where chunks would not save `SAVED_BYTES` of what is held at most."""
     hidden, wanted = head.hidden, head.wanted
     (batch, depth), classes = hidden.shape, len(head.weight)
+    on_host = hidden.device.type == "cpu"
+    wide = compute_dtype(hidden.dtype).itemsize
     # Without a gradient the logits are alone.
     row_bytes = (1 + any(wanted)) * classes * product_dtype(hidden).itemsize
+    whole = batch * (CLOSED_FORM * classes * wide if on_host else row_bytes)
     sizes = (batch * depth, classes * depth, classes)
     summed = sum(size for size, need in zip(sizes, wanted, strict=True) if need)
     # Chunks sum gradients in the compute dtype, and have them beside those that backward returns; the whole way, these
     # take the place of the logits. Under autocast parameters are as wide as the sums.
-    wide = compute_dtype(hidden.dtype).itemsize
     returned = wide if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype.itemsize
-    rows = max(MIN_ROWS, max(CHUNK_BYTES, summed * wide // CHUNK_SHARE) // row_bytes)
-    # A power of two suits the products; it counts the rows outside as well.
-    rows = min(2 ** (rows.bit_length() - 1) - OUTSIDE, -(-batch // MIN_CHUNKS))
-    held = summed * wide + max((rows + OUTSIDE) * row_bytes, summed * returned)
-    return rows if batch * row_bytes >= held + SAVED_BYTES else None
+    # As few chunks as take no more than the returned gradients will, or as have rows enough; all alike.
+    least, tile = (MIN_ROWS_CPU, 1) if on_host else (MIN_ROWS, TILE_ROWS)
+    count = -(-batch // max(least, summed * returned // row_bytes))
+    rows = max(least, -(-batch // count)) + OUTSIDE
+    rows = -(-rows // tile) * tile
+    held = summed * wide + max(rows * row_bytes, summed * returned)
+    return rows - OUTSIDE if whole >= held + (SAVED_BYTES_CPU if on_host else SAVED_BYTES) else None
 
 
 def gradients_in_backward(dtype: torch.dtype, *, reduces: bool) -> bool:
@@ -123,60 +129,65 @@ def gradients_in_backward(dtype: torch.dtype, *, reduces: bool) -> bool:
     return not reduces or dtype == torch.float16
 
 
-def cycle_order(partner: Tensor) -> tuple[Tensor, Tensor]:
+def along_cycles(partner: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows along the cycles of a permutation, without a look at its values: by pointer doubling.
 
     Args:
         partner: (B,) int64 permutation.
+        longest: no cycle has more rows.
 
     Returns:
         The rows (B,) in an order in which the partner of each is the next one, but for the last row of a cycle, whose
-        partner is the first; and of each row (B,) the first row of its cycle.
+        partner is the first; and of each place (B,) in this order the place of its partner, and of its cycle's first.
     """
     batch = len(partner)
     span = 2 * batch  # above any number of steps
     row = torch.arange(batch, device=partner.device)
     # The smallest row within the next `steps` rows of the cycle, and how many steps away it is, in one number.
     nearest, jump, steps = row * span, partner, 1
-    while steps < batch:
+    while steps < longest:
         nearest = torch.minimum(nearest, nearest[jump] + steps)
-        jump, steps = jump[jump], 2 * steps
+        steps *= 2
+        jump = jump[jump] if steps < longest else jump
     leader = nearest // span
     # The leader is the last of its cycle: nearest - leader·span steps from here.
     order = (2 * leader * span - nearest).argsort()
-    return order, partner[leader]
+    place = torch.empty_like(order).scatter_(0, order, row)
+    return order, place[partner[order]], place[partner[leader[order]]]
 
 
-def chunks(partner: Tensor, chunk_rows: int) -> list[Chunk]:
+def chunks(partner: Tensor, chunk_rows: int, longest: int | None = None) -> Chunks:
     """The batch in parts of `chunk_rows` own rows, the last one perhaps smaller. Only shapes are known to the host.
 
     Args:
         partner: (B,) int64 permutation.
         chunk_rows: at least 1.
+        longest: no cycle has more rows; None for B.
     """
     batch = len(partner)
     if chunk_rows >= batch:
-        return [Chunk(torch.arange(batch, device=partner.device), partner, batch)]
-    order, first = cycle_order(partner)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(batch, device=order.device))
-    place_of_partner = place[partner[order]]
-    return [
-        _chunk(order, first, partner, place_of_partner, start, min(start + chunk_rows, batch))
-        for start in range(0, batch, chunk_rows)
-    ]
-
-
-def _chunk(order: Tensor, first: Tensor, partner: Tensor, place_of_partner: Tensor, start: int, stop: int) -> Chunk:
-    own, count = order[start:stop], stop - start
-    rows = torch.cat([own, partner[own[-1:]], first[own[:1]]])
-    local = place_of_partner[start:stop] - start
-    index = torch.arange(count, device=order.device)
-    outside = (local < 0) | (local >= count)
-    local = torch.where(outside, count + (index < count - 1), local)
+        every = torch.arange(batch, device=partner.device)
+        return Chunks(every, partner, every, batch, 0)
+    order, after, first = along_cycles(partner, longest or batch)
+    # Places in the order, those of a chunk in a row (N, R); what fills up the last one is its own partner, and cut off.
+    count = -(-batch // chunk_rows)
+    place = torch.arange(count * chunk_rows, device=partner.device)
+    after = torch.cat([after, place[batch:]])
+    place = place.view(count, chunk_rows)
+    start = place[:, :1]
+    last = (start + (chunk_rows - 1)).clamp_(max=batch - 1)
+    # Outside lie at most the partner of the last row, and the first row of a cycle that an earlier chunk began.
+    outside = torch.cat([after[last], first[start]], 1)
+    after = after.view(count, chunk_rows)
+    inside = (after >= start) & (after < start + chunk_rows)
+    local = torch.where(inside, after - start + OUTSIDE, place != last)
     # The rows outside have roles of no effect here; any partners that complete the permutation will do.
-    is_free = torch.ones(len(rows), dtype=torch.int8, device=order.device).index_fill_(0, local, 0)
-    free = is_free.argsort(descending=True, stable=True)[:OUTSIDE]
-    return Chunk(rows, torch.cat([local, free]), count)
+    is_free = torch.ones(count, chunk_rows + OUTSIDE, dtype=torch.int8, device=partner.device).scatter_(1, local, 0)
+    free = is_free.argsort(dim=1, descending=True, stable=True)[:, :OUTSIDE]
+    rows = order[torch.cat([outside, place.clamp(max=batch - 1)], 1)]
+    total = batch + count * OUTSIDE
+    rows, local = (values.view(-1)[:total] for values in (rows, torch.cat([free, local], 1)))
+    return Chunks(rows, local, order, chunk_rows + OUTSIDE, OUTSIDE)
 
 
 def in_chunks(
@@ -263,56 +274,71 @@ def _run(
         dtype, None where not wanted.
     """
     lam = mixture.lam
+    made: list[Tensor] = []
     grads = [
-        lam.new_zeros(leaf.shape) if need and upstream is not None and leaf is not None else None
-        for leaf, need in zip(head[:3], needs, strict=True)
+        make(leaf.shape) if need and upstream is not None and leaf is not None else None
+        for make, leaf, need in zip((lam.new_zeros, lam.new_empty, lam.new_zeros), head[:3], needs, strict=True)
     ]
-    ordered, order = [], []
+    cut = chunks(mixture.partner, how.chunk_rows, PAIR if how.policy.pairing == "matching" else None)
+    soft = mixture.target.is_floating_point()
+
+    def parted(values: Tensor) -> tuple[Tensor, ...]:
+        return values.index_select(0, cut.rows).split(cut.size)
+
     with torch.autocast(head.hidden.device.type, enabled=False):
         weight = head.weight.to(how.dtype)
         bias = None if head.bias is None else head.bias.to(how.dtype)
-        for chunk in chunks(mixture.partner, how.chunk_rows):
-            hidden = head.hidden.index_select(0, chunk.rows).to(how.dtype)
-            chunk_upstream = None
-            if upstream is not None:
-                chunk_upstream = lam.new_zeros(len(chunk.rows))
-                chunk_upstream[: chunk.own] = upstream.index_select(0, chunk.rows[: chunk.own])
-            target, part_lam = (tensor.index_select(0, chunk.rows) for tensor in (mixture.target, lam))
-            part = Mixture(target, part_lam, chunk.partner, mixture.weight)
-            fields, dlogits = _rows(F.linear(hidden, weight, bias), part, how, chunk.own, chunk_upstream)
-            ordered.append(fields[:, : chunk.own])
-            order.append(chunk.rows[: chunk.own])
+        columns = [cut.rows.split(cut.size), cut.partner.split(cut.size), parted(lam)]
+        labels = columns[0] if soft else parted(mixture.target)
+        ups = [None] * len(labels) if upstream is None else parted(upstream)
+        for rows, partner, part_lam, label, up in zip(*columns, labels, ups, strict=True):
+            hidden = head.hidden.index_select(0, rows).to(how.dtype)
+            target = mixture.target.index_select(0, rows) if soft else label
+            part = Mixture(target, part_lam, partner, mixture.weight)
+            fields, dlogits = _rows(F.linear(hidden, weight, bias), part, how, cut.outside, up)
             if dlogits is not None:
-                _accumulate(grads, dlogits, hidden, weight, chunk.rows)
+                _accumulate(grads, dlogits, hidden, weight, rows, is_first=not made)
+            made.append(fields)
             del dlogits  # before the next chunk's logits
-    fields = lam.new_empty(5, len(lam))
-    return fields.index_copy_(1, torch.cat(order), torch.cat(ordered, 1)), grads
+    fields = torch.cat(made, 1)
+    return fields.index_copy(1, cut.order, fields), grads
 
 
 def _rows(
-    logits: Tensor, mixture: Mixture, how: How, own: int, upstream: Tensor | None
+    logits: Tensor, mixture: Mixture, how: How, outside: int, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(5, M) fields of a chunk's rows, and the gradient (M, C) to its logits, in their dtype."""
-    policy = how.policy
-    if takes_kernels(logits) and policy.loss != "softmax_bce":
-        return _rows_by_kernel(logits, mixture, how, upstream)
-    rows = on_logits.closed_form(
-        logits, mixture, policy, how.step_size, how.grad_divisor,
-        all_kept=how.all_kept, need_grad=upstream is not None,
-    )  # fmt: skip
-    dlogits = None
+    """(5, M - outside) fields of a chunk's own rows, and the gradient (M, C) to its logits, in their dtype."""
     if upstream is not None:
-        # Exactly 0, also where a row outside is NaN, which its partner in this chunk need not be mixed with.
-        grad_mixed, lam = rows.grad_mixed, rows.lam.clone()
-        grad_mixed[own:].zero_()
-        lam[own:].zero_()
-        dlogits = scatter_roles(grad_mixed, lam, mixture.partner, upstream).to(logits.dtype)
-    fields = (rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(rows.loss.dtype))
-    return torch.stack(fields), dlogits
+        upstream = upstream.to(mixture.lam.dtype)
+    if takes_kernels(logits) and how.policy.loss != "softmax_bce":
+        return _rows_by_kernel(logits, mixture, how, outside, upstream)
+    target, lam, partner, weight = mixture
+    total, classes = logits.shape
+    step = max(1, SLICE_BYTES // (classes * lam.element_size())) if logits.device.type == "cpu" else total
+    dlogits = None if upstream is None else lam.new_zeros(logits.shape)
+    made = []
+    for start in range(outside, total, step):
+        own = slice(start, min(start + step, total))
+        others = partner[own]
+        count = len(others)
+        both = torch.cat([torch.arange(own.start, own.stop, device=partner.device), others])
+        part = Mixture(
+            target.index_select(0, both), lam[own], torch.arange(count, 2 * count, device=partner.device), weight
+        )
+        rows = on_logits.closed_form(
+            logits.index_select(0, both), part, how.policy, how.step_size, how.grad_divisor,
+            all_kept=how.all_kept, need_grad=upstream is not None,
+        )  # fmt: skip
+        made.append(torch.stack((rows.loss, rows.lam_adv, rows.grad, rows.delta, rows.mask.to(lam.dtype))))
+        if dlogits is not None and upstream is not None:
+            first = upstream[own] * rows.lam
+            dlogits[own].addcmul_(rows.grad_mixed, first.unsqueeze(1))
+            dlogits.index_add_(0, others, rows.grad_mixed.mul_((upstream[own] - first).unsqueeze(1)))
+    return torch.cat(made, 1), None if dlogits is None else dlogits.to(logits.dtype)
 
 
 def _rows_by_kernel(
-    logits: Tensor, mixture: Mixture, how: How, upstream: Tensor | None
+    logits: Tensor, mixture: Mixture, how: How, outside: int, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     from fastamp import kernels
 
@@ -323,17 +349,25 @@ def _rows_by_kernel(
     ).rows
     dlogits = None
     if upstream is not None:
+        upstream[:outside].zero_()
         dlogits = kernels.amp_cross_entropy_backward(logits, mixture, policy, rows, None, upstream)
     fields = (kernels.LOSS, kernels.LAM_ADV, kernels.GRAD, kernels.DELTA, kernels.MASK)
-    return torch.stack([rows[field] for field in fields]), dlogits
+    return torch.stack([rows[field, outside:] for field in fields]), dlogits
 
 
 def _accumulate(
-    grads: list[Tensor | None], dlogits: Tensor, hidden: Tensor, linear_weight: Tensor, rows: Tensor
+    grads: list[Tensor | None],
+    dlogits: Tensor,
+    hidden: Tensor,
+    linear_weight: Tensor,
+    rows: Tensor,
+    *,
+    is_first: bool,
 ) -> None:
-    """Add what a chunk gives to the gradients, which are in the compute dtype."""
+    """Add what a chunk gives to the gradients, which are in the compute dtype; that of W the first one writes."""
     grad_hidden, grad_weight, grad_bias = grads
     wide = _has_wide_products(dlogits)
+    beta = 0 if is_first else 1
     # Elsewhere the factors are widened: a sum of half products may leave the range of float16.
     step = SLICE_CLASSES if dlogits.dtype.itemsize == 2 else dlogits.shape[1]
     if grad_hidden is not None:
@@ -347,13 +381,14 @@ def _accumulate(
         grad_hidden.index_add_(0, rows, grad_rows)
     if grad_weight is not None:
         if wide and ADDS_WIDE:
-            torch.addmm(grad_weight, dlogits.mT, hidden, out_dtype=torch.float32, out=grad_weight)
+            torch.addmm(grad_weight, dlogits.mT, hidden, beta=beta, out_dtype=torch.float32, out=grad_weight)
         elif wide:
-            grad_weight.add_(torch.mm(dlogits.mT, hidden, out_dtype=torch.float32))
+            product = torch.mm(dlogits.mT, hidden, out_dtype=torch.float32)
+            grad_weight.copy_(product) if is_first else grad_weight.add_(product)
         else:
             hidden = hidden.to(grad_weight.dtype)
             for part, total in zip(dlogits.split(step, 1), grad_weight.split(step), strict=True):
-                total.addmm_(part.mT.to(total.dtype), hidden)
+                total.addmm_(part.mT.to(total.dtype), hidden, beta=beta)
     if grad_bias is not None:
         grad_bias.add_(dlogits.sum(0, dtype=grad_bias.dtype))
 

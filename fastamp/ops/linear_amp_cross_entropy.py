@@ -89,9 +89,10 @@ def linear_amp_cross_entropy(
         num_items: replaces the divisor of the mean.
         chunk_rows: how many rows' logits are computed at a time, so that neither (B, C) logits nor their gradient are
             ever held; at least 1, and 2 more where partners lie outside. None computes all at once, unless chunks,
-            which have to sum the wanted gradients in float32, save 256 MiB at the peak: then at most a quarter of the
-            rows, fewer where that suits the memory (outside torch.compile only: a number breaks the graph). Not with
-            an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C) whatever C is.
+            which have to sum the wanted gradients in float32, save 512 MiB at the peak (64 MiB on a CPU): then as many
+            rows as take the room of the gradients, and at least 1024 (64) (outside torch.compile only: a number breaks
+            the graph). Not with an activation or a dropout mask, after which logits cannot be mixed; these hold (B, C)
+            whatever C is.
         return_stats: also return a `MixStats`.
         mode: "amp", "maxop" or "mixup".
         loss: "cross_entropy", "binary_cross_entropy" or "softmax_bce".

@@ -63,8 +63,13 @@ def partner_rows(rows: Tensor, partner: Tensor) -> Tensor:
     return rows.index_select(0, partner) if rows.is_contiguous() else rows[partner]
 
 
+def mixed_rows(values: Tensor, lam: Tensor) -> Tensor:
+    """The rows that are mixed: all, or the first ones, where λ is of these and the others are only partners."""
+    return values if values.shape[0] == lam.shape[0] else values[: lam.shape[0]]
+
+
 def mixed_target(mixture: Mixture, classes: int, policy: Policy, *, all_kept: bool) -> Target:
-    """The mixed target mass of every row; `all_kept` promises that no label equals ignore_index."""
+    """The mixed target mass of every row with a λ; `all_kept` promises that no label equals ignore_index."""
     target, lam, partner, weight = mixture
     lam = lam.unsqueeze(1)
     smoothing = policy.label_smoothing
@@ -76,21 +81,22 @@ def mixed_target(mixture: Mixture, classes: int, policy: Policy, *, all_kept: bo
             is_kept = target != policy.ignore_index
             soft = torch.where(is_kept, soft, 0)
             sides = is_kept.to(lam.dtype)
-            kept = torch.lerp(sides.index_select(0, partner), sides, lam)
-        on = torch.lerp(soft.index_select(0, partner), soft, lam)
+            kept = torch.lerp(sides.index_select(0, partner), mixed_rows(sides, lam), lam)
+        on = torch.lerp(soft.index_select(0, partner), mixed_rows(soft, lam), lam)
     else:
         label, label_mass, other_mass = target.unsqueeze(1), lam, lam.neg().add_(1)  # faster than 1 - lam
         if not all_kept:
             is_kept = label != policy.ignore_index
             label = torch.where(is_kept, label, 0)
-            label_mass, other_mass = label_mass * is_kept, other_mass * is_kept.index_select(0, partner)
+            label_mass = label_mass * mixed_rows(is_kept, lam)
+            other_mass = other_mass * is_kept.index_select(0, partner)
             kept = label_mass + other_mass
-        other_label = label.index_select(0, partner)
+        other_label, label = label.index_select(0, partner), mixed_rows(label, lam)
         if torch.compiler.is_compiling():  # comparisons fuse; scatters do not
             numbers = torch.arange(classes, device=target.device)
             on = torch.where(label == numbers, label_mass, 0) + torch.where(other_label == numbers, other_mass, 0)
         else:
-            on = lam.new_zeros(target.shape[0], classes).scatter_(1, label, label_mass)
+            on = lam.new_zeros(lam.shape[0], classes).scatter_(1, label, label_mass)
             on.scatter_add_(1, other_label, other_mass)
     if smoothing > 0:
         # What says nothing: all classes alike, or yes and no alike for each class on its own.

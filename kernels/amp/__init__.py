@@ -8,6 +8,7 @@ except ImportError as error:
 from . import rows as _rows
 from .amp_cross_entropy import amp_cross_entropy_backward, amp_cross_entropy_forward, rescaled
 from .config import linear_head_config
+from .draw import draw_partner
 from .embedding_mix import embedding_mix_backward, embedding_mix_forward
 from .launch import empty_rows, memory_order
 from .linear_amp_cross_entropy import linear_amp_cross_entropy_launch
@@ -30,6 +31,7 @@ __all__ = [
     "Selection",
     "amp_cross_entropy_backward",
     "amp_cross_entropy_forward",
+    "draw_partner",
     "embedding_mix_backward",
     "embedding_mix_forward",
     "empty_rows",

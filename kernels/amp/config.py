@@ -40,6 +40,11 @@ HEAD_CLASSES = 16
 HEAD_DEPTH = 1024
 HEAD_WORDS = 8192  # largest W in registers: 105-255; half of that in float64
 HEAD_WORDS_PER_WARP = 1024
+# draw, inverse
+DRAW_ROWS = 16  # of a program, which looks at all keys, so many at a time
+DRAW_COLUMNS = 32
+DRAW_WARPS = 4
+INVERSE_BLOCK = 256  # rows of a program that inverts a permutation
 # mix, remix, embedding_mix
 MIX_BYTES = 4096  # a tile of an elementwise kernel in memory: 32 bytes a thread of 4 warps, 62-100%
 MIX_ROWS = 64  # most rows of such a tile

@@ -6,9 +6,14 @@ import subprocess
 from types import TracebackType
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
+
+from .config import INVERSE_BLOCK, cdiv
+from .rows import ASSERTING
 
 # What Triton raises where it finds no compiler or driver, or none for this GPU; besides RuntimeError, as torch does.
 UNUSABLE = (
@@ -68,10 +73,28 @@ def alignment(*matrices: Tensor) -> int:
     return 8 if usable and matrices[0].shape[1] % 8 == 0 else 1
 
 
+@triton.jit
+def _inverse_kernel(
+    partner_ptr,  # (B,) int64
+    inverse_ptr,  # (B,) int64
+    B,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    partner = tl.load(partner_ptr + row, mask=row < B, other=0)
+    exists = (partner >= 0) & (partner < B)
+    tl.device_assert(exists, "partner is no row")
+    tl.store(inverse_ptr + partner, row, mask=(row < B) & exists)
+
+
 def inverse_permutation(partner: Tensor) -> Tensor:
     """(B,) int64 q with partner[q[r]] = r."""
-    index = torch.arange(len(partner), device=partner.device)
-    return torch.empty_like(partner).scatter_(0, partner, index)
+    partner = partner.contiguous()
+    inverse = torch.empty_like(partner)
+    batch = len(partner)
+    with on_device_of(partner):
+        _inverse_kernel[(cdiv(batch, INVERSE_BLOCK),)](partner, inverse, batch, BLOCK=INVERSE_BLOCK, **ASSERTING)
+    return inverse
 
 
 def memory_order(rows: Tensor) -> list[int] | None:

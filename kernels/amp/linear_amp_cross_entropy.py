@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import HeadConfig, cdiv, linear_head_config
+from .config import SEARCH_ROWS, HeadConfig, cdiv, linear_head_config
 from .launch import inverse_permutation, on_device_of
 from .rows import (
     ASSERTING,
@@ -23,6 +23,7 @@ from .rows import (
     Role,
     loss_at,
     loss_change,
+    partners,
     scaled_grad,
     step_lam,
     store_role,
@@ -118,7 +119,7 @@ def _linear_amp_cross_entropy_kernel(
     target_ptr,  # (B,) int64 or (B, C) floating point, contiguous
     lam_ptr,  # (B,) compute dtype
     partner_ptr,  # (B,) int64
-    inverse_ptr,  # (B,) int64
+    inverse_ptr,  # (B,) int64 with inverse[partner[r]] = r; None: it is partner, or looked for
     keep_ptr,  # (B, D) dropout mask, contiguous, or None
     class_weight_ptr,  # (C,) or None
     grad_divisor_ptr,  # () divisor of ∇λ or None
@@ -159,13 +160,11 @@ def _linear_amp_cross_entropy_kernel(
         row = first + step
         ok = row < B
         row = tl.where(ok, row, B - 1)  # a row too many repeats the last one, and counts for nothing
-        role, g, a, grad_m = _head_role(
-            problem, keep_ptr, row, tl.load(partner_ptr + row), w, bias, cols, depth, D, policy, RELU
-        )
+        other, source = partners(partner_ptr, inverse_ptr if dhidden_ptr is not None else partner_ptr, row, B, policy)
+        role, g, a, grad_m = _head_role(problem, keep_ptr, row, other, w, bias, cols, depth, D, policy, RELU)
         if rows_ptr is not None:
             store_role(rows_ptr, row, B, ok, role, FIELDS)
         if dhidden_ptr is not None:
-            source = tl.load(inverse_ptr + row)
             role_source, _, _, grad_m_source = _head_role(
                 problem, keep_ptr, source, row, w, bias, cols, depth, D, policy, RELU
             )
@@ -234,7 +233,8 @@ def linear_amp_cross_entropy_launch(
         raise ValueError(f"a head of {classes} classes over {depth} features does not fit in registers")
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     partner = partner.contiguous()
-    inverse = None if not want_grad else partner if policy.pairing == "matching" else inverse_permutation(partner)
+    looked_for = policy.pairing == "matching" or batch <= SEARCH_ROWS
+    inverse = inverse_permutation(partner) if want_grad and not looked_for else None
     assumed = 1.0 if divisor is None else divisor or float(batch)
     rows = lam.new_empty(FIELDS.value, batch) if want_rows else None
     dhidden = loss = factor = None

@@ -112,29 +112,27 @@ def expm1_unit(u):
 
 @triton.jit
 def log1p_any(v):
-    """log(1 + v) for v > -1, exact near 0.
+    """log(1 + v) for v > -1, exact near 0 and without a branch; NaN beyond the numbers.
 
-    k log 2 + 2 atanh(t / (2 + t)) by its series, where 1 + v = 2^k (1 + t) with 1 + t near 1; of doubles the series
-    alone where |v| < 0.3, else a logarithm. NaN beyond the numbers.
+    k log 2 + 2 atanh(t / (2 + t)) by its series, where 1 + v = 2^k (1 + t) with 1 + t in [1/√2, √2): the bits of 1 + v
+    less those of 1/√2 begin with k.
     """
     if v.dtype == tl.float64:
-        y = v / (2.0 + v)
-        y2 = y * y
-        series = 0.07692307692307693 + y2 * (
-            0.06666666666666667 + y2 * (0.058823529411764705 + y2 * 0.05263157894736842)
-        )
-        series = 0.1111111111111111 + y2 * (0.09090909090909091 + y2 * series)
-        series = 1.0 + y2 * (0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * series)))
-        return tl.where(tl.abs(v) < 0.3, 2.0 * y * series, tl.log(1.0 + v))
+        k = ((1.0 + v).to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD) >> 52
+        shrink = (0x3FF0000000000000 - (k << 52)).to(tl.float64, bitcast=True)
     else:
-        # 1 + t in [1/√2, √2): the bits of 1 + v less those of 1/√2 begin with k.
         k = ((1.0 + v).to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
         shrink = (0x3F800000 - (k << 23)).to(tl.float32, bitcast=True)
-        t = v * shrink + (shrink - 1.0)
-        y = t / (2.0 + t)
-        y2 = y * y
-        series = 0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * 0.1111111111111111))
-        return k.to(tl.float32) * LN2 + (2.0 * y + 2.0 * y * y2 * series)
+    t = v * shrink + (shrink - 1.0)
+    y = t / (2.0 + t)
+    y2 = y * y
+    series = tl.full(v.shape, 0.1111111111111111, v.dtype)
+    if v.dtype == tl.float64:
+        series = 0.05263157894736842 + y2 * (0.047619047619047616 + y2 * 0.043478260869565216)
+        series = 0.07692307692307693 + y2 * (0.06666666666666667 + y2 * (0.058823529411764705 + y2 * series))
+        series = 0.1111111111111111 + y2 * (0.09090909090909091 + y2 * series)
+    series = 0.3333333333333333 + y2 * (0.2 + y2 * (0.14285714285714285 + y2 * series))
+    return k.to(v.dtype) * LN2 + (2.0 * y + 2.0 * y * y2 * series)
 
 
 # Rows
