@@ -55,8 +55,9 @@ def calls(draw):
     rows, bias = draw(st.integers(1, 14)), draw(st.booleans())
     ignored = draw(st.integers(0, batch))
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    if chosen["weight"] is not None:
-        chosen["weight"] = 0.25 + torch.rand(classes)
+    for name in ("weight", "pos_weight"):
+        if chosen.get(name) is not None:
+            chosen[name] = 0.25 + torch.rand(classes)
     call = Call(batch, depth, classes, dtype=torch.float64, chunk_rows=rows, bias=bias, **chosen)
     call.partner = partners(kind, batch)
     if soft:
