@@ -106,7 +106,8 @@ step training bench 25 "${steps[@]}" training "$out"
 tuning=(env FASTAMP_AUTOTUNE=1 FASTAMP_CACHE="$out")
 [ "$device" = cpu ] && tuning+=(TRITON_INTERPRET=1)
 step launches bench 60 "${tuning[@]}" "${steps[@]}" launches "$out"
+step predicted bench 10 "${steps[@]}" predicted "$out"
 [ "$device" = cuda ] && step autotune bench 120 "${steps[@]}" autotune "$out"
 
 echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
-if grep -vE "^(autotune|launches)" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi
+if grep -vE "^(autotune|launches|predicted)" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi

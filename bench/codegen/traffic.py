@@ -24,6 +24,8 @@ CONSTANT = re.compile(r"^(%\S+) = arith\.constant (-?\d+) : i\d+$")
 SCALED = re.compile(r"^(%\S+) = arith\.(divsi|muli) (%\S+), (%\S+) : i\d+$")
 ARGUMENT = re.compile(r"(%\w+): ")
 PLACE = re.compile(r"^(#loc\w*) = (loc\(.*\))$", re.MULTILINE)
+Line = tuple[str, int]  # a file's name alone, for what a cache holds was compiled anywhere; and a line of it
+Loops = dict[Line, tuple[int, int]]
 FILE = re.compile(r'^loc\("(?:[^"]*/)?([^"/]+)":(\d+):\d+')
 
 
@@ -74,14 +76,13 @@ def program_traffic(
     return stack[0].here
 
 
-def loop_turns(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]) -> dict[tuple[str, int], tuple[int, int]]:
-    """How often a program turns in each loop, and what its index grows by, under the loop's file and line.
+def loop_turns(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]) -> Loops:
+    """How often a program turns in each loop, and what its index grows by, under the names of file and line.
 
-    Args:
-        ttgir: as in `program_traffic`, as the rest.
+    Arguments are those of `program_traffic`.
     """
     places = dict(PLACE.findall(ttgir))
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    found: Loops = {}
     opened: list[tuple[int, int] | None] = []
     for text, values, place in _statements(ttgir, arguments, sizes):
         other = text.startswith(("} else {", "} do {"))
