@@ -127,8 +127,9 @@ def _blocks(code: str) -> list[Block]:
             block.names.append(name)
             block.lines.append(line)
             block.steps |= {int(number, 16) for _, number in ADDED.findall(f"{name} {rest}")}
-            # Where the lanes of a warp disagree, BRA.DIV leads to what does the same for them one by one.
-            if name == "EXIT" or re.match(r"BRA(?!\.DIV)", name):
+            # BRA.DIV is for lanes that disagree, and leads to what does the same for them one by one. On sm_80 loops may be
+            # left by calls that do not return.
+            if name == "EXIT" or re.match(r"BRA(?!\.DIV)", name) or (found["guard"] and name.startswith("CALL.REL")):
                 block.targets = re.findall(r"\.L_x_\d+", rest)
                 block.falls = bool(found["guard"]) or "P" in rest.partition("`")[0]
                 blocks.append(Block())
