@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,41 +55,35 @@ def picoseconds(row: Row) -> dict[str, float]:
 
 
 class Launch(NamedTuple):
-    """A launch of a main shape: its row of the report, and what its name has in it where launches are timed."""
+    """A launch of a main shape: its row of the report, and a pattern of its name where launches are timed."""
 
     kernel: str
     case: str
     shape: tuple[int, ...]
-    words: tuple[str, ...]
+    name: str
 
     def microseconds(self, row: Row) -> dict[str, float]:
         """The time of each resource, by its row of the report."""
         return {resource: math.prod(self.shape) / 1e6 * time for resource, time in picoseconds(row).items()}
 
 
-def _logits(kernel: str, case: str, classes: int, timed: str = "_amp_cross_entropy_kernel") -> Launch:
-    pairing = "_matching_" if "matched" in case else "_permutation_"
-    return Launch(kernel, case, (4096, classes), (f"{timed} torch.bfloat16 ", pairing, f" B<=4096 C={classes}"))
-
-
-def _hidden(kernel: str) -> Launch:
-    # Every row that is so long or longer is launched in the same way.
-    shape, words = (256, 128, 768), (f"{kernel} torch.bfloat16 ", " B<=256 N=98304")
-    return Launch(kernel, "bf16 N=30720", shape, words)
-
-
-# Large ones, where a launch's latency is little. bench/gpu_steps.py times some of them by themselves.
+ROWS, LOOP, GRAD = "_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"
+MATCHED = "_amp_cross_entropy_kernel torch.bfloat16 .*_matching_.* B<=4096 C="
+PERMUTED = MATCHED.replace("matching", "permutation")
+HIDDEN, LONG = (256, 128, 768), "bf16 N=30720"  # every row so long or longer has its launch
+# Large ones: in others a launch's latency is more than all the rest. bench/gpu_steps.py times some by themselves.
 MAIN = (
-    _logits("_amp_cross_entropy_kernel", "plain, matched bf16 B=4096 C=1000", 1000),
-    _logits("_amp_cross_entropy_kernel", "plain bf16 B=4096 C=1000", 1000),
-    _logits("_amp_cross_entropy_kernel", "plain, matched bf16 B=4096 C=4096", 4096),
-    _logits("_amp_cross_entropy_kernel", "plain bf16 B=4096 C=4096", 4096),
-    _logits("_amp_rows_kernel", "plain, matched bf16 B=64 C=32000", 32000),
-    _logits("_amp_rows_kernel", "plain bf16 B=64 C=32000", 32000),
-    _logits("_amp_rows_grad_kernel", "plain bf16 C=32000", 32000, timed="_amp_rows_grad_kernel"),
-    _hidden("_mix_kernel"),
-    _hidden("_mix_grad_kernel"),
-    _hidden("_inner_product_kernel"),
+    Launch(ROWS, "plain, matched bf16 B=4096 C=1000", (4096, 1000), MATCHED + "1000"),
+    Launch(ROWS, "plain bf16 B=4096 C=1000", (4096, 1000), PERMUTED + "1000"),
+    Launch(ROWS, "plain, matched bf16 B=4096 C=4096", (4096, 4096), MATCHED + "4096"),
+    Launch(ROWS, "plain bf16 B=4096 C=4096", (4096, 4096), PERMUTED + "4096"),
+    Launch(LOOP, "plain, matched bf16 B=64 C=32000", (4096, 32000), MATCHED + "32000"),
+    Launch(LOOP, "plain bf16 B=64 C=32000", (4096, 32000), PERMUTED + "32000"),
+    Launch(GRAD, "plain bf16 C=32000", (4096, 32000), PERMUTED.replace(ROWS, GRAD) + "32000"),
+    *(
+        Launch(kernel, LONG, HIDDEN, f"{kernel} torch.bfloat16 B<=256 N=98304")
+        for kernel in ("_mix_kernel", "_mix_grad_kernel", "_inner_product_kernel")
+    ),
 )
 
 
@@ -99,15 +94,16 @@ def over_predicted(timed: Mapping[str, Any], rows: Iterable[Row]) -> list[str]:
         timed: a file of `fastamp.kernels.tuning`: by name, milliseconds of candidates, that of config.py first.
         rows: of the report, for one target.
     """
-    known, lines = {(row["kernel"], row["case"]): row for row in rows}, []
+    known = {(row["kernel"], row["case"]): row for row in rows}
+    lines = []
     for launch in MAIN:
         times = launch.microseconds(known[launch.kernel, launch.case])
-        bound = max(times, key=times.__getitem__)
+        predicted, bound = max((time, resource) for resource, time in times.items())
         for name, found in timed.items():
             measured = next(iter(found["ms"].values()))
-            if measured is not None and all(word in f"{name} " for word in launch.words):
+            if measured and re.fullmatch(launch.name, name):
                 lines.append(
-                    f"{launch.kernel} {launch.case} as {launch.shape}: {1e3 * measured:.1f} us measured, "
-                    f"{times[bound]:.1f} us predicted by {bound}: {1e3 * measured / times[bound]:.2f}"
+                    f"{launch.kernel} [{launch.case}] at {launch.shape}: {1e3 * measured:.1f} us measured, "
+                    f"{predicted:.1f} us predicted ({bound}): {1e3 * measured / predicted:.2f}"
                 )
     return lines

@@ -127,11 +127,11 @@ def _blocks(code: str) -> list[Block]:
             block.names.append(name)
             block.lines.append(line)
             block.steps |= {int(number, 16) for _, number in ADDED.findall(f"{name} {rest}")}
-            # BRA.DIV is for lanes that disagree, and leads to what does the same for them one by one. On sm_80 loops may be
-            # left by calls that do not return.
-            if name == "EXIT" or re.match(r"BRA(?!\.DIV)", name) or (found["guard"] and name.startswith("CALL.REL")):
-                block.targets = re.findall(r"\.L_x_\d+", rest)
-                block.falls = bool(found["guard"]) or "P" in rest.partition("`")[0]
+            # BRA.DIV is for lanes that disagree, and leads to what does the same for them one by one. A call under a
+            # condition does not return: for sm_80 loops are left by it.
+            guarded = bool(found["guard"]) or "P" in rest.partition("`")[0]
+            if name == "EXIT" or re.match(r"BRA(?!\.DIV)", name) or (guarded and name.startswith("CALL.REL")):
+                block.targets, block.falls = re.findall(r"\.L_x_\d+", rest), guarded
                 blocks.append(Block())
     for at, block in enumerate(blocks):
         block.next = {labels[target] for target in block.targets} | ({at + 1} if block.falls else set())

@@ -41,21 +41,21 @@ registers, warps and shared memory. A kernel that asserts takes more registers o
 function that prints.
 
 Instructions are a thread's, per element: counted in SASS, for the NVIDIA targets alone, along the way that programs
-usually take, loops times their turns ([how](../codegen/instructions.py)). Those by pipe are {device}'s, and so is the
+usually take, loops times their turns ([how](../codegen/instructions.py)). Those by pipe are the {device}'s, and so is the
 bound: memory for the floor's bytes, the issue of instructions, or MUFU. float64 has a pipe of its own, half as wide,
 which is not counted apart.
 
 ## Predicted times
 
 <!-- --8<-- [start:predicted] -->
-Predicted from compiled code, not measured: the longest of the times, in µs, that memory takes for the least bytes, that
-all instructions take to be issued, and that MUFU takes for its own, if all multiprocessors are busy and nothing waits.
-What waits, and the few µs of any launch, come on top.
+Predicted from compiled code for an {device}, not measured: the longest of the times, in µs, that memory takes for the
+least bytes, that all instructions take to be issued, and that MUFU takes for its own, if all multiprocessors are busy
+and nothing waits. What waits, and the few µs of any launch, come on top.
 
 {predicted}
 <!-- --8<-- [end:predicted] -->
 
-{budgets}
+While memory moves 4 bytes, a GPU can issue so many instructions, of them MUFU: {budgets}.
 """
 
 
@@ -112,9 +112,13 @@ def markdown(results: dict[str, Any]) -> str:
             versions=versions,
             checkout=came_from,
             targets=", ".join(targets),
-            device=f"the {DEVICES[COUNTED].name}",
+            device=DEVICES[COUNTED].name,
             predicted="\n".join(_predicted([row for row in rows if row["target"] == COUNTED])),
-            budgets="\n".join(_budgets()),
+            budgets="; ".join(
+                f"{gpu.name} ({gpu.units} x {gpu.ghz} GHz, {gpu.tb_s} TB/s) {gpu.instructions(4, gpu.lanes):.0f}, "
+                f"{gpu.instructions(4, gpu.mufu):.1f}"
+                for gpu in DEVICES.values()
+            ),
         )
     ]
     ordered = sorted(range(len(rows)), key=lambda at: (rows[at]["kernel"], at))
@@ -129,29 +133,16 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _predicted(rows: list[Row]) -> Iterator[str]:
-    device = DEVICES[COUNTED].name
-    yield f"| launch on an {device}, bf16 | shape | instructions, of them MUFU | memory | issue | MUFU | predicted |"
+    yield "| launch, bf16 | shape | instructions, of them MUFU | memory | issue | MUFU | predicted |"
     yield "|---|---|---|---|---|---|---|"
     known = {(row["kernel"], row["case"]): row for row in rows}
     for launch in MAIN:
         row = known.get((launch.kernel, launch.case))
         if row:
-            times = launch.microseconds(row)
-            cells = [f"`{launch.kernel}`" + ", matched" * ("matched" in launch.case), str(launch.shape)]
-            cells += [
-                f"{an_element(row):.1f}, {an_element(row, ['mufu']):.1f}",
-                *(f"{time:.1f}" for time in times.values()),
-            ]
-            yield f"| {' | '.join(cells)} | {max(times.values()):.1f} ({max(times, key=times.__getitem__)}) |"
-
-
-def _budgets() -> Iterator[str]:
-    yield "| instructions that memory leaves time for | 4 bytes an element | of them MUFU | 8 bytes | of them MUFU |"
-    yield "|---|---|---|---|---|"
-    for device in DEVICES.values():
-        counts = [device.instructions(nbytes, lanes) for nbytes in (4, 8) for lanes in (device.lanes, device.mufu)]
-        what = f"{device.name}: {device.units} x {device.ghz} GHz, {device.tb_s} TB/s"
-        yield f"| {what} | {' | '.join(f'{count:.1f}' for count in counts)} |"
+            name = f"`{launch.kernel}`" + ", matched" * ("matched" in launch.case)
+            count, times = f"{an_element(row):.1f}, {an_element(row, ['mufu']):.1f}", launch.microseconds(row)
+            cells = " | ".join(f"{time:.1f}" for time in (*times.values(), max(times.values())))
+            yield f"| {name} | {launch.shape} | {count} | {cells} ({max(times, key=times.__getitem__)}) |"
 
 
 def _line(case: str, rows: list[Row]) -> str:
