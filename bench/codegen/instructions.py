@@ -64,9 +64,11 @@ def issued(sass: str, kernel: str, loops: Loops) -> dict[str, int]:
     if not way:
         raise ValueError(f"{kernel}: no way through the machine code")
     times, inner = dict.fromkeys(way, 1), set[Line]()
-    latches = {head: at for at in way for head in blocks[at].next if head <= at}
-    for head, latch in sorted(latches.items(), reverse=True):
-        body = [at for at in way if head <= at <= latch]
+    latches = {
+        first: last for last, at in enumerate(way) for first in map(way.index, blocks[at].next & {*way[: last + 1]})
+    }
+    for first, last in sorted(latches.items(), reverse=True):
+        body = way[first : last + 1]
         named = [line for at in body for line in blocks[at].lines if line in loops]
         # Of the lines that name loops the last one, which branches back; the loops in this one have theirs already.
         own = ([line for line in named if line not in inner] or named)[-1:]
@@ -79,18 +81,19 @@ def issued(sass: str, kernel: str, loops: Loops) -> dict[str, int]:
 
 
 def _way(blocks: list[Block], allowed: set[int]) -> list[int]:
-    """Blocks of the usual way, in the order in which they stand; none, if these lead to no end."""
-    way, at = [], 0
+    """Blocks of the usual way; none, if these lead to no end."""
+    way: list[int] = []
+    at = 0
     while at in allowed:
         way.append(at)
-        ahead = {to for to in blocks[at].next if to > at}
+        ahead = blocks[at].next - set(way)
         if blocks[at].next and not ahead:  # a loop that is left from within
-            within = [inner for inner in way if inner >= min(blocks[at].next)]
+            within = way[min(map(way.index, blocks[at].next)) :]
             if any(blocks[inner].names[-1] == "EXIT" for inner in within):
                 return way
-            ahead = {to for inner in within for to in blocks[inner].next if to > at}
+            ahead = {to for inner in within for to in blocks[inner].next} - set(way)
         if not ahead:
-            return way
+            return way if blocks[at].names[-1] == "EXIT" else []
         last = max(ahead & allowed, default=-1)
         around = [to for to in allowed if at < to < last]
         counts = any("STG" in " ".join(blocks[to].names) or min(blocks[to].next, default=to + 1) <= to for to in around)

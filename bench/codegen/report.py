@@ -41,9 +41,9 @@ registers, warps and shared memory. A kernel that asserts takes more registers o
 function that prints.
 
 Instructions are a thread's, per element: counted in SASS, for the NVIDIA targets alone, along the way that programs
-usually take, loops times their turns ([how](../codegen/instructions.py)). Those by pipe are the {device}'s, and so is the
-bound: memory for the floor's bytes, the issue of instructions, or MUFU. float64 has a pipe of its own, half as wide,
-which is not counted apart.
+usually take, loops times their turns ([how](../codegen/instructions.py)). Those by pipe are the {device}'s, and so is
+the bound: memory for the floor's bytes, the issue of instructions, or MUFU. float64 has a pipe of its own, half as
+wide, which is not counted apart.
 
 ## Predicted times
 
