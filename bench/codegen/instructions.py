@@ -19,7 +19,7 @@ from .traffic import Line, Loops
 
 # The unit of MUFU converts as well. Rest: the uniform datapath, control, constants and special registers.
 NAMES = {
-    "fma": r"[FH](FMA|MUL|ADD)|IMAD|[DHIBQ]MMA",
+    "fma": r"[DFH](FMA|MUL|ADD)|IMAD|[DHIBQ]MMA",
     "mufu": r"MUFU|[FI]2[FI](\.|$)|FRND|POPC|FLO|BREV",
     "lsu": r"LD[GSL]|ST[GSL]|LDSM|STSM|SHFL|ATOM|RED\b",
     "rest": r"U|R2UR|S2|CS2R|LDC|B|EXIT|NOP|WARPSYNC|CALL|RET|DEPBAR|VOTE|LEPC|P2R|R2P|MEMBAR|ERRBAR|CCTL|ELECT",
@@ -64,10 +64,8 @@ def issued(sass: str, kernel: str, loops: Loops) -> dict[str, int]:
     if not way:
         raise ValueError(f"{kernel}: no way through the machine code")
     times, inner = dict.fromkeys(way, 1), set[Line]()
-    latches = {
-        first: last for last, at in enumerate(way) for first in map(way.index, blocks[at].next & {*way[: last + 1]})
-    }
-    for first, last in sorted(latches.items(), reverse=True):
+    back = {first: last for last, at in enumerate(way) for first in range(last + 1) if way[first] in blocks[at].next}
+    for first, last in sorted(back.items(), reverse=True):
         body = way[first : last + 1]
         named = [line for at in body for line in blocks[at].lines if line in loops]
         # Of the lines that name loops the last one, which branches back; the loops in this one have theirs already.
