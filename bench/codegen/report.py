@@ -218,10 +218,10 @@ def _worse(row: Row, was: Row, *, same_compiler: bool) -> Iterable[str]:
             now, before = row[how + way] / row["elements"], was[how + way] / was["elements"]
             if now > before * (1 + 1e-9):
                 yield f"{how.replace('_', ' ')}{verb} {now:.4g} bytes an element, {before:.4g} before"
-    if same_compiler and row["instructions"]:
-        counted, known = an_element(row), an_element(was)
-        if counted > known * MORE:
-            yield f"issues {counted:.4g} instructions an element, {known:.4g} before"
+    if same_compiler and row["instructions"] and was["instructions"]:
+        now, before = an_element(row), an_element(was)
+        if now > before * MORE:
+            yield f"issues {now:.4g} instructions an element, {before:.4g} before"
     # Another launch has another number of accesses: with other tiles, or more of them a thread.
     if same_compiler and row["launch"] == was["launch"]:
         for what in ("load", "store"):
