@@ -29,7 +29,7 @@ SASS = re.compile(
     r'(?P<label>\.L_x_\d+):|//## File "(?:[^"]*/)?(?P<file>[^"]+)", line (?P<line>\d+)'
     r"|/\*[0-9a-f]{4,}\*/ +\{? *(?P<guard>@!?U?P\w+ +)?(?P<name>[A-Z]\S*) *(?P<rest>[^;]*)"
 )
-ADDED = re.compile(r"(?:IADD|IADD3|VIADD) (U?R\d+), (?:U?P\w+, )?\1, (0x[0-9a-f]+)\b")
+ADDED = re.compile(r"(?:IADD|IADD3|VIADD) (U?R\d+), (?:U?P\w+, )*\1, (0x[0-9a-f]+)\b")
 KERNELS = Path(__file__).parents[2] / "kernels" / "amp"
 
 
@@ -73,8 +73,9 @@ def issued(sass: str, kernel: str, loops: Loops) -> dict[str, int]:
         inner |= set(own)
         turns, step = loops[own[0]] if own else (1, 1)
         # Machine code may do several turns in one.
-        grown = [number // step for at in body for number in blocks[at].steps if number and number % step == 0]
-        times |= {at: times[at] * -(-turns // min(grown, default=1)) for at in body}
+        grown = {number // step for at in body for number in blocks[at].steps if number % step == 0}
+        at_once = min(grown & {1, 2, 4, 8}, default=1)
+        times |= {at: times[at] * -(-turns // at_once) for at in body}
     return {pipe: sum(times[at] * blocks[at].pipes[pipe] for at in way) for pipe in PIPES}
 
 
