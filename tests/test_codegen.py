@@ -278,7 +278,7 @@ BOTTOM, CALL = "@!P0 BRA `(.L_x_1) ;", "@P0 CALL.REL.NOINC `(.L_x_3) ;\n        
 
 
 @pytest.mark.parametrize(("leave", "branches"), [(BOTTOM, 2), (CALL, 3)])
-@pytest.mark.parametrize(("grown", "turns"), [("0x40", 6), ("0x80", 3), ("0x100", 2), ("0x7", 6)])
+@pytest.mark.parametrize(("grown", "turns"), [("0x40", 6), ("0x80", 3), ("0x100", 2), ("0x7", 6), ("0x4000", 6)])
 def test_instructions_are_counted_along_the_usual_way(leave, branches, grown, turns):
     from codegen.instructions import issued
 
