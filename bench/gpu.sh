@@ -6,10 +6,10 @@
 # A report of the machine, the tests marked gpu, the check of every operation (a case in two dtypes of four: `fastamp
 # check` has them all, and takes twice as long to compile), small cases of every kernel under compute-sanitizer where
 # that is there, all suites of the benchmark, training steps a second (on TREC where carry/data/trec has it), and, in the
-# time that is left, a search for better launches. Logs and JSON go to DIR, a dozen files. A step that fails or runs out
-# of time does not keep the next one from running; the code at the end is 1 if any did. Takes the python3 on PATH (or
-# $PYTHON) with its torch, triton and rich, and changes nothing in it; packages it lacks can be put as wheels into carry/
-# beforehand:
+# time that is left, a search for better launches; with it, measured times of main launches over those that compiled code
+# predicts for an H200. Logs and JSON go to DIR, a dozen files. A step that fails or runs out of time does not keep the
+# next one from running; the code at the end is 1 if any did. Takes the python3 on PATH (or $PYTHON) with its torch,
+# triton and rich, and changes nothing in it; packages it lacks can be put as wheels into carry/ beforehand:
 #   python3 -m pip download --no-deps -d carry rich
 # BERT's steps are timed where there is transformers. DEVICE=cpu rehearses it all, with fewer cases, rounds, shapes and
 # networks, on a machine without a GPU, and takes up to four times as long.
@@ -106,7 +106,8 @@ step training bench 25 "${steps[@]}" training "$out"
 tuning=(env FASTAMP_AUTOTUNE=1 FASTAMP_CACHE="$out")
 [ "$device" = cpu ] && tuning+=(TRITON_INTERPRET=1)
 step launches bench 60 "${tuning[@]}" "${steps[@]}" launches "$out"
+step predicted bench 10 "${steps[@]}" predicted "$out"
 [ "$device" = cuda ] && step autotune bench 120 "${steps[@]}" autotune "$out"
 
 echo "all of it: $((SECONDS - began)) s" | tee -a "$out/summary.txt"
-if grep -vE "^(autotune|launches)" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi
+if grep -vE "^(autotune|launches|predicted)" "$out/summary.txt" | grep -qE "failed|ran out|not run"; then exit 1; fi

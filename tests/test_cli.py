@@ -230,11 +230,11 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 
 def test_the_limits_of_the_gpu_script_leave_time_of_its_530_seconds():
     text = SCRIPT.read_text()
-    # The largest one counts where steps run side by side; the last two take what is left.
+    # The largest one counts where steps run side by side; the last three take what is left.
     limits = {name: int(limit) for name, limit in re.findall(r"step (\S+) \S+ (\d+) ", text)}
     beside = (("tests", "warm-large"), ("check", "warm"), ("sanitize",))
     largest = max(sum(limits[name] for name in one_after_another) for one_after_another in beside)
-    alone = set(limits) - {"launches", "autotune", *sum(beside, ())}
+    alone = set(limits) - {"launches", "predicted", "autotune", *sum(beside, ())}
     assert alone == {"nvidia-smi", "machine", "ops", "head", "layers", "scaling", "vocabulary", "training"}
     together = int(re.search(r"^TOGETHER=(\d+)", text, re.MULTILINE)[1])
     assert largest + sum(limits[name] for name in alone) < together <= 530
@@ -251,7 +251,7 @@ def test_the_gpu_script_runs_every_step_and_checks_before_it_warms_up(tmp_path, 
     summary = dict(line.split(": ") for line in (out / "summary.txt").read_text().splitlines())
     summary.pop("all of it")
     summary.pop("nvidia-smi", None)
-    rest = {"ops", "head", "layers", "scaling", "vocabulary", "training", "launches"}
+    rest = {"ops", "head", "layers", "scaling", "vocabulary", "training", "launches", "predicted"}
     assert summary.keys() == {"machine", "tests", "check", "warm", "sanitize", *rest}
     assert {name for name, said in summary.items() if not said.startswith("passed")} == {*failing.split()}
     assert done.returncode == (1 if failing else 0)
@@ -299,6 +299,14 @@ def test_the_gpu_scripts_check_is_one_report_of_all_its_parts(gpu_steps, tmp_pat
     assert [row["op"] for row in failed] == ["amp_cross_entropy"] * 2
     assert all("wrong: ValueError" in line for row in failed for line in row["failures"])
     assert "2 of " in capsys.readouterr().out
+
+
+def test_the_gpu_script_prints_measured_over_predicted(gpu_steps, tmp_path, capsys):
+    name = "_mix_kernel torch.bfloat16 B<=256 N=98304"  # 25 million elements, 4 bytes of each at 4.3 TB/s
+    (tmp_path / "launches-a-gpu.json").write_text(json.dumps({name: {"launch": "b", "ms": {"a": 0.05, "b": 0.04}}}))
+    assert gpu_steps.predicted(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(" at (256, 128, 768): 50.0 us measured, 23.4 us predicted (memory): 2.14")
 
 
 def test_gpu_script_says_how_it_is_called():

@@ -98,7 +98,8 @@ def test_what_has_become_worse_is_told_by_name():
 
     record = recorded()
     record["versions"]["triton"] = machine.versions()["triton"]
-    was = next(row for row in record["rows"] if row["kernel"] == "_mix_kernel" and row["case"] == "bf16 N=30720")
+    place = ("sm_90", "_mix_kernel", "bf16 N=30720")
+    was = next(row for row in record["rows"] if (row["target"], row["kernel"], row["case"]) == place)
     assert problems([was], record) == []
 
     def told(**changes):
@@ -116,6 +117,9 @@ def test_what_has_become_worse_is_told_by_name():
     assert told(read=was["read"] + 2 * was["elements"]) == ["reads 6.006 bytes an element, 4.006 before"]
     assert told(mostly_read=2 * was["mostly_read"]) == ["mostly reads 8.012 bytes an element, 4.006 before"]
     assert told(written=2 * was["written"]) == ["writes 4 bytes an element, 2 before"]
+    more = {pipe: count + count // 10 for pipe, count in was["instructions"].items()}
+    (line,) = told(instructions=more)
+    assert re.fullmatch(r"issues [\d.]+ instructions an element, [\d.]+ before", line)
     assert told(read=was["read"] // 2, written=was["written"] // 2) == []
     (line,) = problems([{**was, "case": "bf16 N=1"}], record)
     assert line.endswith("is not recorded; run python -m bench.codegen --out bench/results")
@@ -125,9 +129,10 @@ def test_another_compiler_may_choose_other_accesses_but_not_other_bytes():
     from codegen.report import problems
 
     record = copy.deepcopy(recorded())
-    was = dict(record["rows"][0])
+    was = next(row for row in record["rows"] if row["instructions"])
     record["versions"]["triton"] = "0.0"
-    assert problems([{**was, "loads": was["loads"] + 1}], record) == []
+    other = {"loads": was["loads"] + 1, "instructions": {pipe: 2 * n for pipe, n in was["instructions"].items()}}
+    assert problems([{**was, **other}], record) == []
     assert problems([{**was, "read": was["read"] + 1}], record)
 
 
@@ -212,3 +217,126 @@ def test_occupancy_follows_from_the_scarcest_resource(target, registers, num_war
     from codegen.occupancy import occupancy
 
     assert occupancy(target, registers, num_warps, shared) == expected
+
+
+LOCATED = """
+#loc = loc("/a/rows_loop.py":9:0)
+#loc1 = loc("/a/rows_loop.py":20:4)
+#loc2 = loc("sums"(#loc1))
+#loc3 = loc(callsite(#loc4 at #loc1))
+#loc4 = loc("/a/rows.py":7:8)
+"""
+
+
+def test_a_loops_turns_and_step_stand_under_its_line_of_source():
+    from codegen.traffic import loop_turns
+
+    def loop(last, place):
+        return f"%r = scf.for %i = %c0_i32 to {last} step %c64_i32  : i32 {{\n{LOAD}\n}} loc({place})"
+
+    body = f"{loop('%N', '#loc2')}\nscf.if %c {{\n{loop('%unknown', '#loc3')}\n}} else {{\n{LOAD}\n}} loc(#loc1)"
+    found = loop_turns(COPY.format(body=body) + LOCATED, ["in_ptr", "N"], {"N": 100})
+    assert found == {("rows_loop.py", 20): (2, 64), ("rows.py", 7): (1, 64)}
+
+
+SASS = """
+copy:
+.text.copy:
+	//## File "/a/rows_loop.py", line 9
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+        /*0020*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0030*/                   CALL.ABS.NOINC R14 ;
+.L_x_0:
+        /*0040*/               @P1 EXIT ;
+        /*0050*/               @P4 BRA P3, `(.L_x_4) ;
+.L_x_1:
+	//## File "/a/rows_loop.py", line 20
+        /*0060*/              @!P2 LDG.E.128 R4, desc[UR28][R34.64] ;
+	//## File "/a/rows.py", line 170
+        /*0070*/                   FFMA R46, R36, 1.4426950216293334961, R23.reuse ;
+        /*0080*/                   MUFU.EX2 R46, R40 ;
+        /*0090*/               @P5 BRA `(.L_x_2) ;
+        /*00a0*/                   FSEL R49, R2, RZ, !P6 ;
+.L_x_2:
+	//## File "/a/rows_loop.py", line 20
+        /*00b0*/                   VIADD R32, R32.reuse, {grown} ;
+        /*00c0*/              {leave}
+.L_x_3:
+	//## File "/a/rows.py", line 346
+        /*00d0*/              @!P2 STG.E desc[UR28][R32.64], R4 ;
+        /*00e0*/                   EXIT ;
+.L_x_4:
+	//## File "/a/{unusual}", line 43
+        /*00f0*/                   DADD R2, R2, 1 ;
+        /*0100*/                   STG.E desc[UR28][R32.64], R4 ;
+        /*0110*/                   BRA `(.L_x_3) ;
+.L_x_5:
+        /*0120*/                   BRA `(.L_x_5);
+"""
+BOTTOM, CALL = "@!P0 BRA `(.L_x_1) ;", "@P0 CALL.REL.NOINC `(.L_x_3) ;\n        /*00c8*/       BRA `(.L_x_1) ;"
+
+
+@pytest.mark.parametrize(("leave", "branches"), [(BOTTOM, 2), (CALL, 3)])
+@pytest.mark.parametrize(("grown", "turns"), [("0x40", 6), ("0x80", 3), ("0x100", 2), ("0x7", 6), ("0x4000", 6)])
+def test_instructions_are_counted_along_the_usual_way(leave, branches, grown, turns):
+    from codegen.instructions import issued
+
+    code = SASS.format(leave=leave, grown=grown, unusual="rows_careful.py")
+    found = issued(code, "copy", {("rows_loop.py", 20): (6, 64), ("rows.py", 99): (7, 1)})
+    # A constant, two branches and an exit that is not taken before the loop; a store and an exit after it.
+    assert found == {"fma": turns, "alu": turns, "mufu": turns, "lsu": turns + 1, "rest": branches * turns + 5}
+
+
+def test_instructions_of_a_loop_of_unknown_length_count_once_and_those_of_the_only_way_always():
+    from codegen.instructions import issued
+
+    code = SASS.format(leave=BOTTOM, grown="0x40", unusual="rows_careful.py")
+    assert sum(issued(code, "copy", {}).values()) == 12
+    only = code.replace("@P4 BRA P3,", "BRA")
+    assert issued(only, "copy", {}) == {"fma": 1, "alu": 0, "mufu": 0, "lsu": 2, "rest": 6}
+    with pytest.raises(ValueError, match="copy: no way through the machine code"):
+        issued(code.replace("EXIT ;", "BRA `(.L_x_5) ;"), "copy", {})
+
+
+def test_what_a_kernel_issues_is_what_stands_in_its_machine_code():
+    code = """
+import json
+from bench.codegen.cases import mix_cases
+from bench.codegen.compiling import _tool, compile_case, compiled
+(case,) = (case for case in mix_cases() if (case.kernel.__name__, case.name) == ("_mix_kernel", "fp32 N=768"))
+print(json.dumps([_tool(compiled(case, "sm_90"), "cuobjdump", "-sass"), compile_case(case, "sm_90")]))
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr[-3000:]
+    dump, row = json.loads(run.stdout)
+    straight = re.findall(r"/\*[0-9a-f]{4}\*/ +(?:@\S+ )?([A-Z]\w*)", dump)
+    straight = straight[: straight.index("BRA")]  # to itself, behind the end
+    assert "EXIT" in straight
+    assert sum(row["instructions"].values()) == len(straight)
+    assert row["instructions"]["lsu"] == row["loads"] + row["stores"]
+
+
+def test_the_bound_and_the_predicted_time_follow_from_counts_and_data_sheets():
+    from codegen.budget import DEVICES, MAIN, over_predicted, picoseconds
+
+    h200 = DEVICES["sm_90"]
+    assert h200.instructions(4, h200.lanes) == pytest.approx(31.1, abs=0.05)
+    row = {"target": "sm_90", "floor": 4, "warps": 2, "elements": 640}
+    counts = {"fma": 100, "alu": 200, "mufu": 40, "lsu": 60, "rest": 0}  # 40 an element, 4 of them MUFU
+    times = picoseconds({**row, "instructions": counts})
+    assert times == pytest.approx(
+        {"memory": 4 / 4.3, "issue": 4e4 / 128 / 132 / 1.98 / 1, "MUFU": 4e3 / 16 / 132 / 1.98}
+    )
+    rows = [{**row, "kernel": launch.kernel, "case": launch.case, "instructions": counts} for launch in MAIN]
+    policy = "amp_cross_entropy_1d0_row_False_None_m100_0d0_matching_True"
+    timed = {
+        f"_amp_cross_entropy_kernel torch.bfloat16 torch.int64 False {policy} B<=4096 C=4096": {
+            "ms": {"a": 0.04, "b": 1}
+        },
+        f"_amp_cross_entropy_kernel torch.float32 torch.int64 False {policy} B<=4096 C=4096": {"ms": {"a": 0.04}},
+        "_mix_kernel torch.bfloat16 B<=256 N=98304": {"ms": {"a": None, "b": 0.1}},
+    }
+    (line,) = over_predicted(timed, rows)
+    us = 4096**2 * times["issue"] / 1e6
+    assert line.endswith(f" at (4096, 4096): 40.0 us measured, {us:.1f} us predicted (issue): {40 / us:.2f}")

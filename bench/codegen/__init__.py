@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel for GPUs that need not be here: registers, spills, widths, bytes moved.
+"""What the compiler makes of every kernel for GPUs that need not be here: registers, spills, bytes, instructions.
 
     python -m bench.codegen --out bench/results
 

@@ -27,7 +27,8 @@ def main(out: Path, targets: tuple[str, ...], groups: tuple[str, ...], jobs: int
     """Compile every kernel for five GPU architectures, none of which need be here.
 
     Writes OUT/codegen.json and OUT/codegen.md: registers, spills, shared memory, theoretical occupancy, widths of loads
-    and stores, and bytes an element beside the floor. A part of it is for a folder of its own: the files are replaced.
+    and stores, bytes an element beside the floor, instructions an element by pipe, what bounds them, and predicted
+    times. A part of it is for a folder of its own: the files are replaced.
     """
     rows = collect(targets or tuple(TARGETS), groups or tuple(GROUPS_OF_CASES), jobs=jobs)
     path = write(report(rows, command=shlex.join(["python", "-m", "bench.codegen", *sys.argv[1:]])), out)

@@ -17,10 +17,11 @@ from fastamp.kernels.rows import ASSERTING, OPTIONS
 from . import TARGETS
 from .case import Case
 from .cases import ASSERTING_KERNELS, GROUPS_OF_CASES
+from .instructions import issued
 from .occupancy import ARCHITECTURES, occupancy
-from .traffic import program_traffic
+from .traffic import loop_turns, program_traffic
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # A PTX access: its direction, how many elements, bits of each.
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
@@ -61,8 +62,9 @@ def compiled(case: Case, target: str) -> Any:
 def compile_case(case: Case, target: str) -> dict[str, Any]:
     """One row of the report; arguments as `compiled` takes them."""
     made, kernel = compiled(case, target), case.kernel.__name__
-    taken = _nvidia(made, case.num_warps) if TARGETS[target].startswith("cuda") else _amd(made, kernel)
-    shared = made.metadata.shared
+    nvidia, shared = TARGETS[target].startswith("cuda"), made.metadata.shared
+    sass = _tool(made, "nvdisasm", "-g", "-c") if nvidia else ""
+    taken = _nvidia(made, sass, case.num_warps) if nvidia else _amd(made, kernel)
     text, arguments = made.asm["ttgir"], [name for name in case.kernel.arg_names if name in case.signature]
     moved = program_traffic(text, arguments, case.sizes)
     mostly = program_traffic(text, arguments, case.sizes, first_branch=True)
@@ -81,22 +83,26 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
         "mostly_read": mostly.read,
         "mostly_written": mostly.written,
         "floor": case.floor,
+        "instructions": issued(sass, kernel, loop_turns(text, arguments, case.sizes)) if nvidia else None,
     }
     held = case.row_bytes // (case.num_warps * ARCHITECTURES[target].warp_size)
     return row | {"narrow": row["load_width"] < min(16, held)}
 
 
-def _nvidia(compiled: Any, num_warps: int) -> dict[str, int]:
+def _tool(compiled: Any, name: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", dump)}
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(compiled: Any, sass: str, num_warps: int) -> dict[str, int]:
+    resources = _tool(compiled, "cuobjdump", "--dump-resource-usage")
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", resources)}
     # Far below the limit ptxas may park one register in a slot to reach the next step of occupancy: its choice. A spill
     # is what the limit forced, or anything beyond that one slot.
     parked = used["STACK"] <= 8 and used["REG"] < min(255, 65536 // (32 * num_warps))
-    accesses_to_local = len(re.findall(r"\b(?:STL|LDL)\b", dump))
+    accesses_to_local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     widths: dict[str, list[int]] = {"ld": [], "st": []}
     for way, count, bits in PTX_ACCESS.findall(compiled.asm["ptx"]):
         widths[way].append(int(count or 1) * int(bits) // 8)

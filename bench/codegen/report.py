@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -14,14 +14,18 @@ from typing import Any
 from fastamp.benchmarking import machine
 
 from . import TARGETS
+from .budget import DEVICES, MAIN, PIPES, an_element, picoseconds
 from .compiling import compile_group
 
 NAME = "codegen"
-FORMAT = 2
+FORMAT = 3
 RERUN = "python -m bench.codegen --out bench/results"
 Row = dict[str, Any]
+MORE = 1.01  # times the instructions that are recorded
 WAYS = {"read": "reads", "written": "writes"}
-HEADINGS = ("case", "launch", "read + written", "floor", "x floor", "load, store", "registers", "occupancy %", "spills")
+HEADINGS = ["case", "launch", "read + written", "floor", "x floor", "load, store", "registers", "occupancy %", "spills"]
+HEADINGS += ["instructions", "FMA + ALU + MUFU + LSU + rest", "bound"]
+COUNTED = "sm_90"  # whose pipes and predicted times are in the tables
 PREFACE = """# What the compiler makes of the kernels
 
 Written by `{command}` with {versions}, checkout {checkout}; no GPU was needed or used.
@@ -35,6 +39,23 @@ more. The floor is what cannot be avoided: every input element read once, every 
 store are the widest access, in bytes. Numbers separated by slashes are {targets}; occupancy is theoretical, from
 registers, warps and shared memory. A kernel that asserts takes more registers on AMD than it would without: it calls a
 function that prints.
+
+Instructions are a thread's, per element: counted in SASS, for the NVIDIA targets alone, along the way that programs
+usually take, loops times their turns ([how](../codegen/instructions.py)). Those by pipe are the {device}'s, and so is
+the bound: memory for the floor's bytes, the issue of instructions, or MUFU. float64 has a pipe of its own, half as
+wide, which is not counted apart.
+
+## Predicted times
+
+<!-- --8<-- [start:predicted] -->
+Predicted from compiled code for an {device}, not measured: the longest of the times, in µs, that memory takes for the
+least bytes, that all instructions take to be issued, and that MUFU takes for its own, if all multiprocessors are busy
+and nothing waits. What waits, and the few µs of any launch, come on top.
+
+{predicted}
+<!-- --8<-- [end:predicted] -->
+
+While memory moves 4 bytes, a GPU can issue so many instructions, of them MUFU: {budgets}.
 """
 
 
@@ -86,7 +107,19 @@ def markdown(results: dict[str, Any]) -> str:
     came_from = "none" if checkout is None else checkout["commit"][:12] + " with changes" * checkout["changed"]
     versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("torch", "triton"))
     lines = [
-        PREFACE.format(command=results["command"], versions=versions, checkout=came_from, targets=", ".join(targets))
+        PREFACE.format(
+            command=results["command"],
+            versions=versions,
+            checkout=came_from,
+            targets=", ".join(targets),
+            device=DEVICES[COUNTED].name,
+            predicted="\n".join(_predicted([row for row in rows if row["target"] == COUNTED])),
+            budgets="; ".join(
+                f"{gpu.name} ({gpu.units} x {gpu.ghz} GHz, {gpu.tb_s} TB/s) {gpu.instructions(4, gpu.lanes):.0f}, "
+                f"{gpu.instructions(4, gpu.mufu):.1f}"
+                for gpu in DEVICES.values()
+            ),
+        )
     ]
     ordered = sorted(range(len(rows)), key=lambda at: (rows[at]["kernel"], at))
     for kernel, members in groupby((rows[at] for at in ordered), lambda row: row["kernel"]):
@@ -97,6 +130,19 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [_line(case, per_target) for case, per_target in cases.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _predicted(rows: list[Row]) -> Iterator[str]:
+    yield "| launch, bf16 | shape | instructions, of them MUFU | memory | issue | MUFU | predicted |"
+    yield "|---|---|---|---|---|---|---|"
+    known = {(row["kernel"], row["case"]): row for row in rows}
+    for launch in MAIN:
+        row = known.get((launch.kernel, launch.case))
+        if row:
+            name = f"`{launch.kernel}`" + ", matched" * ("matched" in launch.case)
+            count, times = f"{an_element(row):.1f}, {an_element(row, ['mufu']):.1f}", launch.microseconds(row)
+            cells = " | ".join(f"{time:.1f}" for time in (*times.values(), max(times.values())))
+            yield f"| {name} | {launch.shape} | {count} | {cells} ({max(times, key=times.__getitem__)}) |"
 
 
 def _line(case: str, rows: list[Row]) -> str:
@@ -116,6 +162,13 @@ def _line(case: str, rows: list[Row]) -> str:
         "/".join(f"{100 * row['occupancy']:.0f}" for row in rows),
         _slashed(str(row["spills"]) for row in rows),
     ]
+    counted = [row for row in rows if row["instructions"]]
+    cells.append("/".join(f"{an_element(row):.0f}" for row in counted))
+    for row in counted:
+        if row["target"] == COUNTED:
+            times = picoseconds(row)
+            cells.append(" + ".join(f"{an_element(row, [pipe]):.1f}" for pipe in PIPES))
+            cells.append(max(times, key=times.__getitem__))
     return f"| {' | '.join(cells)} |"
 
 
@@ -135,8 +188,8 @@ def _slashed(values: Iterable[str]) -> str:
 def problems(rows: Iterable[Row], recorded: dict[str, Any]) -> list[str]:
     """What is wrong with the rows, a line each: spills, narrow loads, or worse than recorded.
 
-    Bytes are always compared. Widths and numbers of accesses are the compiler's choice as well, so they are compared
-    only with what the same version of Triton has made.
+    Bytes are always compared. Instructions, widths and numbers of accesses are the compiler's choice as well, so they
+    are compared only with what the same version of Triton has made.
 
     Args:
         rows: of `collect`.
@@ -165,6 +218,10 @@ def _worse(row: Row, was: Row, *, same_compiler: bool) -> Iterable[str]:
             now, before = row[how + way] / row["elements"], was[how + way] / was["elements"]
             if now > before * (1 + 1e-9):
                 yield f"{how.replace('_', ' ')}{verb} {now:.4g} bytes an element, {before:.4g} before"
+    if same_compiler and row["instructions"] and was["instructions"]:
+        now, before = an_element(row), an_element(was)
+        if now > before * MORE:
+            yield f"issues {now:.4g} instructions an element, {before:.4g} before"
     # Another launch has another number of accesses: with other tiles, or more of them a thread.
     if same_compiler and row["launch"] == was["launch"]:
         for what in ("load", "store"):

@@ -11,7 +11,7 @@ first.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ACCESS = re.compile(r"(?:^|= |\s)\"?((?:tt|ttg|ttng|amdg|amdgpu|nvgpu|nvws)\.\w*(?:load|store|copy|atomic)\w*)")
@@ -23,6 +23,10 @@ LOOP = re.compile(r"scf\.for \S+ = (%\S+) to (%\S+) step (%\S+)")
 CONSTANT = re.compile(r"^(%\S+) = arith\.constant (-?\d+) : i\d+$")
 SCALED = re.compile(r"^(%\S+) = arith\.(divsi|muli) (%\S+), (%\S+) : i\d+$")
 ARGUMENT = re.compile(r"(%\w+): ")
+PLACE = re.compile(r"^(#loc\w*) = (loc\(.*\))$", re.MULTILINE)
+Line = tuple[str, int]  # a file's name alone, for what a cache holds was compiled anywhere; and a line of it
+Loops = dict[Line, tuple[int, int]]
+FILE = re.compile(r'^loc\("(?:[^"]*/)?([^"/]+)":(\d+):\d+')
 
 
 class Traffic(NamedTuple):
@@ -59,8 +63,48 @@ def program_traffic(
     Raises:
         ValueError: the text has an access that is not understood.
     """
-    values: dict[str, int] = {}
     stack = [_Region(1)]
+    for text, values, _ in _statements(ttgir, arguments, sizes):
+        if text.startswith("}"):
+            _close(stack, other_branch=text.startswith("} else {"), first_branch=first_branch)
+        found = ACCESS.search(text)
+        if found and found[1] not in IN_SHARED_MEMORY:
+            stack[-1].here = stack[-1].here.plus(_access(found[1], text))
+        if text.endswith("{") and not text.startswith("} else {"):
+            loop = LOOP.search(text)
+            stack.append(_Region(_turns(loop, values) if loop else 1))
+    return stack[0].here
+
+
+def loop_turns(ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]) -> Loops:
+    """How often a program turns in each loop, and what its index grows by, under the names of file and line.
+
+    Arguments are those of `program_traffic`.
+    """
+    places = dict(PLACE.findall(ttgir))
+    found: Loops = {}
+    opened: list[tuple[int, int] | None] = []
+    for text, values, place in _statements(ttgir, arguments, sizes):
+        other = text.startswith(("} else {", "} do {"))
+        if text.startswith("}") and not other:
+            loop = opened.pop()
+            while place in places:
+                place = places[place]
+                named = FILE.search(place)
+                if loop and named:
+                    found[named[1], int(named[2])] = loop
+                place = "".join(re.findall(r"#loc\w*", place)[:1])
+        if text.endswith("{") and not other:
+            begun = LOOP.search(text)
+            opened.append((_turns(begun, values), values.get(begun[3], 1)) if begun else None)
+    return found
+
+
+def _statements(
+    ttgir: str, arguments: Sequence[str], sizes: Mapping[str, int]
+) -> Iterator[tuple[str, dict[str, int], str]]:
+    """Every line without its place, the integers known by then, and the place's name."""
+    values: dict[str, int] = {}
     for line in ttgir.splitlines():
         text = re.sub(r"\s*loc\([^()]*(?:\([^()]*\))*[^()]*\)$", "", line.strip()).strip()
         if text.startswith("tt.func"):
@@ -76,15 +120,7 @@ def program_traffic(
         if scaled and scaled[3] in values and scaled[4] in values:
             one, other = values[scaled[3]], values[scaled[4]]
             values[scaled[1]] = one // other if scaled[2] == "divsi" else one * other
-        if text.startswith("}"):
-            _close(stack, other_branch=text.startswith("} else {"), first_branch=first_branch)
-        found = ACCESS.search(text)
-        if found and found[1] not in IN_SHARED_MEMORY:
-            stack[-1].here = stack[-1].here.plus(_access(found[1], text))
-        if text.endswith("{") and not text.startswith("} else {"):
-            loop = LOOP.search(text)
-            stack.append(_Region(_turns(loop, values) if loop else 1))
-    return stack[0].here
+        yield text, values, "".join(re.findall(r"loc\((#loc\w*)\)$", line))
 
 
 def _close(stack: list[_Region], *, other_branch: bool, first_branch: bool) -> None:
