@@ -346,14 +346,28 @@ def sigmoid(x):
 
 
 @triton.jit
+def binary_loss(x, on, total):
+    """A tile of binary cross-entropy of logits in units of log 2, whatever they are, and their sigmoids (30, 32)."""
+    e = tl.exp2(-tl.abs(x))
+    p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    above = tl.where(x > 0, total, 0.0) - on
+    return total * log1p_any(e) + tl.where(above != 0, above * x, 0.0) * LN2, p
+
+
+@triton.jit
+def binary_change(p, on, total, u, far):
+    """A tile of δ from the change u of the logits (33); `far`, the difference of the losses, where |u| > 1."""
+    near = total * log1p_any(p * expm1_unit(tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u)))) - on * u
+    return tl.where(tl.abs(u) <= 1.0, near, far)
+
+
+@triton.jit
 def loss_at(x, on, total, policy: tl.constexpr):
     """The loss of rows in units of log 2; p, their softmax or sigmoids; and lse, the softmax's normalisation (2, 3)."""
     top = tl.max(x, 0)
     if policy.loss == "binary_cross_entropy":
-        e = tl.exp2(-tl.abs(x))
-        p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-        above = tl.where(x > 0, total, 0.0) - on  # S log(1 + 2^x) = S log(1 + 2^-|x|) + S max(x, 0) log 2
-        loss = tl.sum(total * log1p_any(e) + tl.where(above != 0, above * x, 0.0) * LN2, 0)
+        losses, p = binary_loss(x, on, total)
+        loss = tl.sum(losses, 0)
         lse = tl.zeros_like(top)
     else:
         x = x - top
@@ -369,12 +383,11 @@ def loss_at(x, on, total, policy: tl.constexpr):
 @triton.jit
 def loss_change(p, on, total, u, far, policy: tl.constexpr):
     """δ per row from the change u of its logits (26, 33); `far`, the difference of the losses, where some |u| > 1."""
-    u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
-    gain = p * expm1_unit(u_near)
     if policy.loss == "binary_cross_entropy":
-        near = tl.sum(total * log1p_any(gain) - on * u, 0)
+        near = tl.sum(binary_change(p, on, total, u, 0.0), 0)
     else:
-        near = total * log1p_any(tl.sum(gain, 0)) - tl.sum(on * u, 0)
+        u_near = tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # comparisons keep NaN
+        near = total * log1p_any(tl.sum(p * expm1_unit(u_near), 0)) - tl.sum(on * u, 0)
     return tl.where(tl.max(tl.abs(u), 0) <= 1.0, near, far)
 
 

@@ -9,17 +9,17 @@ from .rows import (
     LN2,
     LOG2E,
     Role,
+    binary_change,
+    binary_loss,
+    binary_target_tile,
     expm1_near,
     load_logits,
     log1p_any,
-    loss_at,
-    loss_change,
     mixed_logits,
     row_shift,
     scaled_grad,
     step_lam,
     takes_adversarial,
-    target_masses,
     target_tile,
 )
 
@@ -124,36 +124,39 @@ def careful_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def careful_binary_role(problem, row, other, policy: tl.constexpr, BLOCK: tl.constexpr):
-    """`careful_role` with binary cross-entropy: sums of tiles, which do not depend on one another (30-34)."""
+    """`careful_role` with binary cross-entropy, whose classes do not depend on one another (30-33)."""
     lam = tl.load(problem.lam_ptr + row)
-    zero = tl.full((), 0.0, lam.dtype)
-    loss = zero
-    grad = zero
-    share = zero
+    losses = tl.zeros((BLOCK,), lam.dtype)
+    slopes = losses
+    shares = losses
+    changes = losses
     for start in range(0, problem.C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x, d = _mixed_tile(problem, row, other, 0.0, 0.0, lam, cols)
-        on, total, part = target_masses(problem, lam, row, other, cols, policy)
-        at_lam, p, _ = loss_at(x, on, total, policy)
-        loss += at_lam
-        grad += tl.sum((total * p - on) * d, 0) * LN2
-        share += part
-    grad = scaled_grad(grad, problem.grad_divisor_ptr)
+        on, total, kept = binary_target_tile(problem, lam, row, other, cols, policy)
+        tile, p = binary_loss(x, on, total)
+        losses += tile
+        slopes += (total * p - on) * d
+        shares += kept
+    loss = tl.sum(losses, 0)
+    grad = scaled_grad(tl.sum(slopes, 0) * LN2, problem.grad_divisor_ptr)
     lam_adv = step_lam(lam, grad, problem.step_size, policy)
-    delta = zero
     if policy.mode != "mixup":
         for start in range(0, problem.C, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x, d = _mixed_tile(problem, row, other, 0.0, 0.0, lam, cols)
-            on, total, _ = target_masses(problem, lam, row, other, cols, policy)
+            on, total, _ = binary_target_tile(problem, lam, row, other, cols, policy)
             step = (lam_adv - lam) * d
-            at_lam, p, _ = loss_at(x, on, total, policy)
-            at_adv, _, _ = loss_at(x + step, on, total, policy)
-            delta += loss_change(p, on, total, step * LN2, at_adv - at_lam, policy)
+            tile, p = binary_loss(x, on, total)
+            tile_adv, _ = binary_loss(x + step, on, total)
+            changes += binary_change(p, on, total, step * LN2, tile_adv - tile)
+    delta = tl.sum(changes, 0)
     takes = takes_adversarial(loss, delta, policy)
     loss = tl.where(takes, loss + delta, loss)
     lam_sel = tl.where(takes, lam_adv, lam)
+    zero = tl.full((), 0.0, lam.dtype)
     no = tl.full((), False, tl.int1)
+    share = tl.sum(shares, 0) / problem.C
     return Role(loss, share, lam_sel, lam_adv, grad, delta, takes, zero, zero, zero, zero, no)
 
 
@@ -163,8 +166,8 @@ def careful_grad(problem, a, b, role, row, other, cols, policy: tl.constexpr):
     x, _ = mixed_logits(a, b, role.shift_a, role.shift_b, role.lam)
     lam = tl.load(problem.lam_ptr + row)
     if policy.loss == "binary_cross_entropy":
-        on, total, _ = target_masses(problem, lam, row, other, cols, policy)
-        _, p, _ = loss_at(x, on, total, policy)
+        on, total, _ = binary_target_tile(problem, lam, row, other, cols, policy)
+        _, p = binary_loss(x, on, total)
         return total * p - on
     else:
         on, _ = target_tile(problem, lam, row, other, cols, policy)

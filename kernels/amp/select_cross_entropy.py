@@ -20,6 +20,9 @@ from .rows import (
     LN2,
     LOG2E,
     Problem,
+    binary_change,
+    binary_loss,
+    binary_target_tile,
     expm1_unit,
     gains,
     is_tame,
@@ -282,25 +285,25 @@ def _softmax_row(
 
 @triton.jit
 def _binary_row(problem, problem_adv, out, row, other, lam, policy: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same of binary cross-entropy, whose classes do not depend on one another: one pass (30-34)."""
-    loss = tl.full((), 0.0, lam.dtype)
-    loss_adv = loss
-    delta = loss
+    """The same of binary cross-entropy, whose classes do not depend on one another: one pass (30-33)."""
+    losses = tl.zeros((BLOCK_C,), lam.dtype)
+    losses_adv = losses
+    changes = losses
     for start in range(0, problem.C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         at = row * problem.C + cols
-        on, total, _ = target_masses(problem, lam, row, other, cols, policy)
+        on, total, _ = binary_target_tile(problem, lam, row, other, cols, policy)
         z = load_logits(problem, row, cols)
-        at_lam, p, _ = loss_at(scaled(z, 0.0), on, total, policy)
-        loss += at_lam
+        tile, p = binary_loss(scaled(z, 0.0), on, total)
+        losses += tile
         tl.store(out.grad_ptr + at, total * p - on, mask=cols < problem.C)
         if out.grad_adv_ptr is not None:
             z_adv = load_logits(problem_adv, row, cols)
-            at_adv, p_adv, _ = loss_at(scaled(z_adv, 0.0), on, total, policy)
-            loss_adv += at_adv
+            tile_adv, p_adv = binary_loss(scaled(z_adv, 0.0), on, total)
+            losses_adv += tile_adv
             tl.store(out.grad_adv_ptr + at, total * p_adv - on, mask=cols < problem.C)
-            delta += loss_change(p, on, total, _logit_change(z, z_adv), at_adv - at_lam, policy)
-    return loss, loss_adv, delta
+            changes += binary_change(p, on, total, _logit_change(z, z_adv), tile_adv - tile)
+    return tl.sum(losses, 0), tl.sum(losses_adv, 0), tl.sum(changes, 0)
 
 
 @triton.jit
