@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from fastamp.paper.plan import EXPERIMENTS, Request, Run
 from fastamp.training.checkpoint import damaged, load_json, save_json
 
-FORMAT = 2  # of settings.json
+FORMAT = 3  # of settings.json
 
 SETTINGS = "settings.json"
 LINES = "results.jsonl"

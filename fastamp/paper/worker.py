@@ -34,6 +34,7 @@ class Job:
     run: Run
     config: TrainConfig
     folder: Path
+    curves: bool = False  # whether a figure needs its loss against λ
 
 
 def prepare() -> None:
@@ -71,7 +72,7 @@ def record(job: Job, status: str, seconds: float, **fields: Any) -> dict[str, An
 
 
 def execute(job: Job) -> dict[str, Any]:
-    """Trains a run, or goes on with it, and takes its loss against λ.
+    """Trains a run, or goes on with it, and takes its loss against λ where that is asked for.
 
     Returns:
         the run's record: "done" or, whatever was raised, "failed".
@@ -88,7 +89,7 @@ def execute(job: Job) -> dict[str, Any]:
             fields: dict[str, Any] = {
                 "result": asdict(result),
                 "history": [line for line in lines if not line.get("final")],
-                "curves": loss_curves(job.config, job.folder),
+                "curves": loss_curves(job.config, job.folder) if job.curves else None,
             }
         status = "done"
     except Exception as error:  # of one run: the others go on

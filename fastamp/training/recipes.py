@@ -25,11 +25,11 @@ _BERT = {"model": "bert", "batch_size": 24, "lr": 1e-5, "l2": 1e-8, "steps": 800
 
 RECIPES: dict[str, Recipe] = {
     "cnn-rand": Recipe("CNN-rand", _CNN),
-    "cnn-glove": Recipe("CNN-glove", _CNN, vectors=True),
-    "cnn-glove-fixed": Recipe("CNN-glove, fixed vectors", {**_CNN, "freeze_vectors": True}, vectors=True),
+    "cnn-glove": Recipe("CNN-glove", {**_CNN, "freeze_vectors": True}, vectors=True),
+    "cnn-glove-tuned": Recipe("CNN-glove, tuned vectors", _CNN, vectors=True),
     "lstm-rand": Recipe("LSTM-rand", _LSTM),
-    "lstm-glove": Recipe("LSTM-glove", _LSTM, vectors=True),
-    "lstm-glove-fixed": Recipe("LSTM-glove, fixed vectors", {**_LSTM, "freeze_vectors": True}, vectors=True),
+    "lstm-glove": Recipe("LSTM-glove", {**_LSTM, "freeze_vectors": True}, vectors=True),
+    "lstm-glove-tuned": Recipe("LSTM-glove, tuned vectors", _LSTM, vectors=True),
     "bert": Recipe("BERT", _BERT),
 }
 
