@@ -172,20 +172,17 @@ def _draw_shares(view: View, found: Sequence[Comparison], published: Sequence[Pu
     for place, (above, below) in zip(places, panels.T, strict=True):
         for i, method in enumerate(methods):
             cells = [cell for cell in values if (cell.dataset, cell.model, cell.method) == (*place, method)]
-            x = [sizes[(*place, cell.ratio)] * 1.03 ** (i - (len(methods) - 1) / 2) for cell in cells]  # side by side
-            look: dict[str, Any] = {
-                "color": _COLOURS[i % len(_COLOURS)],
-                "marker": "o",
-                "markersize": 3.5,
-                "linewidth": 1.2,
-            }
+            x = [
+                sizes[cell.dataset, cell.model, cell.ratio] * 1.03 ** (i - (len(methods) - 1) / 2) for cell in cells
+            ]  # side by side
+            colour = _COLOURS[i % len(_COLOURS)]
             means = [summary(list(values[cell].values())).mean for cell in cells]
-            above.plot(x, means, "o-", markersize=3.5, label=view.label(method), **look)
+            above.plot(x, means, "o-", color=colour, markersize=3.5, linewidth=1.2, label=view.label(method))
             for at, cell in zip(x, cells, strict=True):
                 if (bounds := interval(list(values[cell].values()))) is not None:
-                    above.plot([at] * 2, bounds, color=look["color"], linewidth=1, solid_capstyle="butt")
+                    above.plot([at] * 2, bounds, color=colour, linewidth=1, solid_capstyle="butt")
                 for paper in printed(cell, published):
-                    kind = {**_PAPER, "color": look["color"], "label": f"{view.label(method)}, the paper"}
+                    kind = {**_PAPER, "color": colour, "label": f"{view.label(method)}, the paper"}
                     above.errorbar(at, paper.error, yerr=paper.std, linewidth=0.7, **kind)
         for comparison in (c for c in found if (c.method.dataset, c.method.model) == place):
             cell, shown = comparison.method, _coloured(comparison)
