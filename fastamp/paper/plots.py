@@ -28,15 +28,17 @@ _PAPER = {"color": "#009E73", "marker": "s", "markersize": 4.5, "fillstyle": "no
 Image = tuple[str, str]  # file name, caption
 
 
-def draw(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path) -> list[Image]:
-    """Draws all that the runs and comparisons of a view give, as PNG and SVG files in a folder; names the PNG files.
+def draw(
+    view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path, *, tables: bool = True
+) -> list[Image]:
+    """Draws what the runs and comparisons of a view give, its tables or not, as PNG and SVG files in a folder.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     shares = len(view.present("ratio")) > 1
-    images = [(_draw_shares if shares else _draw_errors)(view, found, published, folder)]
-    if not shares and any(comparison.paired.interval is not None for comparison in found):
+    images = [(_draw_shares if shares else _draw_errors)(view, found, published, folder)] if tables else []
+    if tables and not shares and any(comparison.paired.interval is not None for comparison in found):
         images.append(_draw_differences(view, found, folder))
     for place in view.places():
         runs = [run for run in view.runs if (run["dataset"], run["model"], run["ratio"]) == place]
@@ -74,10 +76,10 @@ def _saved(figure: Any, runs: Iterable[Line], how: str, path: Path, caption: str
     n = " to ".join(dict.fromkeys(map(str, (min(seeds), max(seeds)))))
     shown = [", ".join(fact) if len(fact) < 4 else f"{len(fact)} of them" for fact in facts if fact]
     figure.suptitle(f"{', '.join(shown)}, n = {n}; {how}", fontsize=9)
-    figure.savefig(path.with_suffix(".png"), dpi=DPI)
-    with rc_context({"svg.hashsalt": path.stem}):  # the same file from the same runs
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    return f"{path.stem}.png", caption
+    figure.savefig(f"{path}.png", dpi=DPI)
+    with rc_context({"svg.hashsalt": path.name}):  # the same file from the same runs
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    return f"{path.name}.png", caption
 
 
 def _named_lines(panels: Any, labels: Sequence[str]) -> None:
@@ -118,8 +120,7 @@ def _draw_errors(view: View, found: Sequence[Comparison], published: Sequence[Pu
         panel.plot([summary(errors).mean], [y], "D", color=_COLOURS[1], markersize=4, label="mean")
         for paper in printed(cell, published):
             panel.errorbar(paper.error, y - 0.25, xerr=paper.std, linewidth=1, label="the paper, ± std", **_PAPER)
-    figure.supxlabel("test error, %", fontsize=9)
-    _legend(figure, panels.values())
+    _legend(figure, panels.values(), "test error, %")
     return _saved(
         figure,
         view.runs,
@@ -151,8 +152,7 @@ def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> 
         panel.plot([comparison.beside[DEV].difference], [y], "|", color="0.2", markersize=7, label="on dev data")
     for panel in panels.values():
         panel.axvline(0, color="0.2", linewidth=0.8)
-    figure.supxlabel("difference of test errors, points; left of zero is better", fontsize=9)
-    _legend(figure, panels.values())
+    _legend(figure, panels.values(), "difference of test errors, points; left of zero is better")
     return _saved(
         figure,
         view.runs,
@@ -198,8 +198,7 @@ def _draw_shares(view: View, found: Sequence[Comparison], published: Sequence[Pu
         above.set_title(f"{place[0]}, {model_label(place[1])}", fontsize=9)
     panels[0][0].set_ylabel("test error, %", fontsize=9)
     panels[1][0].set_ylabel("paired differences, points", fontsize=9)
-    figure.supxlabel("sentences trained on", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, "sentences trained on")
     return _saved(
         figure,
         view.runs,
@@ -258,8 +257,7 @@ def _draw_curves(view: View, place: tuple[str, str, float], runs: Sequence[Line]
             below[column].axhline(0, color="0.2", linewidth=0.8)
         above[0].set_ylabel("loss, nats", fontsize=9)
         below[0].set_ylabel("difference, nats", fontsize=9)
-    figure.supxlabel("λ", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, "λ")
     return _saved(
         figure,
         runs,
@@ -290,9 +288,8 @@ def _draw_distances(view: View, place: tuple[str, str, float], runs: Sequence[Li
             panel.plot(sorted(points), means, linewidth=1.2, color=_COLOURS[i], label=names[name])
         panel.set_title(title, fontsize=9)
         panel.set_ylim(bottom=0)
-    figure.supxlabel("step", fontsize=9)
     figure.supylabel("mean |difference| of test errors, points", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, "step")
     shown = [run for run in runs if run["method"].partition("@")[0].endswith(("-amp", "-mixup"))]
     return _saved(
         figure,
@@ -326,8 +323,7 @@ def _draw_step(view: View, place: tuple[str, str, float], runs: Sequence[Line], 
         panel.set_title(title, fontsize=9)
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
-    figure.supxlabel("ε", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, "ε")
     return _saved(
         figure,
         held,
@@ -337,8 +333,12 @@ def _draw_step(view: View, place: tuple[str, str, float], runs: Sequence[Line], 
     )
 
 
-def _legend(figure: Any, panels: Iterable[Any]) -> None:
-    """One legend for all panels, below the title."""
+def _legend(figure: Any, panels: Iterable[Any], x: str) -> None:
+    """One legend for all panels, below them, and what x is, in the lowest."""
+    panels = list(panels)
+    for panel in panels:
+        if panel.get_subplotspec().is_last_row():
+            panel.set_xlabel(x, fontsize=9)
     entries = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }

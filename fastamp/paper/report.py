@@ -55,10 +55,11 @@ def render(results: Results, published: Sequence[PublishedCell] | None = None, f
     blocks = ["# Results"]
     if shown:
         blocks.append(_answer(shown, compared, published))
-    for view in shown:
-        blocks += _section(view, compared[view.name], published)
+    for i, view in enumerate(shown):
+        held = next((other for other in shown[:i] if _keys(view) <= _keys(other)), None)
+        blocks += _section(view, compared[view.name], published, held)
         if folder is not None:
-            images = plots.draw(view, compared[view.name], published, folder)
+            images = plots.draw(view, compared[view.name], published, folder, tables=held is None)
             blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
     if shown:
         blocks += ["## How to read the tables", _notes(runs)]
@@ -247,8 +248,17 @@ def _notes(runs: Sequence[Line]) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _section(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell]) -> list[str]:
+def _keys(view: View) -> set[str]:
+    return {run["key"] for run in view.runs}
+
+
+def _section(
+    view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], held: View | None
+) -> list[str]:
+    """A view's tables, once: where another holds all of its runs they are there."""
     blocks = [f"## {view.name}: {view.experiment.title}"]
+    if held is not None:
+        return [*blocks, f"Its runs are in the tables of {held.name}."]
     absent = [
         f"{field} {', '.join(f'{value:g}' if field == 'ratio' else value for value in missing)}"
         for field in ("dataset", "model", "method", "ratio")
