@@ -149,7 +149,7 @@ def test_recipes_are_the_papers(name):
     assert (chosen.lr, chosen.batch_size) == ((1e-5, 24) if name == "bert" else (2e-4, 50))
     assert (chosen.steps, chosen.l2) == (8000, 1e-8)
     assert chosen.model == {"cnn": "textcnn", "lstm": "bilstm", "bert": "bert"}[name.partition("-")[0]]
-    assert chosen.freeze_vectors == name.endswith("-fixed")
+    assert chosen.freeze_vectors == name.endswith("-glove")
     assert chosen.lower
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -99,8 +101,8 @@ def load(
 
     Where there is no dev file, 10% of the training examples are drawn as dev by `seed`, whatever the `fraction`. Below
     1 that leaves, of the others, floor(fraction · n) of each class, at least one, drawn by `seed` as well: n counts dev
-    in, as the paper's numbers of labels do. The subset of a smaller fraction is part of that of a larger one. Near 1 a
-    class may hold fewer, all that are not dev.
+    in, as the paper's numbers of labels do. A warning names a class whose one example is more than its share. The
+    subset of a smaller fraction is part of that of a larger one. Near 1 a class may hold fewer, all that are not dev.
 
     Args:
         name: one of `DATASETS`.
@@ -142,6 +144,10 @@ def load(
         if label not in train.labels:
             raise ValueError(f"dataset {name!r}: no training example of class {label} ({label_name})")
     if fraction < 1:
+        for label, n in sorted(Counter(whole.labels).items()):
+            if fraction * n < 1:
+                what = f"dataset {name!r}: a share of {fraction:g} leaves no example of class {label}"
+                warnings.warn(f"{what} ({source.label_names[label]}); one is kept", stacklevel=2)
         train = train.take(stratified_subset(train.labels, class_counts(whole.labels, fraction), generator))
     return Corpus(name, source.label_names, train, parts["dev"], parts["test"])
 

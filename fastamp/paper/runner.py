@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,9 @@ class Options:
                 data["vectors"] = file_digest(config.vectors)
             if task.encoder is not None:
                 data["pretrained"] = task.encoder.digest
+        for dataset, ratio in product(request.datasets, request.ratios):
+            if ratio < 1:
+                load(dataset, data_dir=self.data_dir, fraction=ratio)  # which warns of classes that it leaves empty
         asked = {name: value if isinstance(value, str) else list(value) for name, value in vars(request).items()}
         same = {name: getattr(self, name) for name in ("steps", "eval_every", "device", "threads")}
         return {**same, "overrides": dict(self.overrides), "data": data, "requests": [asked]}
