@@ -202,4 +202,16 @@ def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path, monke
         assert curves[level]["mean"][-1] == pytest.approx(unmixed, abs=tolerance)
         assert [len(pair) for pair in curves[level]["pairs"]] == [5, 5]
     assert curves["word"]["pairs"][0][0] == pytest.approx(curves["sentence"]["pairs"][0][0], abs=1e-3)
+    for level in LEVELS:
+        assert curves[level]["mean"] == pytest.approx(curves[level]["mean"][::-1], abs=1e-6)
+    # In the order of the file, which is not that of their lengths, each with its partner from the end.
+    labels = torch.tensor(task.corpus.test.labels)
+    with torch.no_grad():
+        features = model.encode(task.vocabulary.encode(task.corpus.test.sentences))
+        losses = mixed_losses(
+            model.classifier, features, labels, torch.arange(len(labels)).flip(0), torch.tensor([0.25])
+        )
+    first = int((labels != labels.flip(0)).nonzero()[0])
+    assert curves["sentence"]["mean"][1] == pytest.approx(losses.mean().item(), abs=1e-6)
+    assert curves["sentence"]["pairs"][0][1] == pytest.approx(losses[0, first].item(), abs=1e-6)
     assert curves["word"]["mean"][2] != pytest.approx(curves["sentence"]["mean"][2], abs=1e-5)
