@@ -156,6 +156,17 @@ def test_below_six_seeds_nothing_is_read_not_even_a_hint():
     assert "Comparisons: 1 too few seeds; of all 1, 0 with q < 0.05." in text
 
 
+def test_what_q_does_not_bear_out_is_a_hint():
+    records = pair_of_methods(seeds=6)
+    found = row(render(records, ran("table2")), "trec", "CNN-rand", "100%", "SentAMP", "SentMixup")
+    assert (found[5], *found[9:11]) == ("**better**", "0.031", "0.031")
+    records += [done("word-amp", seed, 10.0 + seed % 2) for seed in range(6)] + [
+        done("word-mixup", seed, 10.0 + (seed + 1) % 2) for seed in range(6)
+    ]
+    found = row(render(records, ran("table2")), "trec", "CNN-rand", "100%", "SentAMP", "SentMixup")
+    assert (found[5], *found[9:11]) == ("a hint: better", "0.031", "0.062")
+
+
 def test_equal_methods_are_noise():
     records = [done(method, seed, 10.0 + seed) for method in ("sent-amp", "sent-mixup") for seed in range(8)]
     found = row(render(records, ran("table2")), "trec", "CNN-rand", "100%", "SentAMP", "SentMixup")

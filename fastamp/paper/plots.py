@@ -280,12 +280,12 @@ def _draw_distances(view: View, place: tuple[str, str, float], runs: Sequence[Li
     figure, panels = _panels(1.0 + 4.0 * len(levels), 3.4, 1, len(levels), sharey=True, sharex=True)
     names = {"AMP": "AMP - Mixup, same seed", "placebo": "placebo - Mixup, same seed", "seeds": "Mixup, two seeds"}
     for (title, found), panel in zip(levels.items(), panels.flat, strict=True):
-        for i, (name, curves) in enumerate(found.items()):
+        for name, curves in found.items():
             points: dict[int, list[float]] = {}
             for step, value in (item for curve in curves.values() for item in curve.items()):
                 points.setdefault(step, []).append(value)
             means = [summary(points[step]).mean for step in sorted(points)]
-            panel.plot(sorted(points), means, linewidth=1.2, color=_COLOURS[i], label=names[name])
+            panel.plot(sorted(points), means, linewidth=1.2, color=_COLOURS[[*names].index(name)], label=names[name])
         panel.set_title(title, fontsize=9)
         panel.set_ylim(bottom=0)
     figure.supylabel("mean |difference| of test errors, points", fontsize=9)

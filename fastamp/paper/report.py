@@ -82,9 +82,9 @@ def _answer(
         where = f"{c.method.dataset}, {model_label(c.method.model)}, {ratio_label(c.method.ratio)}"
         lines.append(
             f"{where}: {method_label(c.method.method)} against {method_label(c.baseline.method)} "
-            f"{views.difference(pair)} points, n = {pair.n}, {views.q_text(c)}: {reading(pair)}. The paper's: {paper}."
+            f"{views.difference(pair)} points, n = {pair.n}, {views.q_text(c)}: {reading(c)}. The paper's: {paper}."
         )
-    tally = Counter(reading(c.paired).replace("**", "") for c in found)
+    tally = Counter(reading(c).replace("**", "") for c in found)
     counts = ", ".join(f"{n} {words}" for words, n in sorted(tally.items())) or "none was run"
     blocks = [f"AMP against Mixup, test error at the step of least dev error: {counts}."]
     blocks += ["\n".join(f"- {line}" for line in lines)] if lines else []
@@ -221,11 +221,10 @@ def _notes(runs: Sequence[Line]) -> str:
         "the dev data are taken out of it.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
-        "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where the "
+        "Reading: **better** or **worse** where the interval leaves out zero and q is below 0.05; a hint where the "
         f"interval alone does; else within noise; with fewer than {ENOUGH_PAIRS} seeds that differ, nothing is read. "
         "The interval is too narrow for few seeds: where nothing acts it "
-        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). For a whole "
-        "table believe q.",
+        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation).",
         f"{views.TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of different comparisons in this report, whatever tables they stand in (false discovery rate, "

@@ -52,11 +52,6 @@ class Paired:
         return "better" if high < 0 else "worse" if low > 0 else "within noise"
 
     @property
-    def clear(self) -> bool:
-        """Whether the signed-rank test sees a difference as well; else a reading that is not noise is a hint."""
-        return self.reading in ("better", "worse") and self.p < 1 - CONFIDENCE
-
-    @property
     def enough(self) -> bool:
         """Whether p could be below 0.05 at all."""
         return self.unequal >= ENOUGH_PAIRS

@@ -197,7 +197,7 @@ def comparison_table(view: View, found: Sequence[Comparison], published: Sequenc
         "Share": lambda c: ratio_label(c.method.ratio),
         "Method": lambda c: view.label(c.method.method, c.method.model),
         "against": lambda c: view.label(c.baseline.method, c.method.model),
-        "Reading": lambda c: reading(c.paired),
+        "Reading": lambda c: reading(c),
         "Difference, points [95%]": lambda c: difference(c.paired),
         "Relative": lambda c: "" if c.paired.improvement is None else f"{_signed(c.paired.improvement, 1)}%",
         "The paper's": lambda c: printed_difference(c, published),
@@ -208,7 +208,7 @@ def comparison_table(view: View, found: Sequence[Comparison], published: Sequenc
         "dev data": lambda c: difference(c.beside[DEV]),
     }
     rows = [[show(c) for show in columns.values()] for c in found]
-    counts = Counter(reading(c.paired).replace("**", "") for c in found)
+    counts = Counter(reading(c).replace("**", "") for c in found)
     tally = ", ".join(f"{n} {words}" for words, n in sorted(counts.items()))
     below = sum(c.q < SIGNIFICANT for c in found)
     return (
@@ -230,13 +230,14 @@ def printed_difference(comparison: Comparison, published: Sequence[PublishedCell
     return "; ".join(points + relative for points, relative in found.items()) or NOT_PRINTED
 
 
-def reading(pair: Paired) -> str:
-    """In bold what is not noise; nothing where the seeds are too few to say, for which the interval is too narrow."""
+def reading(comparison: Comparison) -> str:
+    """In bold what q bears out; nothing where the seeds are too few to say, for which the interval is too narrow."""
+    pair = comparison.paired
     if not pair.enough and pair.unequal:
         return "too few seeds"
     if pair.reading not in ("better", "worse"):
         return pair.reading
-    return f"**{pair.reading}**" if pair.clear else f"a hint: {pair.reading}"
+    return f"**{pair.reading}**" if comparison.q < SIGNIFICANT else f"a hint: {pair.reading}"
 
 
 def difference(pair: Paired) -> str:
