@@ -76,32 +76,31 @@ def _answer(
     """What comes of AMP as the paper has it against Mixup, and of the paper's largest gains."""
     every = {(c.method, c.baseline): c for view in shown for c in compared[view.name]}
     found = [c for sides, c in every.items() if _is_claimed(*sides)]
-    lines = []
-    for c in found:
-        pair, paper = c.paired, views.printed_difference(c, published)
-        where = f"{c.method.dataset}, {model_label(c.method.model)}, {ratio_label(c.method.ratio)}"
-        lines.append(
-            f"{where}: {method_label(c.method.method)} against {method_label(c.baseline.method)} "
-            f"{views.difference(pair)} points, n = {pair.n}, {views.q_text(c)}: {reading(c)}. The paper's: {paper}."
-        )
+    lines = [
+        f"{_where(c.method)}: {method_label(c.method.method)} against {method_label(c.baseline.method)} "
+        f"{views.difference(c.paired)} points, n = {c.paired.n}, q = {c.q:.3f}: {reading(c)}. The paper's: "
+        f"{views.printed_difference(c, published)}."
+        for c in found
+    ]
     tally = Counter(reading(c).replace("**", "") for c in found)
     counts = ", ".join(f"{n} {words}" for words, n in sorted(tally.items())) or "none was run"
     blocks = [f"AMP against Mixup, test error at the step of least dev error: {counts}."]
-    blocks += ["\n".join(f"- {line}" for line in lines)] if lines else []
-    gaps = [text for view in shown for text in _chaos(view)]
-    blocks += ["\n".join(f"- {line}" for line in dict.fromkeys(gaps))] if gaps else []
-    there = {c.method for c in found}
+    gaps = dict.fromkeys(text for view in shown for text in _chaos(view))
+    blocks += ["\n".join(f"- {line}" for line in those) for those in (lines, gaps) if those]
     for table in ("table2", "table3"):
         most = max((c for c in published if c.experiment == table), key=lambda c: c.improvement or 0.0, default=None)
         if most is not None and most.improvement:
-            where = f"{most.cell.dataset}, {model_label(most.cell.model)}, {ratio_label(most.cell.ratio)}"
-            here = "is among these" if most.cell in there else "was not run here, and nothing here bears on it"
-            name = method_label(most.cell.method)
+            run = any(c.method == most.cell for c in found)
             blocks.append(
                 f"The largest gain that the paper prints in its Table {table[-1]}, {most.improvement:g}% of Mixup's "
-                f"error ({where}, {name}), {here}. ({CITATION})"
+                f"error ({_where(most.cell)}, {method_label(most.cell.method)}), "
+                f"{'is among these' if run else 'was not run here, and nothing here bears on it'}. ({CITATION})"
             )
     return "\n\n".join(blocks)
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell.dataset}, {model_label(cell.model)}, {ratio_label(cell.ratio)}"
 
 
 def _is_claimed(method: Cell, baseline: Cell) -> bool:
@@ -116,20 +115,24 @@ def _is_claimed(method: Cell, baseline: Cell) -> bool:
 
 def _chaos(view: View) -> list[str]:
     """How far AMP goes from Mixup over training, beside the placebo and another seed."""
+    names = {"AMP": "AMP and Mixup with the same seed", "placebo": f"the placebo (ε = {PLACEBO:g}) and Mixup"}
     lines = []
-    for (dataset, model, ratio), level in product(view.places(), ("sent", "word")):
-        found = distances(view.runs, dataset, model, ratio, level)
+    for place, (level, what) in product(view.places(), (("sent", "sentences"), ("word", "words"))):
+        found = distances(view.runs, *place, level)
         over = {name: {key: mean(c.values()) for key, c in curves.items()} for name, curves in found.items()}
-        more = paired(over.get("AMP", {}), over.get("placebo", {}))
-        if more is not None:
-            between = {name: f"{mean(values.values()):.2f}" for name, values in over.items()}
-            lines.append(
-                f"{dataset}, {model_label(model)}, {'sentences' if level == 'sent' else 'words'}: over training the "
-                f"test errors of AMP and of Mixup with the same seed are {between['AMP']} points apart, those of the "
-                f"placebo (ε = {PLACEBO:g}) and Mixup {between['placebo']}, those of Mixup with two seeds "
-                f"{between.get('seeds', '?')}. AMP's distance less the placebo's: {views.difference(more)}, "
-                f"n = {more.n}."
-            )
+        if "AMP" not in over:
+            continue
+        apart = (f"{names.get(name, 'two seeds of Mixup')} {mean(of.values()):.2f}" for name, of in over.items())
+        more = paired(over["AMP"], over.get("placebo", {}))
+        beyond = (
+            "No placebo was run."
+            if more is None
+            else f"AMP's less the placebo's: {views.difference(more)}, n = {more.n}."
+        )
+        lines.append(
+            f"{_where(Cell(place[0], place[1], '', place[2]))}, {what}: mean distance of test errors over training, in "
+            f"points: {', '.join(apart)}. {beyond}"
+        )
     return lines
 
 

@@ -247,11 +247,6 @@ def difference(pair: Paired) -> str:
     return f"{_signed(pair.difference)} [{_signed(pair.interval[0])}, {_signed(pair.interval[1])}]"
 
 
-def q_text(comparison: Comparison) -> str:
-    """Its q."""
-    return f"q {'' if comparison.q < 0.001 else '= '}{_p(comparison.q)}"
-
-
 def _signed(number: float, decimals: int = 2) -> str:
     return f"{round(number, decimals) + 0.0:+.{decimals}f}"  # + 0.0: no minus before a zero
 
