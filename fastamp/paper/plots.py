@@ -90,12 +90,12 @@ def _named_lines(panels: Any, labels: Sequence[str]) -> None:
     panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
 
 
-def _grid(view: View, labels: Sequence[str]) -> tuple[Any, dict[tuple[str, str], Any]]:
+def _grid(view: View, labels: Sequence[str], share: bool | str) -> tuple[Any, dict[tuple[str, str], Any]]:
     """A figure with a line for every label: a panel by data set and backbone, each named."""
     datasets, models = view.present("dataset"), view.present("model")
     width = 0.8 + 0.06 * max(map(len, labels)) + 2.9 * len(datasets)
     figure, panels = _panels(
-        width, len(models) * (0.4 + 0.2 * len(labels)) + 1.0, len(models), len(datasets), sharey=True, sharex=True
+        width, len(models) * (0.4 + 0.2 * len(labels)) + 1.0, len(models), len(datasets), sharey=True, sharex=share
     )
     named = {
         (d, m): panel for m, row in zip(models, panels, strict=True) for d, panel in zip(datasets, row, strict=True)
@@ -110,7 +110,7 @@ def _grid(view: View, labels: Sequence[str]) -> tuple[Any, dict[tuple[str, str],
 def _draw_errors(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path) -> Image:
     """A panel for every data set and backbone, a line for every method."""
     methods = view.present("method")
-    figure, panels = _grid(view, [view.label(method) for method in methods])
+    figure, panels = _grid(view, [view.label(method) for method in methods], "col")
     for cell, seeds in by_cell(view.runs).items():
         panel = panels[cell.dataset, cell.model]
         errors, y = list(seeds.values()), methods.index(cell.method)
@@ -142,7 +142,7 @@ def _coloured(comparison: Comparison) -> dict[str, str]:
 def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> Image:
     """The paired differences: a panel for every data set and backbone, a line for every comparison."""
     pairs = list(dict.fromkeys((c.method.method, c.baseline.method) for c in found))
-    figure, panels = _grid(view, [f"{view.label(method)} - {view.label(baseline)}" for method, baseline in pairs])
+    figure, panels = _grid(view, [f"{view.label(one)} - {view.label(other)}" for one, other in pairs], share=True)
     for comparison in found:
         panel, pair = panels[comparison.method.dataset, comparison.method.model], comparison.paired
         y, look = pairs.index((comparison.method.method, comparison.baseline.method)), _coloured(comparison)
@@ -172,9 +172,8 @@ def _draw_shares(view: View, found: Sequence[Comparison], published: Sequence[Pu
     for place, (above, below) in zip(places, panels.T, strict=True):
         for i, method in enumerate(methods):
             cells = [cell for cell in values if (cell.dataset, cell.model, cell.method) == (*place, method)]
-            x = [
-                sizes[cell.dataset, cell.model, cell.ratio] * 1.03 ** (i - (len(methods) - 1) / 2) for cell in cells
-            ]  # side by side
+            aside = 1.03 ** (i - (len(methods) - 1) / 2)  # for the bars not to hide each other
+            x = [sizes[cell.dataset, cell.model, cell.ratio] * aside for cell in cells]
             colour = _COLOURS[i % len(_COLOURS)]
             means = [summary(list(values[cell].values())).mean for cell in cells]
             above.plot(x, means, "o-", color=colour, markersize=3.5, linewidth=1.2, label=view.label(method))
@@ -197,7 +196,8 @@ def _draw_shares(view: View, found: Sequence[Comparison], published: Sequence[Pu
         below.minorticks_off()
         above.set_title(f"{place[0]}, {model_label(place[1])}", fontsize=9)
     panels[0][0].set_ylabel("test error, %", fontsize=9)
-    panels[1][0].set_ylabel("paired differences, points", fontsize=9)
+    pairs = dict.fromkeys(f"{view.label(c.method.method)} - {view.label(c.baseline.method)}" for c in found)
+    panels[1][0].set_ylabel(f"{', '.join(pairs)}, points", fontsize=9)
     _legend(figure, panels.flat, "sentences trained on")
     return _saved(
         figure,
