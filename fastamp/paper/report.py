@@ -13,7 +13,7 @@ from typing import Any
 
 from fastamp.paper import plots, views
 from fastamp.paper.display import duration
-from fastamp.paper.plan import METHODS, PLACEBO, Cell, Request, same_method
+from fastamp.paper.plan import METHODS, PLACEBO, Cell, Request
 from fastamp.paper.published import CITATION, STEPS, WIDTHS, PublishedCell, read_published
 from fastamp.paper.results import Results
 from fastamp.paper.statistics import ENOUGH_PAIRS, distances, finished, paired
@@ -269,9 +269,7 @@ def _section(
     if absent:
         blocks.append(f"Not run: {'; '.join(absent)}.")
     blocks.append(views.error_table(view, published))
-    if any(
-        same_method(model, method) != method for model in view.present("model") for method in view.experiment.methods
-    ):
+    if any(view.same(model, method) != method for model in view.present("model") for method in view.experiment.methods):
         blocks.append(SAME)
     if found:
         blocks += ["### Comparisons", views.comparison_table(view, found, published)]

@@ -49,8 +49,13 @@ class View:
 
     def label(self, method: str, model: str = "") -> str:
         """The name of a method in this table; with a backbone, of all that are one run there."""
-        names = [other for other in self.experiment.methods if model in RECIPES and same_method(model, other) == method]
+        names = [other for other in self.experiment.methods if model and self.same(model, other) == method]
         return " = ".join(self.experiment.labels.get(name) or method_label(name) for name in names or [method])
+
+    def same(self, model: str, method: str) -> str:
+        """The method itself where it was run with a backbone, else what `same_method` has for it."""
+        run = any((run["model"], run["method"]) == (model, method) for run in self.runs)
+        return method if run or model not in RECIPES else same_method(model, method)
 
     def places(self) -> list[tuple[str, str, float]]:
         """Data set, backbone and share of the training data of all that was run, in the plan's order."""
@@ -122,7 +127,7 @@ def error_table(view: View, published: Sequence[PublishedCell]) -> str:
         sizes.setdefault(cell, []).append((run["result"]["train_size"], run["result"]["dev_size"]))
     rows = []
     for dataset, model, ratio in view.places():
-        methods = dict.fromkeys(same_method(model, method) for method in view.experiment.methods)
+        methods = dict.fromkeys(view.same(model, method) for method in view.experiment.methods)
         for cell in (Cell(dataset, model, method, ratio) for method in methods):
             papers, ours = printed(cell, published), values["test_error"].get(cell)
             if ours is None and not papers:
@@ -175,7 +180,7 @@ def compare(shown: Iterable[View]) -> dict[str, list[Comparison]]:
         by_view[view.name] = []
         for dataset, model, ratio in view.places():
             for methods in view.experiment.comparisons:
-                one, other = (Cell(dataset, model, same_method(model, method), ratio) for method in methods)
+                one, other = (Cell(dataset, model, view.same(model, method), ratio) for method in methods)
                 if one == other or (one, other) in by_view[view.name]:
                     continue
                 found = {m: paired(of.get(one, {}), of.get(other, {})) for m, of in values.items()}
