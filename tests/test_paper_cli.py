@@ -157,6 +157,14 @@ def test_another_specification_is_refused_with_what_to_do(made):
     assert (folder / "settings.json").read_bytes() == before
 
 
+def test_a_share_that_leaves_a_class_empty_is_told_before_anything_runs(tmp_path, monkeypatch):
+    write_corpora(tmp_path)
+    monkeypatch.setattr("fastamp.cli.paper.execute_all", lambda *given, **more: progress(total=1))
+    options = (*SMALL.split(), "--datasets", "trec", "--methods", "none", "--data-dir", tmp_path, "--ratios", "0.05,1")
+    with pytest.warns(UserWarning, match=r"a share of 0.05 leaves no example of class 0 \(DESC\); one is kept"):
+        assert invoke("table3", *options, "--out", tmp_path / "out").exit_code == 0
+
+
 def test_a_failed_run_is_told_ends_in_code_1_and_is_not_repeated(tmp_path, monkeypatch):
     arguments = [*SMALL.split(), "--datasets", "questions", "--seeds", "3-3", "--methods", "none", "--set", "lr=1e30"]
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)

@@ -147,7 +147,8 @@ def load(
         for label, n in sorted(Counter(whole.labels).items()):
             if fraction * n < 1:
                 what = f"dataset {name!r}: a share of {fraction:g} leaves no example of class {label}"
-                warnings.warn(f"{what} ({source.label_names[label]}); one is kept", stacklevel=2)
+                # Told of this place, not of the caller's: once, however often the data are read.
+                warnings.warn(f"{what} ({source.label_names[label]}); one is kept", stacklevel=1)
         train = train.take(stratified_subset(train.labels, class_counts(whole.labels, fraction), generator))
     return Corpus(name, source.label_names, train, parts["dev"], parts["test"])
 

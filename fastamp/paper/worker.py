@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -38,8 +39,9 @@ class Job:
 
 
 def prepare() -> None:
-    """Leaves interrupts from the terminal to the parent process, and ends this process with it."""
+    """Leaves interrupts and warnings to the parent process, and ends this process with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", "dataset .* a share of")  # which the parent has shown
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -81,7 +81,7 @@ class TrainConfig:
         dataset: one of fastamp.data.DATASETS.
         data_dir: folder with the data sets' folders; None reads from the Hugging Face hub. `questions` needs none.
         fold: 0 to 9, the tenth that is tested on of a set for cross-validation (subj, mr); None is seed % 10.
-        fraction: share of the training sentences to train on, in (0, 1]; stratified.
+        fraction: share of each class of the training sentences to train on, in (0, 1]; see fastamp.data.load.
         model: "textcnn", "bilstm" or "bert".
         pretrained: of "bert": name or folder of an encoder that transformers can load.
         method: "none" is cross-entropy, "double-softmax" cross-entropy of probabilities taken for logits, as in the
