@@ -102,7 +102,8 @@ class TrainConfig:
         step_size: the adversarial step ε.
         dropout: before the classifier; of "bert" its own configuration decides.
         embedding_dim: width of the word vectors; None takes that of the vectors file, or 300.
-        hidden_size: width of the "bilstm"'s states, both directions together.
+        hidden_size: width of the "bilstm"'s states, both directions together; what the paper's 1024 counts it does not
+            say.
         vectors: GloVe text file, plain or .gz, to start the word vectors from.
         freeze_vectors: do not train the word vectors.
         lower: lower-case the text; of "bert" its tokeniser decides.

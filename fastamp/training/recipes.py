@@ -18,7 +18,7 @@ class Recipe:
     vectors: bool = False
 
 
-# Adam with L2 1e-8 throughout. What the paper leaves open is TrainConfig's default.
+# Adam with L2 1e-8 throughout, which the paper states for CNN and LSTM. What it leaves open is TrainConfig's default.
 _CNN = {"model": "textcnn", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
 _LSTM = {**_CNN, "model": "bilstm"}
 _BERT = {"model": "bert", "batch_size": 24, "lr": 1e-5, "l2": 1e-8, "steps": 8000, "pretrained": "bert-base-uncased"}
