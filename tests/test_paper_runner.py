@@ -341,7 +341,7 @@ def test_bert_is_run_from_a_folder(tmp_path, encoder, method):
     line = worker.execute(Job(run, options.config(run), tmp_path, curves=True))
     assert line["status"] == "done", line
     assert (line["config"]["batch_size"], line["config"]["lr"]) == (24, 1e-5)
-    assert line["curves"].keys() == (set() if method == "nonlinear-mixup" else {"lam", "word", "sentence"})
+    assert line["curves"].keys() == (set() if method == "nonlinear-mixup" else {"lam", "word"})
 
 
 def test_a_damaged_line_of_a_runs_metrics_is_a_failed_run_that_names_it_and_says_what_to_do(tmp_path):

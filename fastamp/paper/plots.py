@@ -231,6 +231,7 @@ def _draw_curves(view: View, place: tuple[str, str, float], runs: Sequence[Line]
             curves = {
                 (run["method"], run["seed"]): [run["curves"][level]["mean"], *run["curves"][level]["pairs"]][column]
                 for run in runs
+                if level in run["curves"]
             }
             lam = runs[0]["curves"]["lam"]
             for i, method in enumerate(methods):

@@ -15,11 +15,11 @@ from fastamp.models import Model
 from fastamp.training.batches import EVAL_BATCH, Examples
 from fastamp.training.checkpoint import damaged, load_tensors
 from fastamp.training.config import TrainConfig
+from fastamp.training.objectives import LEVELS
 from fastamp.training.task import Task
 
 POINTS = 21  # values of λ
 PAIRS = 2  # single pairs that are followed
-LEVELS = ("word", "sentence")
 
 
 @torch.no_grad()
@@ -82,21 +82,19 @@ def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, A
     they were.
 
     Returns:
-        `lam`, L values from 0 to 1, and for the mixing of words ("word") and of sentences ("sentence") each
-        `mean` (L values, over the test set) and `pairs` (of `PAIRS` single pairs L values each), in nats. Nothing for
-        "nonlinear-mixup", whose model gives no logits.
+        `lam`, L values from 0 to 1, and under "word" or "sentence", where the method mixes, `mean` (L values, over the
+        test set) and `pairs` (of `PAIRS` single pairs L values each), in nats. Nothing for a method that mixes at
+        neither.
     """
-    if config.method == "nonlinear-mixup":
+    level = LEVELS.get(config.method.partition("-")[0])
+    if level is None:
         return {}
     device = torch.device(config.device)
     task = Task.load(config, device)
     model = best_model(config, run, task).to(device)
     lam = torch.linspace(0, 1, POINTS, dtype=torch.float64, device="cpu")
-    curves: dict[str, Any] = {"lam": lam.tolist()}
-    for level in LEVELS:
-        losses, pairs = _curves(model, level, task.test, lam)
-        curves[level] = {"mean": losses.mean(1).tolist(), "pairs": losses[:, pairs].T.tolist()}
-    return curves
+    losses, pairs = _curves(model, level, task.test, lam)
+    return {"lam": lam.tolist(), level: {"mean": losses.mean(1).tolist(), "pairs": losses[:, pairs].T.tolist()}}
 
 
 @torch.no_grad()
