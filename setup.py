@@ -7,5 +7,5 @@ setup(
     # The kernels live one level down in a folder without __init__.py: a top-level package named
     # "kernels" would shadow Hugging Face's distribution of that name when the checkout is on sys.path.
     package_dir={"fastamp.kernels": "kernels/amp"},
-    package_data={"fastamp": ["py.typed"]},
+    package_data={"fastamp": ["py.typed", "paper/published.tsv"]},
 )

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastamp.data import Corpus, Split, Vocabulary, load, read_vectors
-from fastamp.data.splits import leave_fold_out, stratified_subset
+from fastamp.data.splits import class_counts, leave_fold_out, stratified_subset
 from fastamp.data.vectors import coverage
+from fastamp.paper.plan import RATIOS
 
 DATA_DIR = Path(os.environ.get("FASTAMP_DATA_DIR", Path(__file__).parents[2] / "shared/data"))
 needs_data = pytest.mark.skipif(
     not (DATA_DIR / "trec" / "train.tsv").exists(), reason=f"no corpora in {DATA_DIR}; set FASTAMP_DATA_DIR"
 )
-RATIOS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # of the paper's Table 3
 
 
 def write_mr(folder: Path, n: int = 103) -> Path:
@@ -93,31 +93,55 @@ def test_a_fold_or_fraction_that_cannot_be_is_refused_by_name(tmp_path, name, op
 # Fractions
 
 
+TREC = (1162, 1250, 86, 1223, 835, 896)
+PRINTED = (160, 215, 270, 543, 815, 1089, 2179, 4359, 5452)
+
+
 @given(
     labels=st.lists(st.integers(0, 5), min_size=1, max_size=80),
     fractions=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
     seed=st.integers(0, 9),
 )
 def test_a_subset_has_its_size_every_class_and_every_smaller_subset(labels, fractions, seed):
-    small, large = (stratified_subset(labels, f, torch.Generator().manual_seed(seed)) for f in fractions)
+    counts = [class_counts(labels, fraction) for fraction in fractions]
+    small, large = (stratified_subset(labels, c, torch.Generator().manual_seed(seed)) for c in counts)
     assert set(small) <= set(large)
-    for kept, fraction in ((small, fractions[0]), (large, fractions[1])):
+    for kept, wanted in ((small, counts[0]), (large, counts[1])):
         assert kept == sorted(set(kept))
-        assert {labels[i] for i in kept} == set(labels)
-        assert len(kept) == max(round(fraction * len(labels)), len(set(labels)))
+        assert Counter(labels[i] for i in kept) == wanted
+    assert min(counts[0].values()) >= 1
 
 
-def test_classes_keep_their_shares():
-    sizes = (400, 300, 90, 6, 1)
-    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
-    for fraction in RATIOS:
-        kept = Counter(labels[i] for i in stratified_subset(labels, fraction, torch.Generator().manual_seed(0)))
-        assert all(abs(kept[c] - max(1, fraction * size)) <= 1 for c, size in enumerate(sizes))
+def test_the_shares_of_trec_hold_the_numbers_of_labels_that_the_paper_prints():
+    labels = [c for c, size in enumerate(TREC) for _ in range(size)]
+    counts = [class_counts(labels, fraction) for fraction in RATIOS]
+    assert tuple(sum(of.values()) for of in counts) == PRINTED
+    assert counts[0] == dict(enumerate((34, 37, 2, 36, 25, 26)))
+    assert class_counts([0] * 20, 0.15) == {0: 3}  # 2.9999999999999996 in float64
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_trained_on_has_the_papers_number_of_labels_beside_its_dev_data(tmp_path, seed):
+    folder = write_trec(tmp_path, TREC)
+    whole = load("trec", data_dir=folder, seed=seed)
+    assert (len(whole.train), len(whole.dev)) == (4907, 545)  # together 5452
+    for fraction, size in zip(RATIOS[:-1], PRINTED[:-1], strict=True):
+        corpus = load("trec", data_dir=folder, seed=seed, fraction=fraction)
+        assert (len(corpus.train), corpus.dev) == (size, whole.dev)
+        assert not set(corpus.train.texts) & set(corpus.dev.texts)
+
+
+def test_a_class_that_a_share_would_leave_empty_keeps_one_example_and_a_warning_names_it(tmp_path):
+    folder = write_trec(tmp_path, (60, 60, 9, 60, 60, 60))
+    with pytest.warns(UserWarning, match=r"'trec': a share of 0.1 leaves no example of class 2 \(ABBR\); one is kept"):
+        kept = load("trec", data_dir=folder, seed=3, fraction=0.1).train
+    assert Counter(kept.labels) == {0: 6, 1: 6, 2: 1, 3: 6, 4: 6, 5: 6}
 
 
 def test_a_subset_of_a_class_is_drawn_at_random_and_by_the_seed():
     labels = [0] * 200 + [1] * 200
-    drawn = [stratified_subset(labels, 0.1, torch.Generator().manual_seed(seed)) for seed in range(50)]
+    counts = class_counts(labels, 0.1)
+    drawn = [stratified_subset(labels, counts, torch.Generator().manual_seed(seed)) for seed in range(50)]
     assert len(set(map(tuple, drawn))) == 50
     counts = Counter(i for kept in drawn for i in kept)
     assert len(counts) > 390  # each is missed by all 50 with a probability of 0.5%
@@ -125,14 +149,12 @@ def test_a_subset_of_a_class_is_drawn_at_random_and_by_the_seed():
 
 
 def test_a_fraction_leaves_dev_and_test_as_they_are_and_keeps_the_files_order(tmp_path):
-    folder = write_trec(tmp_path, (60, 60, 5, 40, 30, 30))
+    folder = write_trec(tmp_path, (60, 60, 34, 40, 34, 34))
     whole = load("trec", data_dir=folder, seed=3)
     previous: set[str] = set()
     for fraction in (0.03, 0.1, 0.6, 1.0):
         corpus = load("trec", data_dir=folder, seed=3, fraction=fraction)
         assert (corpus.dev, corpus.test) == (whole.dev, whole.test)
-        assert len(corpus.train) == max(round(fraction * len(whole.train)), 6)
-        assert set(corpus.train.labels) == set(range(6))
         kept = words(corpus.train)
         assert previous <= set(kept)
         assert kept == [word for word in words(whole.train) if word in set(kept)]

@@ -13,7 +13,7 @@ from fastamp.training import METHODS, RECIPES, TrainConfig, recipe, train
 from fastamp.training import curves as curves_module
 from fastamp.training.batches import captured_length
 from fastamp.training.checkpoint import load_tensors
-from fastamp.training.curves import LEVELS, loss_curves, mixed_losses
+from fastamp.training.curves import loss_curves, mixed_losses
 from fastamp.training.objectives import Mixing, Objective, make_objective
 from fastamp.training.task import Task
 from fastamp.training.updates import CapturedUpdater, Updater, _Captured
@@ -149,7 +149,7 @@ def test_recipes_are_the_papers(name):
     assert (chosen.lr, chosen.batch_size) == ((1e-5, 24) if name == "bert" else (2e-4, 50))
     assert (chosen.steps, chosen.l2) == (8000, 1e-8)
     assert chosen.model == {"cnn": "textcnn", "lstm": "bilstm", "bert": "bert"}[name.partition("-")[0]]
-    assert chosen.freeze_vectors == name.endswith("-fixed")
+    assert chosen.freeze_vectors == name.endswith("-glove")
     assert chosen.lower
 
 
@@ -180,8 +180,11 @@ def test_mixed_losses_are_those_of_every_pair():
         torch.testing.assert_close(losses[i], expected, atol=1e-6, rtol=0)
 
 
-def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path, monkeypatch):
-    config = TrainConfig(method="word-amp", steps=6, lr=1e-3, embedding_dim=16, threads=1, eval_every=3)
+@pytest.mark.parametrize(("method", "level", "tolerance"), [("word-amp", "word", 1e-3), ("sent-amp", "sentence", 1e-5)])
+def test_curves_are_of_the_best_model_where_it_mixes_and_the_same_pairs_for_all(
+    tmp_path, monkeypatch, method, level, tolerance
+):
+    config = TrainConfig(method=method, steps=6, lr=1e-3, embedding_dim=16, threads=1, eval_every=3)
     train(config, tmp_path / "run")
     state = torch.get_rng_state()
     monkeypatch.setattr(curves_module, "POINTS", 5)
@@ -189,17 +192,26 @@ def test_curves_are_of_the_best_model_and_the_same_pairs_for_all(tmp_path, monke
     assert torch.equal(state, torch.get_rng_state())
     assert curves == loss_curves(config, tmp_path / "run")
     assert json.loads(json.dumps(curves)) == curves
+    assert curves.keys() == {"lam", level}
     assert (curves["lam"][0], curves["lam"][-1], len(curves["lam"])) == (0.0, 1.0, 5)
     task = Task.load(config, CPU)
     model = task.model(config)
     model.load_state_dict(load_tensors(tmp_path / "run" / "best.pt")["model"])
     with torch.no_grad():
         unmixed = F.cross_entropy(model.eval()(task.test.ids), task.test.labels).item()
-    for level in LEVELS:
-        # The whole test set is mixed with itself, so both ends are its loss; mixed words have the longer mask.
-        tolerance = {"word": 1e-3, "sentence": 1e-5}[level]
-        assert curves[level]["mean"][0] == pytest.approx(unmixed, abs=tolerance)
-        assert curves[level]["mean"][-1] == pytest.approx(unmixed, abs=tolerance)
-        assert [len(pair) for pair in curves[level]["pairs"]] == [5, 5]
-    assert curves["word"]["pairs"][0][0] == pytest.approx(curves["sentence"]["pairs"][0][0], abs=1e-3)
-    assert curves["word"]["mean"][2] != pytest.approx(curves["sentence"]["mean"][2], abs=1e-5)
+    mean, pairs = curves[level]["mean"], curves[level]["pairs"]
+    # The whole test set is mixed with its reversal, so both ends are its loss; mixed words have the longer mask.
+    assert (mean[0], mean[-1]) == pytest.approx((unmixed, unmixed), abs=tolerance)
+    assert mean == pytest.approx(mean[::-1], abs=1e-6)
+    assert [len(pair) for pair in pairs] == [5, 5]
+    if level == "word":
+        return
+    # In the order of the file, which is not that of their lengths, each with its partner from the end.
+    labels = torch.tensor(task.corpus.test.labels)
+    partner, quarter = torch.arange(len(labels)).flip(0), torch.tensor([0.25])
+    with torch.no_grad():
+        features = model.encode(task.vocabulary.encode(task.corpus.test.sentences))
+        losses = mixed_losses(model.classifier, features, labels, partner, quarter)
+    first = int((labels != labels.flip(0)).nonzero()[0])
+    assert mean[1] == pytest.approx(losses.mean().item(), abs=1e-6)
+    assert pairs[0][1] == pytest.approx(losses[0, first].item(), abs=1e-6)

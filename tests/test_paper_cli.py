@@ -20,15 +20,18 @@ from fastamp.paper.results import LINES, read
 from fastamp.paper.runner import Active, Progress
 
 SMALL = "--steps 4 --eval-every 2 --seeds 1 --threads 1 --set embedding_dim=8 --set hidden_size=8"
+SMALL += " --models cnn-rand --ratios 1"
+FIGURE2 = "--models lstm-glove"
 ASKED = {
-    "table2": "--datasets trec,sst2 --models cnn-rand",
-    "table3": "--datasets trec --ratios 0.1,1 --methods sent-mixup,sent-amp",
-    "table4": "--datasets trec --methods sent-mixup,sent-amp,sent-amp@alpha=0.2",
-    "table5": "--datasets trec --methods none,word-maxop,sent-maxop,sent-amp",
-    "figure2": "",
+    "table2": "--datasets trec,sst2",
+    "table3": f"{FIGURE2} --ratios 0.1,1",
+    "table4": "--models cnn-glove --methods none,word-maxop,sent-maxop,sent-amp",
+    "table5": "--models lstm-glove --datasets trec --methods word-mixup,word-amp@alpha=0.2",
+    "figure2": FIGURE2,
     "controls": "--methods none,double-softmax,sent-amp@eps=0+redrawn,sent-amp@official",
 }
-NEW_RUNS = {"table2": 12, "table3": 4, "table4": 1, "table5": 3, "figure2": 0, "controls": 3}
+# Figure 2's are Table 3's, made again for their loss against λ.
+NEW_RUNS = {"table2": 10, "table3": 4, "table4": 3, "table5": 2, "figure2": 2, "controls": 3}
 
 together = pytest.mark.xdist_group("paper cli")
 
@@ -69,7 +72,7 @@ def report(made) -> str:
     folder, _, _ = made
     with pytest.MonkeyPatch.context() as patch:
         # test_paper_report draws; here are six tables of them, of seconds each.
-        patch.setattr("fastamp.paper.plots.draw", lambda view, found, out: [(f"{view.name}.png", "A caption.")])
+        patch.setattr("fastamp.paper.plots.draw", lambda view, *rest, **how: [(f"{view.name}.png", "A caption.")])
         result = invoke("report", folder)
     assert result.exit_code == 0, result.output
     assert f"written to {folder / 'report.md'}" in result.output
@@ -85,7 +88,8 @@ def test_every_table_and_figure_has_a_command_shares_runs_with_the_others_and_is
     assert re.search(r"^(\d+) of \1 runs, in ", output, re.MULTILINE)
     section = report.split(f"## {name}: ")[1].split("\n## ")[0]
     assert section.startswith(f"{EXPERIMENTS[name].title}\n")
-    assert METHODS["sent-amp" if name != "controls" else "double-softmax"].label in section
+    shown = {"controls": METHODS["double-softmax"].label, "figure2": "Its runs are in the tables of table2."}
+    assert shown.get(name, "AMP") in section
     assert f"![{name}.png]({name}.png)\n\nA caption." in section
 
 
@@ -93,10 +97,12 @@ def test_every_table_and_figure_has_a_command_shares_runs_with_the_others_and_is
 def test_lines_stand_for_the_runs_that_were_asked_for(made):
     folder, _, _ = made
     configs = {line["key"]: line["config"] for line in read(folder).records}
-    assert len(configs) == sum(NEW_RUNS.values())
-    assert {"sst2/cnn-rand/nonlinear-mixup/1/0", "trec/cnn-rand/sent-amp@eps=0+redrawn/1/0"} <= configs.keys()
+    assert len(configs) == sum(NEW_RUNS.values()) - NEW_RUNS["figure2"]
+    curves = {line["key"] for line in read(folder).records if line["curves"] is not None}
+    assert curves == {"trec/lstm-glove/sent-mixup/1/0", "trec/lstm-glove/sent-amp/1/0"}
+    assert {"sst2/cnn-rand/word-amp/1/0", "trec/cnn-rand/sent-amp@eps=0+redrawn/1/0"} <= configs.keys()
     assert configs["trec/lstm-glove/sent-mixup/0.1/0"]["fraction"] == 0.1
-    assert configs["trec/lstm-glove/sent-amp@alpha=0.2/1/0"]["alpha"] == 0.2
+    assert configs["trec/lstm-glove/word-amp@alpha=0.2/1/0"]["alpha"] == 0.2
     specification = read(folder).specification
     assert [specification[name] for name in ("steps", "eval_every", "device", "threads")] == [4, 2, "cpu", 1]
     assert specification["overrides"] == {"embedding_dim": 8, "hidden_size": 8}
@@ -110,9 +116,12 @@ def test_the_same_command_again_runs_nothing_and_needs_no_threads(made):
     folder, _, options = made
     before = (folder / LINES).read_bytes()
     place = options.index("--threads")
-    result = invoke("figure2", *options[:place], *options[place + 2 :], "--jobs", 2)
-    assert result.exit_code == 0, result.output
-    assert "\n5 of 5 runs, in " in f"\n{result.output}"
+    for name, runs, model in (("figure2", 2, "lstm-glove"), ("table2", 5, "cnn-rand")):
+        result = invoke(
+            name, *options[:place], *options[place + 2 :], "--models", model, "--datasets", "trec", "--jobs", 2
+        )
+        assert result.exit_code == 0, result.output
+        assert f"\n{runs} of {runs} runs, in " in f"\n{result.output}"
     assert "no run here uses hidden_size, which is for model 'bilstm', not for 'textcnn'" in result.output
     assert (folder / LINES).read_bytes() == before
 
@@ -121,7 +130,8 @@ def test_the_same_command_again_runs_nothing_and_needs_no_threads(made):
 def test_a_dry_run_lists_what_is_done_and_to_do_and_writes_nothing(made, tmp_path):
     folder, _, options = made
     before = (folder / "settings.json").read_bytes()
-    result = invoke("figure2", *options, "--seeds", "0-1", "--methods", "none,sent-amp", "--dry-run")
+    asked = ("--datasets", "trec", "--seeds", "0-1", "--methods", "none,sent-amp", "--dry-run")
+    result = invoke("table2", *options, *asked)
     assert result.output.splitlines() == [
         "trec/cnn-rand/none/1/0: done",
         "trec/cnn-rand/sent-amp/1/0: done",
@@ -129,9 +139,11 @@ def test_a_dry_run_lists_what_is_done_and_to_do_and_writes_nothing(made, tmp_pat
         "trec/cnn-rand/sent-amp/1/1: to do",
         "2 to do",
     ]
+    # Their loss against λ is not there.
+    assert invoke("figure2", *options, *asked).output.splitlines()[-1] == "4 to do"
     assert (folder / "settings.json").read_bytes() == before
     result = invoke("figure2", "--dry-run", "--out", tmp_path / "new")
-    assert result.output.splitlines()[-1] == "50 to do"
+    assert result.output.splitlines()[-1] == "20 to do"
     assert not (tmp_path / "new").exists()
 
 
@@ -143,6 +155,15 @@ def test_another_specification_is_refused_with_what_to_do(made):
     assert result.exit_code == 1
     assert "different: steps 7 (there 4), lr 0.5 (there the recipe's). Give another folder, or" in result.output
     assert (folder / "settings.json").read_bytes() == before
+
+
+def test_a_share_that_leaves_a_class_empty_is_told_before_anything_runs(tmp_path, monkeypatch, recwarn):
+    write_corpora(tmp_path)
+    monkeypatch.setattr("fastamp.cli.paper.execute_all", lambda *given, **more: progress(total=1))
+    options = (*SMALL.split(), "--datasets", "trec", "--methods", "none", "--data-dir", tmp_path, "--ratios", "0.05,1")
+    assert invoke("table3", *options, "--out", tmp_path / "out").exit_code == 0
+    told = [str(warning.message) for warning in recwarn]
+    assert "dataset 'trec': a share of 0.05 leaves no example of class 0 (DESC); one is kept" in told
 
 
 def test_a_failed_run_is_told_ends_in_code_1_and_is_not_repeated(tmp_path, monkeypatch):
@@ -204,13 +225,14 @@ def test_without_a_subcommand_it_lists_the_titles():
         ("--datasets questions,trec --data-dir gone", "gone/trec/train.tsv: No such file"),
         ("--datasets questions --device cuda:99", "device 'cuda:99' cannot be used"),
         ("--jobs 0", "0 is not in the range x>=1"),
+        ("--methods nonlinear-mixup", "the paper has nonlinear-mixup with cnn-glove only"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("v.txt").write_text("what 1 2\n")
     Path("torn.gz").write_bytes(gzip.compress(b"what 1 2\n")[:-4])
-    result = invoke("figure2", *arguments.split(), "--out", "out")
+    result = invoke("figure2", "--models", "cnn-rand", *arguments.split(), "--out", "out")
     assert result.exit_code != 0
     assert message in result.output
     assert not (tmp_path / "out").exists()
@@ -221,7 +243,7 @@ def test_seeds_are_a_number_a_range_or_a_list(tmp_path):
     for text, seeds in texts.items():
         arguments = ("--seeds", text, "--methods", "none", "--dry-run", "--out", tmp_path / "out")
         lines = invoke("figure2", *arguments).output.splitlines()
-        assert lines[:-1] == [f"trec/cnn-rand/none/1/{seed}: to do" for seed in seeds]
+        assert lines[:-1] == [f"trec/bert/none/0.03/{seed}: to do" for seed in seeds]
 
 
 def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_path, monkeypatch):
@@ -236,7 +258,8 @@ def test_options_reach_the_runner_and_fields_are_read_as_they_are_annotated(tmp_
     monkeypatch.setattr("fastamp.cli.paper.execute_all", keep)
     settings = {"lower": "False", "clip_norm": "3", "embedding_dim": "8", "reweight": "none"}
     sets = [argument for pair in settings.items() for argument in ("--set", "=".join(pair))]
-    arguments = ("--datasets", "questions", "--methods", "sent-amp", "--jobs", 3, "--retry-failed", *sets)
+    where = ("--datasets", "questions", "--models", "cnn-rand", "--ratios", 1)
+    arguments = (*where, "--methods", "sent-amp", "--jobs", 3, "--retry-failed", *sets)
     result = invoke("figure2", *arguments, "--out", tmp_path / "out")
     assert "kept" in result.output
     assert taken == {"lower": False, "clip_norm": 3.0, "embedding_dim": 8, "reweight": "none"}

@@ -2,9 +2,13 @@
 
 import re
 
-from fastamp.paper.plan import METHODS, Run
+import torch
+
+from fastamp.paper.plan import METHODS, Request, Run
 from fastamp.paper.runner import Active, Options, time_left
 from fastamp.paper.worker import Job
+from fastamp.training import train
+from fastamp.training.checkpoint import load_tensors
 
 MARKS = {
     "redrawn": {"pass_dropout": "redrawn"},
@@ -12,11 +16,12 @@ MARKS = {
     "official": {"preset": "official"},
     "paper": {"preset": "paper"},
     "no-reweight": {"reweight": "none"},
+    "placebo": {"step_size": 1e-6},
 }
 
 
 def test_a_method_is_what_its_name_says():
-    assert len(METHODS) == 3 + 2 * 21
+    assert len(METHODS) == 3 + 2 * 22
     for name in METHODS:
         method, *marks = re.split("[@+]", name)
         expected = {"method": method, "preset": "default", "reweight": None, "pass_dropout": None}
@@ -27,6 +32,36 @@ def test_a_method_is_what_its_name_says():
             expected |= {number: float(value)} if number else MARKS[mark]
         config = Options().config(Run("questions", "cnn-rand", name))
         assert {field: getattr(config, field) for field in expected} == expected
+
+
+def table4(*models: str) -> Request:
+    return Request("table4", ["trec"], models, ["sent-maxop", "word-maxop", "sent-amp"], [1.0], [0])
+
+
+def test_maxop_and_amp_of_a_cnns_sentences_are_run_once_unless_an_override_makes_them_two():
+    def methods(model: str, *overrides: str) -> list[str]:
+        return [run.method for run in table4(model).runs(overrides)]
+
+    assert methods("cnn-glove") == ["sent-amp", "word-maxop"]
+    assert methods("cnn-glove", "lr") == ["sent-amp", "word-maxop"]
+    for model, overrides in (("lstm-glove", ()), ("bert", ()), ("cnn-glove", ("pass_dropout",))):
+        assert methods(model, *overrides) == ["sent-maxop", "word-maxop", "sent-amp"]
+
+
+def test_maxop_and_amp_of_a_cnns_sentences_train_the_same_bit_for_bit(tmp_path):
+    weights = []
+    for method in ("sent-maxop", "sent-amp"):
+        config = Options(steps=30, eval_every=30, overrides={"embedding_dim": 8}).config(
+            Run("questions", "cnn-rand", method)
+        )
+        train(config, tmp_path / method)
+        weights.append(load_tensors(tmp_path / method / "best.pt")["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_nonlinear_mixup_is_run_where_the_paper_prints_it():
+    request = Request("table2", ["trec", "mr"], ["cnn-rand", "cnn-glove", "bert"], ["nonlinear-mixup"], [1.0], [0])
+    assert [(run.dataset, run.model) for run in request.runs()] == [("trec", "cnn-glove"), ("mr", "cnn-glove")]
 
 
 def test_the_time_left_goes_by_the_last_finished_run_of_the_nearest_kind():

@@ -27,7 +27,7 @@ def test_lines_are_read_back_and_the_newest_of_a_key_counts(tmp_path):
     results = read(tmp_path)
     assert results.records == (line_of("a", note="again"), line_of("b", note="ü"))
     assert results.notices == ()
-    assert results.specification == {**SPECIFICATION, "format": 2}
+    assert results.specification == {**SPECIFICATION, "format": 3}
 
 
 def test_a_run_that_is_done_gets_no_second_line(tmp_path):
@@ -39,6 +39,15 @@ def test_a_run_that_is_done_gets_no_second_line(tmp_path):
     (tmp_path / LINES).write_text(2 * line)
     with pytest.raises(ValueError, match=r"results.jsonl, line 2: a is done in an earlier line already; delete one"):
         read(tmp_path)
+
+
+def test_a_run_that_is_done_gets_a_second_line_for_its_loss_against_lambda(tmp_path):
+    with claim(tmp_path, SPECIFICATION) as writer:
+        writer.append(line_of("a"))
+        writer.append(line_of("a", curves={"lam": []}))
+        with pytest.raises(ValueError, match="a is done already"):
+            writer.append(line_of("a", curves={"lam": []}))
+    assert read(tmp_path).records == (line_of("a", curves={"lam": []}),)
 
 
 @pytest.mark.parametrize("full", ["at once", "within the line"])
@@ -146,12 +155,16 @@ def test_other_folders_are_refused(tmp_path):
         pass
     damaged = r"settings\.json is damaged \(.*{}.*\); put it back from a copy, or give another folder$"
     for content, message in (
-        ({"format": 1}, r"settings\.json has format 1; this version takes 2: give another folder"),
-        ({"format": 2, "steps": 3}, damaged.format("it has no eval_every, device")),
-        ({**SPECIFICATION, "format": 2, "requests": [{"experiment": "table2"}]}, damaged.format("datasets")),
-        ({**SPECIFICATION, "format": 2, "requests": 3}, damaged.format("not iterable")),
         (
-            {**SPECIFICATION, "format": 2, "requests": [{**TABLE2, "experiment": "table9"}]},
+            {"format": 2},
+            r"format 2, in which tables 4 and 5, .* meant others; this version takes 3: run the commands again into "
+            "another folder",
+        ),
+        ({"format": 3, "steps": 3}, damaged.format("it has no eval_every, device")),
+        ({**SPECIFICATION, "format": 3, "requests": [{"experiment": "table2"}]}, damaged.format("datasets")),
+        ({**SPECIFICATION, "format": 3, "requests": 3}, damaged.format("not iterable")),
+        (
+            {**SPECIFICATION, "format": 3, "requests": [{**TABLE2, "experiment": "table9"}]},
             r"unknown experiment 'table9'; takes table2",
         ),
     ):

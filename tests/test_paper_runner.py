@@ -35,7 +35,7 @@ ASKED = [run_of("none"), run_of("sent-amp")]
 
 
 def requested(*models: str, dataset: str = "questions") -> Request:
-    return Request("figure2", [dataset], models, ["none"], [1.0], [0])
+    return Request("table2", [dataset], models, ["none"], [1.0], [0])
 
 
 def numbers(folder: Path) -> dict[str, dict]:
@@ -58,7 +58,7 @@ def numbers(folder: Path) -> dict[str, dict]:
 
 def execute(folder: Path, runs, options=OPTIONS, **arguments):
     with claim(folder, options.specification(requested("cnn-rand"))) as writer:
-        return execute_all(runs, options, writer, **arguments)
+        return execute_all(runs, options, writer, **{"curves": True, **arguments})
 
 
 def copied(whole: Path, folder: Path, *keys: str) -> Path:
@@ -162,6 +162,23 @@ def test_a_line_says_what_the_run_was_and_what_it_came_to(whole):
     assert line["machine"]["threads"] == 1
     assert line["seconds"] > 0
     assert not (whole / RUNS).exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted", "made"), [("none", False, False), ("none", True, True), ("fig", False, True)]
+)
+def test_the_loss_against_lambda_is_taken_where_a_figure_needs_it(tmp_path, monkeypatch, run, wanted, made):
+    taken = []
+
+    def keep(job):
+        taken.append(job.curves)
+        return worker.record(job, "failed", 1.0, error="", traceback="")
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(runner, "execute", keep)
+    figure2 = Run("trec", "bert", "sent-amp", 0.03)  # which the figure draws, whatever command runs it
+    execute(tmp_path, [run_of("none") if run == "none" else figure2], curves=wanted)
+    assert taken == [made]
 
 
 @together
@@ -321,11 +338,10 @@ def encoder(tmp_path_factory) -> Path:
 def test_bert_is_run_from_a_folder(tmp_path, encoder, method):
     run = Run("questions", "bert", method, 1.0, 0)
     options = Options(steps=2, eval_every=2, pretrained=str(encoder))
-    line = worker.execute(Job(run, options.config(run), tmp_path))
+    line = worker.execute(Job(run, options.config(run), tmp_path, curves=True))
     assert line["status"] == "done", line
     assert (line["config"]["batch_size"], line["config"]["lr"]) == (24, 1e-5)
-    assert (line["curves"] is None) == (method == "nonlinear-mixup")
-    assert line["curves"] is None or line["curves"].keys() == {"lam", "word", "sentence"}
+    assert line["curves"].keys() == (set() if method == "nonlinear-mixup" else {"lam", "word"})
 
 
 def test_a_damaged_line_of_a_runs_metrics_is_a_failed_run_that_names_it_and_says_what_to_do(tmp_path):

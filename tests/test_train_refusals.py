@@ -96,7 +96,7 @@ def test_a_damaged_best_model_is_refused_by_name_and_says_what_to_do(tmp_path, c
     content = {"no model": {}, "another model": {"model": {"weight": torch.ones(2)}}}.get(change)
     best.write_bytes(b"text") if content is None else checkpoint.save_tensors(best, content)
     with pytest.raises(ValueError, match=rf"{re.escape(str(best))} is damaged \(.+\); delete .*out to start the run"):
-        loss_curves(short(corpus), tmp_path / "out")
+        loss_curves(short(corpus, method="sent-mixup"), tmp_path / "out")
 
 
 def test_other_damage_to_a_run_is_refused_by_name(tmp_path, corpus):

@@ -175,17 +175,19 @@ def _run(
     out: Path,
     **given: Any,
 ) -> None:
-    kept = ""
+    kept, curves = "", name == "figure2"
     extent = {field: given.pop(field) or getattr(EXPERIMENTS[name], field) for field in _EXTENT}
     request = Request(name, **extent, seeds=seeds)
-    runs = request.runs()
+    runs = request.runs(dict(overrides))
+    if not runs:
+        raise click.ClickException("nothing to run: the paper has nonlinear-mixup with cnn-glove only")
     try:
         options = Options(overrides=dict(overrides), threads=threads or _threads(out, jobs), **given)
         for run in runs:
             options.config(run)  # refuses before anything is written
         if dry_run:
             records = {line["key"]: line for line in read(out).records} if (out / SETTINGS).exists() else {}
-            done = {run.key: records[run.key]["status"] for run in runs if is_kept(run, records, retry_failed)}
+            done = {run.key: records[run.key]["status"] for run in runs if is_kept(run, records, retry_failed, curves)}
             for run in runs:
                 click.echo(f"{run.key}: {done.get(run.key, 'to do')}")
             click.echo(f"{len(runs) - len(done)} to do")
@@ -195,7 +197,9 @@ def _run(
             for notice in (*options.notices(runs), *writer.notices):
                 click.echo(notice, err=True)
             with RunsDisplay() as display:
-                progress = execute_all(runs, options, writer, jobs=jobs, retry_failed=retry_failed, display=display)
+                progress = execute_all(
+                    runs, options, writer, jobs=jobs, retry_failed=retry_failed, curves=curves, display=display
+                )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
@@ -222,7 +226,8 @@ def _threads(folder: Path, jobs: int) -> int:
 @click.option(
     "--published",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The paper's cells, tab-separated: experiment, dataset, model, method, ratio, error.",
+    help="Other cells than the paper's, tab-separated: experiment, dataset, model, method, ratio, error, std, "
+    "improvement.",
 )
 def report_command(folder: Path, published: Path | None) -> None:
     """Tables and plots of a results folder, with the paper's cells beside them.

@@ -119,7 +119,7 @@ def _recipe_option(flag: str, text: str, **settings: Any) -> Any:
 @_option("--dataset", "Corpus; questions is generated and needs no files.", type=click.Choice(DATASETS))
 @_option("--data-dir", "Folder that holds trec/, sst1/, ...; without it the Hugging Face hub.", type=click.Path())
 @_option("--fold", "Of subj and mr: the tenth to test on.  [default: seed % 10]", type=int)
-@_option("--fraction", "Share of the training sentences to train on.", type=float)
+@_option("--fraction", "Share of each class of the training sentences to train on.", type=float)
 @_option("--model", "Classifier.", type=click.Choice(MODELS))
 @_recipe_option("--pretrained", "Of bert: name or folder of an encoder.")
 @_option("--method", "Cross-entropy; or what is mixed, words or sentences, and how.", type=click.Choice(METHODS))

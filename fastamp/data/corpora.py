@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from fastamp.data.sources import SOURCES, read
-from fastamp.data.splits import FOLDS, hold_out, leave_fold_out, stratified_subset
+from fastamp.data.splits import FOLDS, class_counts, hold_out, leave_fold_out, stratified_subset
 
 T = TypeVar("T")
 
@@ -97,9 +99,10 @@ def load(
     subj and mr are for 10-fold cross-validation: the test examples are those of `fold`. Which examples make up a fold
     is fixed by their number and the constant FOLD_SEED of `fastamp.data.splits`, whatever `seed` is.
 
-    Where there is no dev file, 10% of the training examples are drawn as dev by `seed`. A `fraction` below 1 then
-    leaves, of the training examples only, a subset in which the classes keep their shares, drawn by `seed` as well:
-    each class keeps at least one example, and the subset of a smaller fraction is part of that of a larger one.
+    Where there is no dev file, 10% of the training examples are drawn as dev by `seed`, whatever the `fraction`. Below
+    1 that leaves, of the others, floor(fraction · n) of each class, at least one, drawn by `seed` as well: n counts dev
+    in, as the paper's numbers of labels do. A warning names a class whose one example is more than its share. The
+    subset of a smaller fraction is part of that of a larger one. Near 1 a class may hold fewer, all that are not dev.
 
     Args:
         name: one of `DATASETS`.
@@ -131,7 +134,7 @@ def load(
         if "all" in parts:
             kept, held = leave_fold_out(len(parts["all"]), seed % FOLDS if fold is None else fold)
             parts["train"], parts["test"] = parts["all"].take(kept), parts["all"].take(held)
-        train = parts["train"]
+        train = whole = parts["train"]
         if "dev" not in parts:
             kept, held = hold_out(len(train), generator)
             train, parts["dev"] = train.take(kept), train.take(held)
@@ -141,7 +144,12 @@ def load(
         if label not in train.labels:
             raise ValueError(f"dataset {name!r}: no training example of class {label} ({label_name})")
     if fraction < 1:
-        train = train.take(stratified_subset(train.labels, fraction, generator))
+        for label, n in sorted(Counter(whole.labels).items()):
+            if fraction * n < 1:
+                what = f"dataset {name!r}: a share of {fraction:g} leaves no example of class {label}"
+                # Told of this place, not of the caller's: once, however often the data are read.
+                warnings.warn(f"{what} ({source.label_names[label]}); one is kept", stacklevel=1)
+        train = train.take(stratified_subset(train.labels, class_counts(whole.labels, fraction), generator))
     return Corpus(name, source.label_names, train, parts["dev"], parts["test"])
 
 

@@ -40,7 +40,11 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str], parse: Call
     # str.splitlines would also split on the control and separator characters that some texts hold.
     first, *lines = content.removesuffix("\n").split("\n")
     if first != header:
-        raise ValueError(f"{path}:1: the header must be {header!r}, got {first[:80]!r}")
+        absent = [name for name in columns if name not in first.split("\t")]
+        raise ValueError(
+            f"{path}:1: the header must be {header!r}, got {first[:80]!r}"
+            + (f"; there is no column {', '.join(absent)}" if absent else "")
+        )
     if not lines:
         raise ValueError(f"{path}: a header but no lines below it")
     rows = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -42,23 +43,25 @@ def leave_fold_out(size: int, fold: int) -> tuple[list[int], list[int]]:
     return sorted(order[:begin] + order[end:]), sorted(order[begin:end])
 
 
-def stratified_subset(labels: Sequence[int], fraction: float, generator: torch.Generator) -> list[int]:
-    """Draws a share of the examples in which every class keeps its share.
+def class_counts(labels: Iterable[int], fraction: float) -> dict[int, int]:
+    """How many of each class a share of the examples holds, as the paper counts: floor(fraction · n), at least one."""
+    # 0.15 · 20 is 2.9999999999999996 in float64.
+    return {label: max(1, math.floor(round(fraction * n, 9))) for label, n in Counter(labels).items()}
 
-    Each class is shuffled. First comes one example of every class; then the j-th of a class of n, counted from 0, at
-    (j + 1/2) / n, which is the method of Sainte-Laguë. The subset is the beginning of that order, so from one state of
-    the generator a smaller subset is part of every larger one.
+
+def stratified_subset(labels: Sequence[int], counts: Mapping[int, int], generator: torch.Generator) -> list[int]:
+    """Draws so many examples of each class, or all of it where it has fewer.
+
+    Each class is shuffled and its first examples are taken: from one state of the generator the subset of smaller
+    counts is part of that of larger ones.
 
     Returns:
-        round(fraction · N) indices in ascending order, or one a class where that is more.
+        their indices in ascending order.
     """
-    sizes = Counter(labels)
-    drawn: Counter[int] = Counter()
-    placed = []
+    left = Counter(counts)
+    taken = []
     for index in torch.randperm(len(labels), device="cpu", generator=generator).tolist():
-        label = labels[index]
-        rank = drawn[label]
-        drawn[label] += 1
-        placed.append(((rank + 0.5) / sizes[label] if rank else 0.0, index))
-    placed.sort(key=lambda place: place[0])  # stable: ties stay in random order
-    return sorted(index for _, index in placed[: max(round(fraction * len(labels)), len(sizes))])
+        if left[labels[index]] > 0:
+            left[labels[index]] -= 1
+            taken.append(index)
+    return sorted(taken)

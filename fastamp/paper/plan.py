@@ -1,19 +1,17 @@
-"""What every table and figure of the paper consists of.
-
-The paper's text was not at hand when this was written. Table 2's extent, Table 3's being nine shares of the training
-data, and what Figure 2 shows are the paper's; which shares, data sets and backbones Tables 3 to 5 have, and that
-Table 4 is of α and Table 5 the ablation, is inferred. Every command takes others.
-"""
+"""What every table and figure of the paper consists of. Every command takes other data sets, backbones and methods."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastamp.training.recipes import RECIPES
+
 ALPHAS = (0.2, 0.5, 1.0, 1.5)
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)  # beside the paper's 0.002
-RATIOS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+PLACEBO = 1e-6  # a step of λ of a few roundings: what it changes is what chaos makes of any change
+RATIOS = (0.03, 0.04, 0.05, 0.1, 0.15, 0.2, 0.4, 0.8, 1.0)
 
 _LEVELS = {"word": "Word", "sent": "Sent"}
 
@@ -29,25 +27,26 @@ class Method:
 # Name of a variant to what follows the method's label, and to fields of `TrainConfig`.
 _MIXUP_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"@alpha={alpha:g}": (f", α = {alpha:g}", {"alpha": alpha}) for alpha in ALPHAS if alpha != 1.0},
-    "@official": (" as in the published code", {"preset": "official"}),
+    "@official": (", published code", {"preset": "official"}),
 }
 _AMP_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **_MIXUP_VARIANTS,
+    "@placebo": (f", placebo (ε = {PLACEBO:g})", {"step_size": PLACEBO}),
     **{f"@eps={step:g}": (f", ε = {step:g}", {"step_size": step}) for step in STEP_SIZES},
-    "@redrawn": (", dropout redrawn between the passes", {"pass_dropout": "redrawn"}),
+    "@redrawn": (", dropout redrawn", {"pass_dropout": "redrawn"}),
     "@eps=0+redrawn": (
-        ", ε = 0, dropout redrawn (the worse of two dropout draws)",
+        ", ε = 0, dropout redrawn",
         {"step_size": 0.0, "pass_dropout": "redrawn"},
     ),
     "@official+no-reweight": (
-        " as in the published code, without its re-weighting",
+        ", published code, not re-weighted",
         {"preset": "official", "reweight": "none"},
     ),
     "@official+shared": (
-        " as in the published code, dropout shared",
+        ", published code, dropout shared",
         {"preset": "official", "pass_dropout": "shared"},
     ),
-    "@paper": (" as printed in the paper", {"preset": "paper"}),
+    "@paper": (", preset paper", {"preset": "paper"}),
 }
 
 METHODS: dict[str, Method] = {
@@ -56,12 +55,12 @@ METHODS: dict[str, Method] = {
         "none": "Baseline",
         "word-mixup": "WordMixup",
         "sent-mixup": "SentMixup",
-        "nonlinear-mixup": "Non-linear Mixup (reimplemented)",
+        "nonlinear-mixup": "Non-linear Mixup (ours)",
         "word-amp": "WordAMP",
         "sent-amp": "SentAMP",
         "word-maxop": "Word +MaxOp",
         "sent-maxop": "Sent +MaxOp",
-        "double-softmax": "Baseline of the published code (double softmax)",
+        "double-softmax": "Baseline, double softmax",
     }.items()
 } | {
     f"{level}-{kind}{variant}": Method(f"{label}{name}{suffix}", {"method": f"{level}-{kind}", **fields})
@@ -104,17 +103,41 @@ class Request:
     ratios: Sequence[float]
     seeds: Sequence[int]
 
-    def runs(self) -> list[Run]:
-        """The runs, each once, all of a seed before those of the next."""
+    def runs(self, overrides: Collection[str] = ()) -> list[Run]:
+        """The runs, each once, all of a seed before those of the next; `overrides` names fields of TrainConfig set.
+
+        Non-linear Mixup is run where the paper prints it.
+        """
         runs = (
-            Run(dataset, model, method, ratio, seed)
+            Run(dataset, model, method if _DECIDE_MINOP & {*overrides} else same_method(model, method), ratio, seed)
             for seed in self.seeds
             for dataset in self.datasets
             for model in self.models
             for ratio in self.ratios
             for method in self.methods
+            if method != "nonlinear-mixup" or model in _WITH_NONLINEAR
         )
         return list(dict.fromkeys(runs))
+
+
+_WITH_NONLINEAR = ("cnn-glove", "cnn-glove-tuned")
+# With these a head that is affine in λ does not make +MaxOp AMP.
+_DECIDE_MINOP = {"preset", "pass_dropout", "reweight"}
+
+
+def same_method(model: str, method: str) -> str:
+    """What a method is with a backbone: of two that train the same, bit for bit, one name.
+
+    Behind its sentence vectors a CNN is dropout and a linear layer, so that the loss is convex in λ. A step along its
+    slope cannot lower it, MinOp has nothing to reject, and +MaxOp is AMP.
+    """
+    return "sent-amp" if (method, RECIPES[model].fields["model"]) == ("sent-maxop", "textcnn") else method
+
+
+def in_figure2(run: Cell) -> bool:
+    """Whether Figure 2 draws a run's loss against λ."""
+    figure, fields = EXPERIMENTS["figure2"], ("dataset", "model", "method", "ratio")
+    return all(getattr(run, field) in getattr(figure, f"{field}s") for field in fields)
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,6 @@ class Experiment:
     models: tuple[str, ...]
     methods: tuple[str, ...]
     ratios: tuple[float, ...] = (1.0,)
-    columns: str = "dataset"  # or "ratio"; rows are models and methods
     comparisons: tuple[tuple[str, str], ...] = ()  # (method, baseline) whose difference is tested
     labels: Mapping[str, str] = field(default_factory=dict)  # of methods that the table names otherwise than METHODS
 
@@ -146,55 +168,58 @@ def _pairs(*pairs: tuple[str, str]) -> tuple[tuple[str, str], ...]:
     )
 
 
-_FIVE_METHODS = ("none", "word-mixup", "sent-mixup", "word-amp", "sent-amp")
 _OURS = ("@redrawn", "@eps=0+redrawn", "@paper")
 _OFFICIAL = ("@official", "@official+no-reweight", "@official+shared")
-_CONTROLS = (*(f"amp@eps={step:g}" for step in STEP_SIZES), *(f"amp{name}" for name in (*_OURS, *_OFFICIAL)))
+_CONTROLS = (
+    "amp@placebo",
+    *(f"amp@eps={step:g}" for step in STEP_SIZES),
+    *(f"amp{name}" for name in (*_OURS, *_OFFICIAL)),
+)
 _ALPHAS = tuple("" if alpha == 1.0 else f"@alpha={alpha:g}" for alpha in ALPHAS)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table2": Experiment(
         "Test error of five backbones on five data sets",
         ("trec", "sst1", "sst2", "subj", "mr"),
-        ("cnn-rand", "cnn-glove", "lstm-rand", "lstm-glove", "bert"),
-        ("none", "word-mixup", "sent-mixup", "nonlinear-mixup", "word-amp", "sent-amp"),
+        ("lstm-rand", "lstm-glove", "cnn-rand", "cnn-glove", "bert"),
+        ("none", "nonlinear-mixup", "sent-mixup", "sent-amp", "word-mixup", "word-amp"),
         comparisons=(*_pairs(("amp", "mixup")), *_pairs(("mixup", "none")), ("nonlinear-mixup", "none")),
     ),
     "table3": Experiment(
         "Test error with a share of the training data",
-        ("trec", "sst2"),
-        ("lstm-glove",),
-        _FIVE_METHODS,
+        ("trec",),
+        ("bert",),
+        ("sent-mixup", "sent-amp"),
         RATIOS,
-        "ratio",
-        comparisons=(*_pairs(("amp", "mixup")), *_pairs(("mixup", "none"))),
+        comparisons=(("sent-amp", "sent-mixup"),),
     ),
     "table4": Experiment(
-        "Test error by the distribution of the mixing coefficient, λ ~ Beta(α, α)",
-        ("trec", "sst1", "sst2"),
-        ("lstm-glove",),
-        ("none", *_at_both(*(f"{kind}{alpha}" for alpha in _ALPHAS for kind in ("mixup", "amp")))),
-        comparisons=_pairs(*((f"amp{alpha}", f"mixup{alpha}") for alpha in _ALPHAS)),
-    ),
-    "table5": Experiment(
         "Ablation: what each operation adds",
-        ("trec", "sst1", "sst2"),
-        ("lstm-glove",),
+        ("trec",),
+        ("cnn-glove", "bert"),
         ("none", *_at_both("mixup", "maxop", "amp")),
         comparisons=_pairs(("mixup", "none"), ("maxop", "mixup"), ("amp", "maxop")),
         labels={f"{level}-mixup": f"{label} +RandOp ({label}Mixup)" for level, label in _LEVELS.items()},
     ),
+    "table5": Experiment(
+        "Test error by the distribution of the mixing coefficient, λ ~ Beta(α, α)",
+        ("trec", "sst2", "mr"),
+        ("bert",),
+        tuple(f"word-{kind}{alpha}" for alpha in _ALPHAS for kind in ("mixup", "amp")),
+        comparisons=tuple((f"word-amp{alpha}", f"word-mixup{alpha}") for alpha in _ALPHAS),
+    ),
     "figure2": Experiment(
-        "Loss against λ, for two random pairs and for the test set",
+        "Loss against λ, for two pairs and for the test set",
         ("trec",),
-        ("cnn-rand",),
-        _FIVE_METHODS,
-        comparisons=_pairs(("amp", "mixup")),
+        ("bert",),
+        ("sent-mixup", "sent-amp"),
+        (0.03,),
+        comparisons=(("sent-amp", "sent-mixup"),),
     ),
     "controls": Experiment(
         "Beyond the paper: what acts, the step of λ, the dropout, or the re-weighting",
         ("trec",),
-        ("cnn-rand",),
+        ("cnn-glove",),
         ("none", "double-softmax", *_at_both("mixup", "mixup@official", "amp", *_CONTROLS)),
         comparisons=(
             *_pairs(("mixup", "none")),
@@ -202,6 +227,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *_pairs(
                 ("amp", "mixup"),
                 *((name, "mixup") for name in _CONTROLS if "official" not in name),
+                ("amp", "amp@placebo"),
                 ("amp@redrawn", "amp@eps=0+redrawn"),
                 *((f"amp{name}", "mixup@official") for name in _OFFICIAL),
                 ("amp@official", "amp@official+no-reweight"),

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastamp.paper.statistics import by_cell, interval, summary
-from fastamp.paper.views import Comparison, Line, View, model_label, ratio_label
-from fastamp.training.curves import SENTENCES
+from fastamp.paper.plan import METHODS
+from fastamp.paper.published import PublishedCell, printed
+from fastamp.paper.statistics import by_cell, distances, interval, summary
+from fastamp.paper.views import DEV, SIGNIFICANT, Comparison, Line, View, model_label, ratio_label
 
 DPI = 130
+SELECTED = "at the step of least dev error"
 _LEAST_WIDTH = 4.5  # inches, for the words below the panels
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then again with another line.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_READING_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "within noise": "0.55", "one seed": "0.55"}
-_LINES = ("-", "--", ":", "-.")
+_READINGS = {
+    f"better, q < {SIGNIFICANT}": "#0072B2",
+    f"worse, q < {SIGNIFICANT}": "#D55E00",
+    f"q at least {SIGNIFICANT}": "0.55",
+}
+_PAPER = {"color": "#009E73", "marker": "s", "markersize": 4.5, "fillstyle": "none", "linestyle": "none"}
 
 Image = tuple[str, str]  # file name, caption
 
 
-def draw(view: View, found: Sequence[Comparison], folder: Path) -> list[Image]:
-    """Draws all that the runs and comparisons of a view give, as PNG files in a folder.
+def draw(
+    view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path, *, tables: bool = True
+) -> list[Image]:
+    """Draws what the runs and comparisons of a view give, its tables or not, as PNG and SVG files in a folder.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    by_ratio = view.experiment.columns == "ratio"
-    images = [_draw_ratios(view, folder) if by_ratio else _draw_errors(view, folder)]
-    if any(comparison.paired.interval is not None for comparison in found):
+    shares = len(view.present("ratio")) > 1
+    images = [(_draw_shares if shares else _draw_errors)(view, found, published, folder)] if tables else []
+    if tables and not shares and any(comparison.paired.interval is not None for comparison in found):
         images.append(_draw_differences(view, found, folder))
-    if by_ratio:
-        return images  # the others are of one share of the data
-    for dataset in view.present("dataset"):
-        for model in view.present("model"):
-            runs = [run for run in view.runs if (run["dataset"], run["model"]) == (dataset, model)]
-            runs = [run for run in runs if run["ratio"] == max(other["ratio"] for other in runs)]
-            for name, plot in (("curves", _draw_curves), ("policy", _draw_policy)):
-                image = plot(view, runs, folder / f"{view.name}-{name}-{dataset}-{model}.png")
-                images += [] if image is None else [image]
+    for place in view.places():
+        runs = [run for run in view.runs if (run["dataset"], run["model"], run["ratio"]) == place]
+        for experiment, plot in (("figure2", _draw_curves), ("controls", _draw_distances), ("controls", _draw_step)):
+            if view.name == experiment and (image := plot(view, place, runs, folder)) is not None:
+                images.append(image)
     return images
 
 
@@ -57,22 +61,25 @@ def _panels(width: float, height: float, rows: int, columns: int, **share: Any) 
     return figure, panels
 
 
-def _saved(figure: Any, path: Path, caption: str) -> Image:
-    figure.savefig(path, dpi=DPI)
-    return path.name, caption
+def _saved(figure: Any, runs: Iterable[Line], how: str, path: Path, caption: str) -> Image:
+    """Writes a figure under a title that says what its runs have in common and how a step was selected."""
+    from matplotlib import rc_context
 
-
-def _looks(view: View, methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, line and label of each method."""
-    return {
-        method: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            # AMP's line is broken, for Mixup's to show where they coincide.
-            "linestyle": _LINES[(i // len(_COLOURS) + ("-amp" in method)) % len(_LINES)],
-            "label": view.label(method),
-        }
-        for i, method in enumerate(methods)
-    }
+    runs = list(runs)
+    facts = [
+        sorted({run["dataset"] for run in runs}),
+        [model_label(model) for model in sorted({run["model"] for run in runs})],
+        [ratio_label(ratio) for ratio in sorted({run["ratio"] for run in runs}) if ratio != 1],
+        [f"{steps} steps" for steps in sorted({run["result"]["steps"] for run in runs})],
+    ]
+    seeds = [len(seeds) for seeds in by_cell(runs).values()]
+    n = " to ".join(dict.fromkeys(map(str, (min(seeds), max(seeds)))))
+    shown = [", ".join(fact) if len(fact) < 4 else f"{len(fact)} of them" for fact in facts if fact]
+    figure.suptitle(f"{', '.join(shown)}, n = {n}; {how}", fontsize=9)
+    figure.savefig(f"{path}.png", dpi=DPI)
+    with rc_context({"svg.hashsalt": path.name}):  # the same file from the same runs
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    return f"{path.name}.png", caption
 
 
 def _named_lines(panels: Any, labels: Sequence[str]) -> None:
@@ -83,196 +90,257 @@ def _named_lines(panels: Any, labels: Sequence[str]) -> None:
     panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
 
 
-def _title(panel: Any, dataset: str, model: str, ratio: float, size: int = 9) -> None:
-    share = "" if ratio == 1 else f", {ratio_label(ratio)}"
-    panel.set_title(f"{dataset}, {model_label(model)}{share}", fontsize=size)
+def _grid(view: View, labels: Sequence[str], share: bool | str) -> tuple[Any, dict[tuple[str, str], Any]]:
+    """A figure with a line for every label: a panel by data set and backbone, each named."""
+    datasets, models = view.present("dataset"), view.present("model")
+    width = 0.8 + 0.06 * max(map(len, labels)) + 2.9 * len(datasets)
+    figure, panels = _panels(
+        width, len(models) * (0.4 + 0.2 * len(labels)) + 1.0, len(models), len(datasets), sharey=True, sharex=share
+    )
+    named = {
+        (d, m): panel for m, row in zip(models, panels, strict=True) for d, panel in zip(datasets, row, strict=True)
+    }
+    for (dataset, model), panel in named.items():
+        if len(named) > 1:
+            panel.set_title(f"{dataset}, {model_label(model)}", fontsize=9)
+    _named_lines(panels, labels)
+    return figure, named
 
 
-def _draw_errors(view: View, folder: Path) -> Image:
+def _draw_errors(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path) -> Image:
     """A panel for every data set and backbone, a line for every method."""
-    values, methods, datasets = by_cell(view.runs), view.present("method"), view.present("dataset")
-    places = [(ratio, model) for ratio in view.present("ratio") for model in view.present("model")]
-    labels = [view.label(method) for method in methods]
-    width = 0.075 * max(map(len, labels)) + 2.6 * len(datasets)
-    height = len(places) * (0.7 + 0.23 * len(methods)) + 0.6
-    figure, panels = _panels(width, height, len(places), len(datasets), sharey=True)
-    for cell, seeds in values.items():
-        panel = panels[places.index((cell.ratio, cell.model))][datasets.index(cell.dataset)]
+    methods = view.present("method")
+    figure, panels = _grid(view, [view.label(method) for method in methods], "col")
+    for cell, seeds in by_cell(view.runs).items():
+        panel = panels[cell.dataset, cell.model]
         errors, y = list(seeds.values()), methods.index(cell.method)
         panel.plot(errors, [y + 0.25] * len(errors), "o", color="0.45", markersize=3, alpha=0.6, markeredgewidth=0)
         if (bounds := interval(errors)) is not None:
-            panel.plot(bounds, [y, y], color=_COLOURS[1], linewidth=2, solid_capstyle="butt")
-        panel.plot([summary(errors).mean], [y], "D", color=_COLOURS[1], markersize=4)
-    for (ratio, model), row in zip(places, panels, strict=True):
-        for dataset, panel in zip(datasets, row, strict=True):
-            _title(panel, dataset, model, ratio)
-    _named_lines(panels, labels)
-    figure.supxlabel("test error at the step of least dev error, %", fontsize=9)
+            panel.plot(bounds, [y, y], color=_COLOURS[1], linewidth=2, solid_capstyle="butt", label="95% of the mean")
+        panel.plot([summary(errors).mean], [y], "D", color=_COLOURS[1], markersize=4, label="mean")
+        for paper in printed(cell, published):
+            panel.errorbar(paper.error, y - 0.25, xerr=paper.std, linewidth=1, label="the paper, ± std", **_PAPER)
+    _legend(figure, panels.values(), "test error, %")
     return _saved(
         figure,
-        folder / f"{view.name}-errors.png",
-        "Test error by method: seeds (dots), their mean and its 95% bootstrap interval (bars). Bars that overlap do "
-        "not say that two methods are alike: the comparisons take out what seeds have in common.",
+        view.runs,
+        SELECTED,
+        folder / f"{view.name}-errors",
+        "Test error by method: seeds (dots), their mean and its 95% bootstrap interval, and the paper's mean ± std "
+        "(squares). Bars that overlap do not say that two methods are alike: the comparisons take out what seeds have "
+        "in common.",
     )
+
+
+def _coloured(comparison: Comparison) -> dict[str, str]:
+    """Colour and label of a comparison, by its q."""
+    kind = 2 if comparison.q >= SIGNIFICANT else 0 if comparison.paired.difference < 0 else 1
+    label, colour = list(_READINGS.items())[kind]
+    return {"color": colour, "label": label}
 
 
 def _draw_differences(view: View, found: Sequence[Comparison], folder: Path) -> Image:
-    """The paired differences: a panel for every place of the table, a line for every comparison."""
-    by_ratio = view.experiment.columns == "ratio"
+    """The paired differences: a panel for every data set and backbone, a line for every comparison."""
     pairs = list(dict.fromkeys((c.method.method, c.baseline.method) for c in found))
-    columns = list(dict.fromkeys(c.method.ratio if by_ratio else c.method.dataset for c in found))
-    lines = list(dict.fromkeys((c.method.dataset if by_ratio else c.method.ratio, c.method.model) for c in found))
-    labels = [f"{view.label(method)} against {view.label(baseline)}" for method, baseline in pairs]
-    width = 0.075 * max(map(len, labels)) + (1.5 if by_ratio else 2.6) * len(columns)
-    height = len(lines) * (0.7 + 0.2 * len(pairs)) + 0.6
-    share = "row" if by_ratio else False
-    figure, panels = _panels(width, height, len(lines), len(columns), sharey=True, sharex=share)
+    figure, panels = _grid(view, [f"{view.label(one)} - {view.label(other)}" for one, other in pairs], share=True)
     for comparison in found:
-        place, pair = comparison.method, comparison.paired
-        row, column = (place.dataset, place.ratio) if by_ratio else (place.ratio, place.dataset)
-        panel = panels[lines.index((row, place.model))][columns.index(column)]
-        y, colour = pairs.index((place.method, comparison.baseline.method)), _READING_COLOURS[pair.reading]
+        panel, pair = panels[comparison.method.dataset, comparison.method.model], comparison.paired
+        y, look = pairs.index((comparison.method.method, comparison.baseline.method)), _coloured(comparison)
         if pair.interval is not None:
-            panel.plot(pair.interval, [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        panel.plot([pair.difference], [y], "D", color=colour, markersize=4, fillstyle="full" if pair.clear else "none")
-        _title(panel, place.dataset, place.model, place.ratio, 7 if by_ratio else 9)
-    for panel in panels.flat:
+            panel.plot(pair.interval, [y, y], linewidth=2, solid_capstyle="butt", **look)
+        panel.plot([pair.difference], [y], "D", markersize=4, **look)
+        panel.plot([comparison.beside[DEV].difference], [y], "|", color="0.2", markersize=7, label="on dev data")
+    for panel in panels.values():
         panel.axvline(0, color="0.2", linewidth=0.8)
-    _named_lines(panels, labels)
-    figure.supxlabel("difference of test errors, points; left of zero is better", fontsize=9)
+    _legend(figure, panels.values(), "difference of test errors, points; left of zero is better")
     return _saved(
         figure,
-        folder / f"{view.name}-differences.png",
-        "The comparisons: paired difference and its 95% bootstrap interval, in blue better, in orange worse, in grey "
-        "within noise. Hollow: a hint only, the signed-rank test sees nothing at 5%.",
+        view.runs,
+        SELECTED,
+        folder / f"{view.name}-differences",
+        "The comparisons: paired difference of test errors and its 95% bootstrap interval; a stroke marks the "
+        "difference on dev data.",
     )
 
 
-def _draw_ratios(view: View, folder: Path) -> Image:
-    """Error against the share of the training data, a panel for every data set and backbone."""
-    values, looks = by_cell(view.runs), _looks(view, view.present("method"))
-    models, datasets, ratios = view.present("model"), view.present("dataset"), view.present("ratio")
-    height = 0.6 + 3.2 * len(models) + 0.2 * len(looks) / 3
-    figure, panels = _panels(1.5 + 4.2 * len(datasets), height, len(models), len(datasets))
-    for model, row in zip(models, panels, strict=True):
-        for dataset, panel in zip(datasets, row, strict=True):
-            for i, (method, look) in enumerate(looks.items()):
-                found = {
-                    cell.ratio: list(seeds.values())
-                    for cell, seeds in values.items()
-                    if (cell.dataset, cell.model, cell.method) == (dataset, model, method)
-                }
-                # Side by side, for the bars of methods at the same share not to hide each other.
-                aside = 1.02 ** (i - (len(looks) - 1) / 2)
-                means = [summary(errors).mean for errors in found.values()]
-                panel.plot([ratio * aside for ratio in found], means, marker="o", markersize=3.5, linewidth=1.2, **look)
-                for ratio, errors in found.items():
-                    if (bounds := interval(errors)) is not None:
-                        panel.plot([ratio * aside] * 2, bounds, color=look["color"], linewidth=1, solid_capstyle="butt")
-            panel.set_xscale("log")
-            panel.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios], fontsize=8, rotation=60)
-            panel.minorticks_off()
-            _title(panel, dataset, model, 1.0)
-    figure.supxlabel("share of the training data", fontsize=9)
-    figure.supylabel("test error, %", fontsize=9)
-    _legend(figure, panels.flat)
-    caption = "Test error against the share of the training data: mean over seeds, 95% bootstrap interval."
-    return _saved(figure, folder / f"{view.name}-ratios.png", caption)
+def _draw_shares(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], folder: Path) -> Image:
+    """Error, and below it the paired differences, against the number of sentences trained on: a column a place."""
+    places = [(d, m) for d in view.present("dataset") for m in view.present("model")]
+    figure, panels = _panels(1.0 + 4.4 * len(places), 6.4, 2, len(places), sharex="col", sharey="row")
+    sizes = {(run["dataset"], run["model"], run["ratio"]): run["result"]["train_size"] for run in view.runs}
+    values, methods = by_cell(view.runs), view.present("method")
+    for place, (above, below) in zip(places, panels.T, strict=True):
+        for i, method in enumerate(methods):
+            cells = [cell for cell in values if (cell.dataset, cell.model, cell.method) == (*place, method)]
+            aside = 1.03 ** (i - (len(methods) - 1) / 2)  # for the bars not to hide each other
+            x = [sizes[cell.dataset, cell.model, cell.ratio] * aside for cell in cells]
+            colour = _COLOURS[i % len(_COLOURS)]
+            means = [summary(list(values[cell].values())).mean for cell in cells]
+            above.plot(x, means, "o-", color=colour, markersize=3.5, linewidth=1.2, label=view.label(method))
+            for at, cell in zip(x, cells, strict=True):
+                if (bounds := interval(list(values[cell].values()))) is not None:
+                    above.plot([at] * 2, bounds, color=colour, linewidth=1, solid_capstyle="butt")
+                for paper in printed(cell, published):
+                    kind = {**_PAPER, "color": colour, "label": f"{view.label(method)}, the paper"}
+                    above.errorbar(at, paper.error, yerr=paper.std, linewidth=0.7, **kind)
+        for comparison in (c for c in found if (c.method.dataset, c.method.model) == place):
+            cell, shown = comparison.method, _coloured(comparison)
+            at = sizes[cell.dataset, cell.model, cell.ratio]
+            if comparison.paired.interval is not None:
+                below.plot([at] * 2, comparison.paired.interval, linewidth=2, solid_capstyle="butt", **shown)
+            below.plot([at], [comparison.paired.difference], "D", markersize=4, **shown)
+        below.axhline(0, color="0.2", linewidth=0.8)
+        below.set_xscale("log")
+        ticks = sorted({size for (d, m, _), size in sizes.items() if (d, m) == place})
+        below.set_xticks(ticks, [str(size) for size in ticks], fontsize=8, rotation=60)
+        below.minorticks_off()
+        above.set_title(f"{place[0]}, {model_label(place[1])}", fontsize=9)
+    panels[0][0].set_ylabel("test error, %", fontsize=9)
+    pairs = dict.fromkeys(f"{view.label(c.method.method)} - {view.label(c.baseline.method)}" for c in found)
+    panels[1][0].set_ylabel(f"{', '.join(pairs)}, points", fontsize=9)
+    _legend(figure, panels.flat, "sentences trained on")
+    return _saved(
+        figure,
+        view.runs,
+        SELECTED,
+        folder / f"{view.name}-shares",
+        "Above: test error against the number of sentences trained on, mean over seeds, its 95% bootstrap interval, "
+        "and the paper's mean ± std. Below: the comparisons, paired by seed, with 95% bootstrap intervals.",
+    )
 
 
-def _draw_curves(view: View, runs: Sequence[Line], path: Path) -> Image | None:
-    """Figure 2: loss against λ for two pairs and over the test set, where words and where sentences are mixed."""
+def _place(view: View, place: tuple[str, str, float], name: str, folder: Path) -> Path:
+    dataset, model, ratio = place
+    return folder / "-".join([view.name, name, dataset, model, *([] if ratio == 1 else [f"{ratio:g}"])])
+
+
+def _draw_curves(view: View, place: tuple[str, str, float], runs: Sequence[Line], folder: Path) -> Image | None:
+    """Figure 2: loss against λ over the test set and for two pairs, and below it AMP less Mixup."""
     runs = [run for run in runs if run["curves"]]
-    levels = [level for level in ("word", "sentence") if any(level in run["curves"] for run in runs)]
-    if not levels:
+    levels = {
+        level: shown
+        for level, start in (("sentence", "sent-"), ("word", "word-"))
+        if len(shown := [m for m in view.present("method") if m.startswith(start)]) > 1
+    }
+    if not runs or not levels:
         return None
-    titles = ("a random pair", "another random pair", "mean over test sentences")
-    looks = _looks(view, _methods(view, runs))
-    height = 0.9 + 2.9 * len(levels) + 0.2 * len(looks) / 3
-    figure, panels = _panels(10.5, height, len(levels), len(titles), sharex=True)
-    for level, row in zip(levels, panels, strict=True):
-        for column, (title, panel) in enumerate(zip(titles, row, strict=True)):
-            for method, look in looks.items():
-                points: dict[float, list[float]] = {}
-                for run in runs:
-                    if run["method"] == method and level in run["curves"]:
-                        curve = [*run["curves"][level]["pairs"], run["curves"][level]["mean"]][column]
-                        for lam, loss in zip(run["curves"]["lam"], curve, strict=True):
-                            points.setdefault(lam, []).append(loss)
-                _band(panel, points, look)
-            panel.set_title(f"{level}s mixed: {title}", fontsize=9)
-    figure.supxlabel("λ, the share of the first sentence", fontsize=9)
-    figure.supylabel("loss against the mixed label, nats", fontsize=9)
-    _legend(figure, panels.flat)
+    titles = ("mean over the test set", "one pair", "another pair")
+    figure, panels = _panels(10.5, 0.9 + 4.4 * len(levels), 2 * len(levels), len(titles), sharex=True)
+    for (level, methods), above, below in zip(levels.items(), panels[::2], panels[1::2], strict=True):
+        for column, title in enumerate(titles):
+            curves = {
+                (run["method"], run["seed"]): [run["curves"][level]["mean"], *run["curves"][level]["pairs"]][column]
+                for run in runs
+                if level in run["curves"]
+            }
+            lam = runs[0]["curves"]["lam"]
+            for i, method in enumerate(methods):
+                found = [curve for (of, _), curve in curves.items() if of == method]
+                # AMP's line is broken, for Mixup's to show where they coincide.
+                look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "--" if "-amp" in method else "-"}
+                if found:
+                    above[column].plot(lam, np.mean(found, 0), linewidth=1.3, label=view.label(method), **look)
+            for method, baseline in view.experiment.comparisons:
+                pairs = [
+                    np.subtract(curve, curves[baseline, seed])
+                    for (of, seed), curve in curves.items()
+                    if of == method and method in methods and (baseline, seed) in curves
+                ]
+                if pairs:
+                    label = f"{view.label(method)} - {view.label(baseline)}"
+                    below[column].plot(lam, np.mean(pairs, 0), color=_COLOURS[3], linewidth=1.3, label=label)
+                    if len(pairs) > 1:
+                        low, high = zip(
+                            *(interval(values.tolist()) or () for values in np.transpose(pairs)), strict=True
+                        )
+                        below[column].fill_between(lam, low, high, color=_COLOURS[3], alpha=0.15)
+            above[column].set_title(f"{title}, {level}s mixed", fontsize=9)
+            below[column].axhline(0, color="0.2", linewidth=0.8)
+        above[0].set_ylabel("loss, nats", fontsize=9)
+        below[0].set_ylabel("difference, nats", fontsize=9)
+    _legend(figure, panels.flat, "λ")
     return _saved(
         figure,
-        path,
-        f"Loss against λ, {_place(runs)}, of the model of least dev error: two random pairs of test sentences, and the "
-        f"mean over random pairs of at most {SENTENCES}. Mean over seeds, band ± one standard deviation.",
+        runs,
+        SELECTED,
+        _place(view, place, "curves", folder),
+        "Loss of mixed test sentences against λ, mean over seeds: the test set with its reversal, which makes the mean "
+        "symmetric, and two of these pairs. Below: paired by seed, with a 95% bootstrap interval.",
     )
 
 
-def _draw_policy(view: View, runs: Sequence[Line], path: Path) -> Image | None:
-    """The policy over training: share of rows at λ', and size of the gradient in λ."""
-    runs = [run for run in runs if any("mix/grad_abs" in record for record in run["history"])]
+def _draw_distances(view: View, place: tuple[str, str, float], runs: Sequence[Line], folder: Path) -> Image | None:
+    """How far test errors are apart over training: AMP and the placebo from Mixup, and Mixup from itself."""
     levels = {
-        title: methods
-        for level, title in (("word", "words mixed"), ("sent", "sentences mixed"))
-        if (methods := [method for method in _methods(view, runs) if method.startswith(level)])
+        title: found
+        for level, title in (("sent", "sentences mixed"), ("word", "words mixed"))
+        if "AMP" in (found := distances(runs, *place, level))
     }
     if not levels:
         return None
-    most = max(map(len, levels.values()))
-    crowded = most > len(_COLOURS)
-    longest = max(len(view.label(method)) for methods in levels.values() for method in methods)
-    height = 0.6 + max(2.4, 0.4 + 0.17 * most) * len(levels)
-    figure, panels = _panels(8.5 + 0.06 * longest, height, len(levels), 2, sharex=True)
-    columns = (("mix/mask", "rows that take λ', %", 100), ("mix/grad_abs", "mean |∂ℓ/∂λ|, nats", 1))
-    for (level, methods), row in zip(levels.items(), panels, strict=True):
-        for (key, title, scale), panel in zip(columns, row, strict=True):
-            for method, look in _looks(view, methods).items():
-                points: dict[float, list[float]] = {}
-                for record in (record for run in runs if run["method"] == method for record in run["history"]):
-                    if key in record:
-                        points.setdefault(record["step"], []).append(scale * record[key])
-                _band(panel, points, look, band=not crowded)
-            panel.set_title(f"{level}: {title}", fontsize=9)
-        row[0].set_ylim(-3, 103)
-        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
-    figure.supxlabel("step", fontsize=9)
-    band = "" if crowded else ", band ± one standard deviation"
-    caption = f"The policy over training, {_place(runs)}: of one batch an evaluation, mean over seeds{band}."
-    if any(run["config"].get("preset") == "official" for run in runs):
-        caption += (
-            " In methods as in the published code ℓ is the batch's mean of another loss, and |∂ℓ/∂λ| no number to "
-            "compare."
-        )
-    return _saved(figure, path, caption)
+    figure, panels = _panels(1.0 + 4.0 * len(levels), 3.4, 1, len(levels), sharey=True, sharex=True)
+    names = {"AMP": "AMP - Mixup, same seed", "placebo": "placebo - Mixup, same seed", "seeds": "Mixup, two seeds"}
+    for (title, found), panel in zip(levels.items(), panels.flat, strict=True):
+        for name, curves in found.items():
+            points: dict[int, list[float]] = {}
+            for step, value in (item for curve in curves.values() for item in curve.items()):
+                points.setdefault(step, []).append(value)
+            means = [summary(points[step]).mean for step in sorted(points)]
+            panel.plot(sorted(points), means, linewidth=1.2, color=_COLOURS[[*names].index(name)], label=names[name])
+        panel.set_title(title, fontsize=9)
+        panel.set_ylim(bottom=0)
+    figure.supylabel("mean |difference| of test errors, points", fontsize=9)
+    _legend(figure, panels.flat, "step")
+    shown = [run for run in runs if run["method"].partition("@")[0].endswith(("-amp", "-mixup"))]
+    return _saved(
+        figure,
+        [run for run in shown if run["method"].partition("@")[2] in ("", "placebo")],
+        "no step selected",
+        _place(view, place, "distances", folder),
+        "How far test errors are apart over training, without regard to which is less: AMP and the placebo, whose step "
+        "of λ is a few roundings, from Mixup with the same seed, and two seeds of Mixup from each other.",
+    )
 
 
-def _methods(view: View, runs: Iterable[Line]) -> list[str]:
-    there = {run["method"] for run in runs}
-    return [method for method in view.present("method") if method in there]
+def _draw_step(view: View, place: tuple[str, str, float], runs: Sequence[Line], folder: Path) -> Image | None:
+    """What the step of λ does, against ε: how far λ moves, and what that adds to the loss."""
+    plain = ("method", "step_size")
+    held = [run for run in runs if run["method"] in METHODS and {*METHODS[run["method"]].fields} <= {*plain}]
+    held = [run for run in held if any("mix/delta" in record for record in run["history"])]
+    if len({run["config"]["step_size"] for run in held}) < 2:
+        return None
+    figure, panels = _panels(8.5, 3.4, 1, 2, sharex=True)
+    columns = (("mix/lam_shift", "mean |λ' - λ|"), ("mix/delta", "mean change of the loss, δ, nats"))
+    for (key, title), panel in zip(columns, panels.flat, strict=True):
+        for i, level in enumerate(("sent", "word")):
+            points: dict[float, list[float]] = {}
+            for run in (run for run in held if run["method"].startswith(level)):
+                found = [record[key] for record in run["history"] if key in record]
+                points.setdefault(run["config"]["step_size"], []).append(float(np.mean(found)))
+            if points:
+                means = [summary(points[step]).mean for step in sorted(points)]
+                label = f"{'sentences' if level == 'sent' else 'words'} mixed"
+                panel.plot(sorted(points), means, "o-", markersize=4, linewidth=1, color=_COLOURS[1 + i], label=label)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
+    _legend(figure, panels.flat, "ε")
+    return _saved(
+        figure,
+        held,
+        "mean over training",
+        _place(view, place, "step", folder),
+        "What the step does: how far λ moves, and by how much that changes the loss, of one batch an evaluation.",
+    )
 
 
-def _place(runs: Sequence[Line]) -> str:
-    ratio = "" if runs[0]["ratio"] == 1 else f", {ratio_label(runs[0]['ratio'])} of the training data"
-    return f"{runs[0]['dataset']}, {model_label(runs[0]['model'])}{ratio}"
-
-
-def _band(panel: Any, points: Mapping[float, Sequence[float]], look: Mapping[str, Any], *, band: bool = True) -> None:
-    """The mean at every x, and in the band one sample standard deviation to both sides, none for single values."""
-    xs = sorted(points)
-    found = [summary(points[x]) for x in xs]
-    means, stds = np.array([s.mean for s in found]), np.array([s.std or 0.0 for s in found])
-    panel.plot(xs, means, linewidth=1.3, **look)
-    if band:
-        panel.fill_between(xs, means - stds, means + stds, color=look["color"], alpha=0.12, linewidth=0)
-
-
-def _legend(figure: Any, panels: Iterable[Any]) -> None:
-    """One legend for all panels, above them."""
+def _legend(figure: Any, panels: Iterable[Any], x: str) -> None:
+    """One legend for all panels, below them, and what x is, in the lowest."""
+    panels = list(panels)
+    for panel in panels:
+        if panel.get_subplotspec().is_last_row():
+            panel.set_xlabel(x, fontsize=9)
     entries = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

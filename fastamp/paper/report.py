@@ -6,26 +6,29 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 from fastamp.paper import plots, views
 from fastamp.paper.display import duration
-from fastamp.paper.plan import Request
-from fastamp.paper.published import CITATION, LOW_RESOURCE_REDUCTION_UP_TO, REDUCTION_UP_TO, PublishedCell
+from fastamp.paper.plan import METHODS, PLACEBO, Cell, Request
+from fastamp.paper.published import CITATION, STEPS, WIDTHS, PublishedCell, read_published
 from fastamp.paper.results import Results
-from fastamp.paper.statistics import ENOUGH_PAIRS, by_cell, finished, paired
+from fastamp.paper.statistics import ENOUGH_PAIRS, distances, finished, paired
 from fastamp.paper.views import Comparison, Line, View, method_label, model_label, ratio_label, reading
 
 FILE = "report.md"
 CROSS_VALIDATED = ("subj", "mr")
+SAME = (
+    "+MaxOp and AMP are one run where what follows the mixed sentences is affine, as in a CNN: the loss is convex in "
+    "λ, a step along its slope cannot lower it, and MinOp has nothing to reject. They train the same, bit for bit; the "
+    "paper prints two numbers."
+)
 
 
-def write(
-    folder: str | os.PathLike[str], results: Results, published: Mapping[PublishedCell, float] | None = None
-) -> Path:
+def write(folder: str | os.PathLike[str], results: Results, published: Sequence[PublishedCell] | None = None) -> Path:
     """Writes report.md and its plots into a folder that is there, and returns report.md's path.
 
     Raises:
@@ -36,29 +39,101 @@ def write(
     return path
 
 
-def render(results: Results, published: Mapping[PublishedCell, float] | None = None, folder: Path | None = None) -> str:
+def render(results: Results, published: Sequence[PublishedCell] | None = None, folder: Path | None = None) -> str:
     """The report in Markdown: the same for the same records in any order; with plots where there is a folder.
 
     Args:
         results: what `results.read` gives.
-        published: the paper's cells, from `published.read_published`.
+        published: what `published.read_published` gives; the paper's cells without it.
         folder: where plots go.
     """
+    published = read_published() if published is None else published
     runs = finished(results.records)
     failed = sorted((record["key"], record["error"]) for record in results.records if record["status"] == "failed")
     shown = views.views(runs, results.specification["requests"])
     compared = views.compare(shown)
-    blocks = ["# Results", "\n".join(f"- {line}" for line in _header(runs, len(failed), results.specification))]
+    blocks = ["# Results"]
     if shown:
-        blocks += ["## The paper's claims", _claims(runs), "## How to read the tables", _notes(runs)]
-    for view in shown:
-        blocks += _section(view, compared[view.name], published)
+        blocks.append(_answer(shown, compared, published))
+    for i, view in enumerate(shown):
+        held = next((other for other in shown[:i] if _keys(view) <= _keys(other)), None)
+        blocks += _section(view, compared[view.name], published, held)
         if folder is not None:
-            images = plots.draw(view, compared[view.name], folder)
+            images = plots.draw(view, compared[view.name], published, folder, tables=held is None)
             blocks += [f"![{file}]({file})\n\n{caption}" for file, caption in images]
+    if shown:
+        blocks += ["## How to read the tables", _notes(runs)]
+    header = _header(runs, len(failed), results.specification)
+    blocks += ["## How it was run", "\n".join(f"- {line}" for line in header)]
     if failed:
         blocks += ["## Failed runs", "\n".join(f"- `{key}`: {error}" for key, error in failed)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _answer(
+    shown: Sequence[View], compared: Mapping[str, Sequence[Comparison]], published: Sequence[PublishedCell]
+) -> str:
+    """What comes of AMP as the paper has it against Mixup, and of the paper's largest gains."""
+    every = {(c.method, c.baseline): c for view in shown for c in compared[view.name]}
+    found = [c for sides, c in every.items() if _is_claimed(*sides)]
+    lines = [
+        f"{_where(c.method)}: {method_label(c.method.method)} against {method_label(c.baseline.method)} "
+        f"{views.difference(c.paired)} points, n = {c.paired.n}, q = {c.q:.3f}: {reading(c)}. The paper's: "
+        f"{views.printed_difference(c, published)}."
+        for c in found
+    ]
+    tally = Counter(reading(c).replace("**", "") for c in found)
+    counts = ", ".join(f"{n} {words}" for words, n in sorted(tally.items())) or "none was run"
+    blocks = [f"AMP against Mixup, test error at the step of least dev error: {counts}."]
+    gaps = dict.fromkeys(text for view in shown for text in _chaos(view))
+    blocks += ["\n".join(f"- {line}" for line in those) for those in (lines, gaps) if those]
+    for table in ("table2", "table3"):
+        most = max((c for c in published if c.experiment == table), key=lambda c: c.improvement or 0.0, default=None)
+        if most is not None and most.improvement:
+            run = any(c.method == most.cell for c in found)
+            blocks.append(
+                f"The largest gain that the paper prints in its Table {table[-1]}, {most.improvement:g}% of Mixup's "
+                f"error ({_where(most.cell)}, {method_label(most.cell.method)}), "
+                f"{'is among these' if run else 'was not run here, and nothing here bears on it'}. ({CITATION})"
+            )
+    return "\n\n".join(blocks)
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell.dataset}, {model_label(cell.model)}, {ratio_label(cell.ratio)}"
+
+
+def _is_claimed(method: Cell, baseline: Cell) -> bool:
+    """Whether the two are AMP and Mixup of one level and one α, AMP at the paper's ε."""
+    plain = METHODS.get(method.method)
+    own = {} if plain is None else {**plain.fields}
+    return (
+        own.keys() <= {"method", "alpha"}
+        and baseline.method == method.method.replace("-amp", "-mixup") != method.method
+    )
+
+
+def _chaos(view: View) -> list[str]:
+    """How far AMP goes from Mixup over training, beside the placebo and another seed."""
+    names = {"AMP": "AMP and Mixup with the same seed", "placebo": f"the placebo (ε = {PLACEBO:g}) and Mixup"}
+    lines = []
+    for place, (level, what) in product(view.places(), (("sent", "sentences"), ("word", "words"))):
+        found = distances(view.runs, *place, level)
+        over = {name: {key: mean(c.values()) for key, c in curves.items()} for name, curves in found.items()}
+        if "AMP" not in over:
+            continue
+        apart = (f"{names.get(name, 'two seeds of Mixup')} {mean(of.values()):.2f}" for name, of in over.items())
+        more = paired(over["AMP"], over.get("placebo", {}))
+        beyond = (
+            "No placebo was run."
+            if more is None
+            else f"AMP's less the placebo's: {views.difference(more)}, n = {more.n}."
+        )
+        lines.append(
+            f"{_where(Cell(place[0], place[1], '', place[2]))}, {what}: mean distance of test errors over training, in "
+            f"points: {', '.join(apart)}. {beyond}"
+        )
+    return lines
 
 
 def _header(runs: Sequence[Line], failed: int, specification: Mapping[str, Any]) -> list[str]:
@@ -73,13 +148,14 @@ def _header(runs: Sequence[Line], failed: int, specification: Mapping[str, Any])
         *(f"Machine: {line}" for line in _tally(machines)),
         *(f"Length: {line}" for line in _tally(f"{run['result']['steps']} steps" for run in runs)),
         *_coverage(runs),
+        *_differences(runs),
     ]
     for name in ("eval_every", "overrides", "data"):
         if specification[name] not in (None, {}):
             lines.append(f"{name}: `{json.dumps(specification[name], ensure_ascii=False, sort_keys=True)}`")
     done = {run["key"] for run in runs}
     for request in specification["requests"]:
-        asked = Request(**request).runs()
+        asked = Request(**request).runs(specification["overrides"])
         missing = sum(run.key not in done for run in asked)
         extent = "; ".join(
             ", ".join(ratio_label(value) if field == "ratios" else value for value in request[field])
@@ -89,6 +165,19 @@ def _header(runs: Sequence[Line], failed: int, specification: Mapping[str, Any])
         unfinished = f". **Unfinished: {missing} of {len(asked)} runs are missing.**" if missing else ""
         lines.append(f"Asked for: {request['experiment']}: {extent}; seeds {seeds}{unfinished}")
     return lines
+
+
+def _differences(runs: Sequence[Line]) -> list[str]:
+    """Where runs are not the paper's, beside what the overrides say."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        model, result = run["config"]["model"], run["result"]
+        if result["steps"] != STEPS:
+            found[f"{result['steps']} steps, the paper {STEPS}"] += 1
+        if result["embedding_dim"] != WIDTHS[model]:
+            what = "an encoder of width" if model == "bert" else "word vectors of width"
+            found[f"{model_label(run['model'])}: {what} {result['embedding_dim']}, the paper {WIDTHS[model]}"] += 1
+    return [f"Not the paper's: {text} ({n} runs)" for text, n in sorted(found.items())]
 
 
 def _coverage(runs: Iterable[Line]) -> list[str]:
@@ -118,53 +207,27 @@ def _tally(values: Iterable[str]) -> list[str]:
     return [value + (f" ({n} runs)" if len(counts) > 1 else "") for value, n in sorted(counts.items())]
 
 
-def _claims(runs: Sequence[Line]) -> str:
-    """The abstract's claims, and the same numbers here."""
-    values = by_cell(runs)
-    found = [
-        (place, pair)
-        for place in values
-        if place.method in ("word-amp", "sent-amp")
-        and (pair := paired(values[place], values.get(replace(place, method=place.method.replace("amp", "mixup")), {})))
-        and pair.improvement is not None
-    ]
-    text = (
-        f"The abstract states that AMP reduces the error rate over Mixup variants by up to {REDUCTION_UP_TO}%, and in "
-        f"low-resource conditions by up to {LOW_RESOURCE_REDUCTION_UP_TO}% ({CITATION})."
-    )
-    if not found:
-        return f"{text} No runs here compare AMP with Mixup of the same level."
-    improvements = [pair.improvement or 0.0 for _, pair in found]
-    place, best = found[improvements.index(max(improvements))]
-    where = (
-        f"{place.dataset}, {model_label(place.model)}, {ratio_label(place.ratio)} of the training data, "
-        f"{method_label(place.method)}"
-    )
-    beyond = Counter(pair.reading for _, pair in found if pair.clear)
-    return (
-        f"{text} Comparisons of AMP with Mixup of the same level here: {len(found)}. Their largest relative "
-        f"improvement is {max(improvements):+.1f}% ({where}, n = {best.n}; {reading(best)}), the median "
-        f"{median(improvements):+.1f}%. Clear readings: {beyond['better']} better, {beyond['worse']} worse. "
-        "The largest of several noisy numbers tends to be above zero even where nothing acts."
-    )
-
-
 def _notes(runs: Sequence[Line]) -> str:
     notes = [
         "Errors are percentages of misclassified test sentences: lower is better. They are those of the model at the "
         "step of least dev error.",
         "`a ± s (n)`: mean and sample standard deviation over n seeds. s is the noise of one run, not of the mean. A "
         "seed decides initial weights, order, dropout and mixing, and dev data and subsets where they are drawn.",
-        f"`{views.LEAST_LABEL}`: the published code's metric, the least test error over all evaluations of a run. It "
-        "selects the model by the test data and so is too low; not to be set against other work's test errors.",
-        f"`{views.MISSING}`: no run. {views.UNEVEN}: a row without the table's largest number of seeds in every cell; "
-        "compare it in the comparisons only, which take the seeds that both sides have.",
+        "The paper's: its mean ± standard deviation over 10 seeds, as printed, of the same data set, backbone, method "
+        "and share, whatever table prints it. How our runs differ from its own is said below.",
+        f"`{views.NOT_PRINTED}`: the paper has no such cell. `{views.NOT_RUN}`: it has, and we have no run.",
+        "dev data: the error on them at the step that they select, the least of the run. Least (selected on test): the "
+        "published code's metric, the least test error over all evaluations of a run; it selects the model by the test "
+        "data and so is too low.",
+        "Trained on + dev: numbers of sentences that are trained on, and of those that select the step. No sentence is "
+        "both. A share is of each class of all training sentences, dev included, rounded down, at least one; at 100% "
+        "the dev data are taken out of it.",
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
-        "Reading: **better** or **worse** where the interval leaves out zero and p is below 0.05; a hint where the "
-        "interval alone does; else within noise. The interval is too narrow for few seeds: where nothing acts it "
-        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation). For a whole "
-        "table believe q.",
+        "Reading: **better** or **worse** where the interval leaves out zero and q is below 0.05; a hint where the "
+        f"interval alone does; else within noise; with fewer than {ENOUGH_PAIRS} seeds that differ, nothing is read. "
+        "The interval is too narrow for few seeds: where nothing acts it "
+        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation).",
         f"{views.TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of different comparisons in this report, whatever tables they stand in (false discovery rate, "
@@ -172,11 +235,6 @@ def _notes(runs: Sequence[Line]) -> str:
         "Intervals and p are over seeds on the one test set. They do not contain its own sampling error: another test "
         "set of its size would give other errors and differences.",
     ]
-    if any(run["ratio"] < 1 for run in runs):
-        notes.append(
-            "A share of the training data is of the training sentences only: the dev data that select the step are not "
-            "reduced."
-        )
     folds = sorted({run["dataset"] for run in runs if run["dataset"] in CROSS_VALIDATED}, key=CROSS_VALIDATED.index)
     if folds:
         fixed = all(run["config"].get("fold") is not None for run in runs if run["dataset"] in CROSS_VALIDATED)
@@ -192,8 +250,17 @@ def _notes(runs: Sequence[Line]) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _section(view: View, found: Sequence[Comparison], published: Mapping[PublishedCell, float] | None) -> list[str]:
+def _keys(view: View) -> set[str]:
+    return {run["key"] for run in view.runs}
+
+
+def _section(
+    view: View, found: Sequence[Comparison], published: Sequence[PublishedCell], held: View | None
+) -> list[str]:
+    """A view's tables, once: where another holds all of its runs they are there."""
     blocks = [f"## {view.name}: {view.experiment.title}"]
+    if held is not None:
+        return [*blocks, f"Its runs are in the tables of {held.name}."]
     absent = [
         f"{field} {', '.join(f'{value:g}' if field == 'ratio' else value for value in missing)}"
         for field in ("dataset", "model", "method", "ratio")
@@ -201,9 +268,9 @@ def _section(view: View, found: Sequence[Comparison], published: Mapping[Publish
     ]
     if absent:
         blocks.append(f"Not run: {'; '.join(absent)}.")
-    blocks += ["Test error at the step of least dev error, mean ± std (n):", views.error_table(view, published)]
+    blocks.append(views.error_table(view, published))
+    if any(view.same(model, method) != method for model in view.present("model") for method in view.experiment.methods):
+        blocks.append(SAME)
     if found:
-        blocks += ["### Comparisons", views.comparison_table(view, found)]
-    if view.experiment.columns == "ratio":
-        blocks += [f"### Test error, {views.LEAST_LABEL}", views.error_table(view, metric=views.LEAST)]
+        blocks += ["### Comparisons", views.comparison_table(view, found, published)]
     return blocks

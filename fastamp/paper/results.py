@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from fastamp.paper.plan import EXPERIMENTS, Request, Run
 from fastamp.training.checkpoint import damaged, load_json, save_json
 
-FORMAT = 2  # of settings.json
+FORMAT = 3  # of settings.json
 
 SETTINGS = "settings.json"
 LINES = "results.jsonl"
@@ -52,7 +52,8 @@ class Results:
 def read(folder: str | os.PathLike[str]) -> Results:
     """Reads a results folder, even while runs are added to it; changes nothing.
 
-    A last line without its end is left out, and a notice says so. The newest line of a run that was tried again counts.
+    A last line without its end is left out, and a notice says so. The newest line of a run that was tried again, or
+    made again for its loss against λ, counts.
 
     Raises:
         ValueError: no results folder, one of another format, a damaged line, or a second line of a run that is done.
@@ -69,7 +70,10 @@ def _specification(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no results folder: it has no {SETTINGS}")
     found = load_json(path)
     if found.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {found.get('format')!r}; this version takes {FORMAT}: give another folder")
+        raise ValueError(
+            f"{path} has format {found.get('format')!r}, in which tables 4 and 5, the glove models or subsets of the "
+            f"training data meant others; this version takes {FORMAT}: run the commands again into another folder"
+        )
     missing = [name for name in _NAMES if name not in found]
     if missing:
         raise damaged(path, f"it has no {', '.join(missing)}", _ADVICE)
@@ -83,6 +87,11 @@ def _specification(folder: Path) -> dict[str, Any]:
     return found
 
 
+def is_complete(record: Mapping[str, Any] | None, curves: bool) -> bool:
+    """Whether a run is done, with its loss against λ where that is wanted."""
+    return record is not None and record["status"] == "done" and not (curves and record["curves"] is None)
+
+
 def _lines(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """The records by key, and the number of bytes behind the last whole line."""
     *lines, torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
@@ -92,7 +101,7 @@ def _lines(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         try:
             record = json.loads(line)
             key, missing = record["key"], [name for name in _FIELDS[record["status"]] if name not in record]
-            done = records.get(key, {}).get("status") == "done"
+            done = is_complete(records.get(key), record.get("curves") is not None)
         except (ValueError, LookupError, TypeError) as error:
             raise damaged(where, error, advice) from None
         if missing:
@@ -128,7 +137,7 @@ class ResultsWriter:
             OSError: the line could not be written whole; it is cut off when the folder is next opened.
         """
         key = record["key"]
-        if self.records.get(key, {}).get("status") == "done":
+        if is_complete(self.records.get(key), record.get("curves") is not None):
             raise ValueError(f"{key} is done already")
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         file = self.path / LINES

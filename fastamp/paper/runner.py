@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ import torch
 
 from fastamp.data import load
 from fastamp.data.files import file_digest
-from fastamp.paper.plan import METHODS, Request, Run
-from fastamp.paper.results import ResultsWriter
+from fastamp.paper.plan import METHODS, Request, Run, in_figure2
+from fastamp.paper.results import ResultsWriter, is_complete
 from fastamp.paper.worker import Job, execute, prepare, record
 from fastamp.training.config import TrainConfig, unused_fields, usable_device
 from fastamp.training.recipes import RECIPES, recipe
@@ -87,6 +88,9 @@ class Options:
                 data["vectors"] = file_digest(config.vectors)
             if task.encoder is not None:
                 data["pretrained"] = task.encoder.digest
+        for dataset, ratio in product(request.datasets, request.ratios):
+            if ratio < 1:
+                load(dataset, data_dir=self.data_dir, fraction=ratio)  # which warns of classes that it leaves empty
         asked = {name: value if isinstance(value, str) else list(value) for name, value in vars(request).items()}
         same = {name: getattr(self, name) for name in ("steps", "eval_every", "device", "threads")}
         return {**same, "overrides": dict(self.overrides), "data": data, "requests": [asked]}
@@ -136,13 +140,15 @@ def execute_all(
     *,
     jobs: int = 1,
     retry_failed: bool = False,
+    curves: bool = False,
     display: Display | None = None,
 ) -> Progress:
     """Runs what a results folder does not hold yet, `jobs` at a time, each in a process of its own.
 
     A run that raises, or whose process is killed, is recorded as failed and the others go on. Numbers do not depend
     on `jobs`. When this process is killed the others end too, and the same call goes on: runs that are in the results
-    are not repeated, unless they failed and `retry_failed` is set; one that was under way resumes from its checkpoint.
+    are not repeated, unless they failed and `retry_failed` is set, or `curves` are wanted, the loss against λ, and are
+    not there; one that was under way resumes from its checkpoint.
     Its folder is removed once its line is written.
 
     Returns:
@@ -153,8 +159,12 @@ def execute_all(
         OSError: the results could not be written; the processes are ended.
     """
     runs, display = list(runs), display or Display()
-    ended = {run.key for run in runs if is_kept(run, writer.records, retry_failed)}
-    waiting = deque(Job(run, options.config(run), writer.run_folder(run.key)) for run in runs if run.key not in ended)
+    ended = {run.key for run in runs if is_kept(run, writer.records, retry_failed, curves)}
+    waiting = deque(
+        Job(run, options.config(run), writer.run_folder(run.key), curves or in_figure2(run))
+        for run in runs
+        if run.key not in ended
+    )
     for key in ended:
         _remove(writer.run_folder(key))  # which a kill may have left
     others = multiprocessing.active_children()
@@ -196,10 +206,11 @@ def execute_all(
     return progress()
 
 
-def is_kept(run: Run, records: Mapping[str, Mapping[str, Any]], retry_failed: bool) -> bool:
+def is_kept(run: Run, records: Mapping[str, Mapping[str, Any]], retry_failed: bool, curves: bool = False) -> bool:
     """Whether a run is in the results and not to be run again."""
     line = records.get(run.key)
-    return line is not None and not (retry_failed and line["status"] == "failed")
+    failed = line is not None and line["status"] == "failed"
+    return not retry_failed if failed else is_complete(line, curves)
 
 
 def last_evaluation(job: Job) -> Active:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,6 @@ class Paired:
         return "better" if high < 0 else "worse" if low > 0 else "within noise"
 
     @property
-    def clear(self) -> bool:
-        """Whether the signed-rank test sees a difference as well; else a reading that is not noise is a hint."""
-        return self.reading in ("better", "worse") and self.p < 1 - CONFIDENCE
-
-    @property
     def enough(self) -> bool:
         """Whether p could be below 0.05 at all."""
         return self.unequal >= ENOUGH_PAIRS
@@ -74,6 +70,33 @@ def by_cell(runs: Iterable[Mapping[str, Any]], metric: str = "test_error") -> di
         cell = Cell(*(run[field.name] for field in fields(Cell)))
         values.setdefault(cell, {})[run["seed"]] = run["result"][metric]
     return values
+
+
+def distances(
+    runs: Iterable[Mapping[str, Any]], dataset: str, model: str, ratio: float, level: str
+) -> dict[str, dict[Any, dict[int, float]]]:
+    """How far test errors are apart over training, |a - b| by step, in points, at one place and level.
+
+    Returns:
+        by seed "AMP" and the "placebo" against Mixup; and as "seeds" any two seeds of Mixup. What was not run is not
+        there.
+    """
+    errors: dict[str, dict[int, dict[int, float]]] = {}
+    for run in runs:
+        if (run["dataset"], run["model"], run["ratio"]) == (dataset, model, ratio):
+            by_step = {record["step"]: record["test_error"] for record in run["history"]}
+            errors.setdefault(run["method"], {})[run["seed"]] = by_step
+    mixup, amp, placebo = (errors.get(f"{level}-{kind}", {}) for kind in ("mixup", "amp", "amp@placebo"))
+
+    def apart(one: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+        return {step: round(abs(one[step] - other[step]), _DECIMALS) for step in one if step in other}
+
+    found: dict[str, dict[Any, dict[int, float]]] = {
+        "AMP": {seed: apart(amp[seed], mixup[seed]) for seed in amp if seed in mixup},
+        "placebo": {seed: apart(placebo[seed], mixup[seed]) for seed in placebo if seed in mixup},
+        "seeds": {(a, b): apart(mixup[a], mixup[b]) for a, b in combinations(mixup, 2)},
+    }
+    return {name: curves for name, curves in found.items() if curves}
 
 
 def summary(values: Sequence[float]) -> Summary:

@@ -9,20 +9,21 @@ from itertools import product
 from typing import Any
 
 from fastamp.data import DATASETS
-from fastamp.paper.plan import EXPERIMENTS, METHODS, Cell, Experiment
-from fastamp.paper.published import PublishedCell
+from fastamp.paper.plan import EXPERIMENTS, METHODS, Cell, Experiment, same_method
+from fastamp.paper.published import PublishedCell, printed
 from fastamp.paper.statistics import Paired, adjusted, by_cell, paired, summary
 from fastamp.training.recipes import RECIPES
 
 Line = Mapping[str, Any]  # of results.jsonl
 
-MISSING = "–"
-NOT_AT_HAND = "not at hand"
-UNEVEN = "†"
+NOT_RUN = "not run"
+NOT_PRINTED = "not printed"
 TOO_FEW = "‡"
-LEAST = "least_test_error"
-LEAST_LABEL = "least (selected on test)"
+# Metrics beside the test error at the step of least dev error: fields of `TrainResult`, and what a table calls them.
+LAST, DEV = "final_test_error", "best_dev_error"
+BESIDE = {LAST: "last step", DEV: "dev data", "least_test_error": "least (selected on test)"}
 SIGNIFICANT = 0.05
+_SIZE = "Trained on + dev"
 
 # What there is of a field of `Cell`, in the order of tables.
 _KNOWN: dict[str, tuple[Any, ...]] = {
@@ -46,9 +47,20 @@ class View:
         there = {run[field] for run in self.runs}
         return [value for value in getattr(self.experiment, f"{field}s") if value in there]
 
-    def label(self, method: str) -> str:
-        """The name of a method in this table."""
-        return self.experiment.labels.get(method) or method_label(method)
+    def label(self, method: str, model: str = "") -> str:
+        """The name of a method in this table; with a backbone, of all that are one run there."""
+        names = [other for other in self.experiment.methods if model and self.same(model, other) == method]
+        return " = ".join(self.experiment.labels.get(name) or method_label(name) for name in names or [method])
+
+    def same(self, model: str, method: str) -> str:
+        """The method itself where it was run with a backbone, else what `same_method` has for it."""
+        run = any((run["model"], run["method"]) == (model, method) for run in self.runs)
+        return method if run or model not in RECIPES else same_method(model, method)
+
+    def places(self) -> list[tuple[str, str, float]]:
+        """Data set, backbone and share of the training data of all that was run, in the plan's order."""
+        there = {(run["dataset"], run["model"], run["ratio"]) for run in self.runs}
+        return [place for place in product(*(self.present(f) for f in ("dataset", "model", "ratio"))) if place in there]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Comparison:
     method: Cell
     baseline: Cell
     paired: Paired
+    beside: Mapping[str, Paired]  # of other metrics
     q: float
 
 
@@ -105,53 +118,52 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) ->
     return "\n".join("| " + " | ".join(field.replace("|", r"\|") for field in line) + " |" for line in lines)
 
 
-def error_table(
-    view: View, published: Mapping[PublishedCell, float] | None = None, *, metric: str = "test_error"
-) -> str:
-    """Mean, standard deviation and number of seeds of every cell, and beside the error what else there is of it.
-
-    That is the published code's metric, but for a table by ratio, which would be too wide; and the paper's cell.
-
-    Args:
-        view: what to show; at least one run.
-        published: the paper's cells, or None where they are not at hand.
-        metric: a field of `TrainResult`; what stands beside the error is left out for others.
-    """
-    by_ratio, ours = view.experiment.columns == "ratio", metric == "test_error"
-    values, least = by_cell(view.runs, metric), by_cell(view.runs, LEAST)
-    printed = {c.cell: error for c, error in (published or {}).items() if c.experiment == view.name} if ours else {}
-    columns: list[tuple[str, Any, Callable[[Cell], str]]] = []
-    for value in view.present("ratio" if by_ratio else "dataset"):
-        label = ratio_label(value) if by_ratio else value
-        columns.append((label, value, lambda cell: _errors(values.get(cell))))
-        if ours and not by_ratio:
-            columns.append((f"{label}, {LEAST_LABEL}", value, lambda cell: _errors(least.get(cell))))
-        if printed:
-            columns.append((f"{label}, paper", value, lambda c: f"{printed[c]:.2f}" if c in printed else MISSING))
-    if ours and not printed:
-        columns.append(("paper", columns[0][1], lambda cell: NOT_AT_HAND))
-    most = max(map(len, values.values()))
-    several = len(view.present("ratio")) > 1
-    left = [*(["Data set"] if by_ratio else ["Training data"] if several else []), "Model", "Method"]
+def error_table(view: View, published: Sequence[PublishedCell]) -> str:
+    """A row for every cell that was run, or is printed where others were run: ours, the paper's, and other metrics."""
+    values = {metric: by_cell(view.runs, metric) for metric in ("test_error", *BESIDE)}
+    sizes: dict[Cell, list[Any]] = {}
+    for run in view.runs:
+        cell = Cell(run["dataset"], run["model"], run["method"], run["ratio"])
+        sizes.setdefault(cell, []).append((run["result"]["train_size"], run["result"]["dev_size"]))
     rows = []
-    for outer in view.present("dataset" if by_ratio else "ratio"):
-        first = [outer] if by_ratio else [ratio_label(outer)] if several else []
-        for model in view.present("model"):
-            for method in view.present("method"):
-                cells = [
-                    Cell(outer, model, method, v) if by_ratio else Cell(v, model, method, outer) for _, v, _ in columns
+    for dataset, model, ratio in view.places():
+        methods = dict.fromkeys(view.same(model, method) for method in view.experiment.methods)
+        for cell in (Cell(dataset, model, method, ratio) for method in methods):
+            papers, ours = printed(cell, published), values["test_error"].get(cell)
+            if ours is None and not papers:
+                continue
+            size = ", ".join(f"{train} + {dev}" for train, dev in sorted(set(sizes.get(cell, []))))
+            rows.append(
+                [
+                    *(dataset, model_label(model), ratio_label(ratio), view.label(cell.method, model)),
+                    _errors(ours),
+                    _prints(cell, papers),
+                    *(_errors(values[metric].get(cell)) for metric in BESIDE),
+                    size or NOT_RUN,
                 ]
-                counts = {len(values[cell]) for cell in cells if cell in values}
-                if counts:
-                    name = view.label(method) + (f" {UNEVEN}" if counts != {most} else "")
-                    shown = (show(cell) for (_, _, show), cell in zip(columns, cells, strict=True))
-                    rows.append([*first, model_label(model), name, *shown])
-    return markdown([*left, *(label for label, _, _ in columns)], rows, len(left))
+            )
+    header = ["Data set", "Model", "Share", "Method", "Test error", "The paper's"]
+    return markdown([*header, *(f"At {name}" if m == LAST else name for m, name in BESIDE.items()), _SIZE], rows, 4)
+
+
+def _prints(cell: Cell, papers: Iterable[PublishedCell]) -> str:
+    """The paper's numbers of a cell; several where its tables differ, or name one method twice."""
+    tables: dict[str, list[str]] = {}
+    for c in papers:
+        name = "" if c.cell.method == cell.method else f" ({method_label(c.cell.method)})"
+        tables.setdefault(f"{c.text}{name}", []).append(c.experiment.removeprefix("table"))
+    if cell.method == "nonlinear-mixup" and tables:
+        return f"{next(iter(tables))}, cited from Guo 2020"
+    several = len(tables) > 1
+    found = (
+        f"{text}, Table {' and '.join(dict.fromkeys(where))}" if several else text for text, where in tables.items()
+    )
+    return "; ".join(found) or NOT_PRINTED
 
 
 def _errors(by_seed: Mapping[int, float] | None) -> str:
     if by_seed is None:
-        return MISSING
+        return NOT_RUN
     found = summary(list(by_seed.values()))
     return f"{found.mean:.2f} ({found.n})" if found.std is None else f"{found.mean:.2f} ± {found.std:.2f} ({found.n})"
 
@@ -162,43 +174,46 @@ def compare(shown: Iterable[View]) -> dict[str, list[Comparison]]:
     Views share cells. A comparison that several have is one, and p is adjusted for the number of different ones.
     """
     by_view: dict[str, list[tuple[Cell, Cell]]] = {}
-    pairs: dict[tuple[Cell, Cell], Paired] = {}
+    pairs: dict[tuple[Cell, Cell], tuple[Paired, dict[str, Paired]]] = {}
     for view in shown:
-        values = by_cell(view.runs)
+        values = {metric: by_cell(view.runs, metric) for metric in ("test_error", LAST, DEV)}
         by_view[view.name] = []
-        for dataset, model, ratio in product(*(view.present(field) for field in ("dataset", "model", "ratio"))):
+        for dataset, model, ratio in view.places():
             for methods in view.experiment.comparisons:
-                sides = Cell(dataset, model, methods[0], ratio), Cell(dataset, model, methods[1], ratio)
-                pair = pairs.get(sides) or paired(*(values.get(side, {}) for side in sides))
-                if pair is not None:
-                    pairs[sides] = pair
-                    by_view[view.name].append(sides)
-    q_values = dict(zip(pairs, adjusted([pair.p for pair in pairs.values()]), strict=True))
+                one, other = (Cell(dataset, model, view.same(model, method), ratio) for method in methods)
+                if one == other or (one, other) in by_view[view.name]:
+                    continue
+                found = {m: paired(of.get(one, {}), of.get(other, {})) for m, of in values.items()}
+                beside = {metric: pair for metric, pair in found.items() if pair is not None}
+                if beside:
+                    pairs[one, other] = beside.pop("test_error"), beside
+                    by_view[view.name].append((one, other))
+    q_values = dict(zip(pairs, adjusted([pair.p for pair, _ in pairs.values()]), strict=True))
     return {
-        name: [Comparison(*sides, pairs[sides], q_values[sides]) for sides in those] for name, those in by_view.items()
+        name: [Comparison(*sides, *pairs[sides], q_values[sides]) for sides in those] for name, those in by_view.items()
     }
 
 
-def comparison_table(view: View, found: Sequence[Comparison]) -> str:
+def comparison_table(view: View, found: Sequence[Comparison], published: Sequence[PublishedCell]) -> str:
     """The view's comparisons, each with its reading, and how many have which."""
-    several = len({c.method.ratio for c in found}) > 1
     columns: dict[str, Callable[[Comparison], str]] = {
         "Data set": lambda c: c.method.dataset,
         "Model": lambda c: model_label(c.method.model),
-        **({"Training data": lambda c: ratio_label(c.method.ratio)} if several else {}),
-        "Method": lambda c: view.label(c.method.method),
-        "against": lambda c: view.label(c.baseline.method),
-        "Reading": lambda c: reading(c.paired),
-        "Difference, points [95%]": lambda c: _difference(c.paired),
-        "Relative improvement": lambda c: (
-            MISSING if c.paired.improvement is None else f"{_signed(c.paired.improvement, 1)}%"
-        ),
+        "Share": lambda c: ratio_label(c.method.ratio),
+        "Method": lambda c: view.label(c.method.method, c.method.model),
+        "against": lambda c: view.label(c.baseline.method, c.method.model),
+        "Reading": lambda c: reading(c),
+        "Difference, points [95%]": lambda c: difference(c.paired),
+        "Relative": lambda c: "" if c.paired.improvement is None else f"{_signed(c.paired.improvement, 1)}%",
+        "The paper's": lambda c: printed_difference(c, published),
         "p": lambda c: _p(c.paired.p) + ("" if c.paired.enough else f" {TOO_FEW}"),
         "q": lambda c: _p(c.q),
         "n": lambda c: f"{c.paired.n}" + (f", {c.paired.unequal} differ" if c.paired.unequal < c.paired.n else ""),
+        "At last step": lambda c: difference(c.beside[LAST]),
+        "dev data": lambda c: difference(c.beside[DEV]),
     }
     rows = [[show(c) for show in columns.values()] for c in found]
-    counts = Counter(reading(c.paired).replace("**", "") for c in found)
+    counts = Counter(reading(c).replace("**", "") for c in found)
     tally = ", ".join(f"{n} {words}" for words, n in sorted(counts.items()))
     below = sum(c.q < SIGNIFICANT for c in found)
     return (
@@ -207,14 +222,31 @@ def comparison_table(view: View, found: Sequence[Comparison]) -> str:
     )
 
 
-def reading(pair: Paired) -> str:
-    """In bold what is not noise; with a caution where the seeds are too few for the interval to say so."""
+def printed_difference(comparison: Comparison, published: Sequence[PublishedCell]) -> str:
+    """The same difference of the paper's means, in points, and the relative improvement where it prints one."""
+    found: dict[str, str] = {}
+    for c in printed(comparison.method, published):
+        for b in printed(comparison.baseline, published):
+            if c.experiment == b.experiment:
+                points = _signed(c.error - b.error, 1)
+                relative = "" if c.improvement is None else f" ({_signed(c.improvement, 1)}%)"
+                name = "" if c.cell.method == comparison.method.method else f" ({method_label(c.cell.method)})"
+                found[points] = found.get(points) or relative + name
+    return "; ".join(points + relative for points, relative in found.items()) or NOT_PRINTED
+
+
+def reading(comparison: Comparison) -> str:
+    """In bold what q bears out; nothing where the seeds are too few to say, for which the interval is too narrow."""
+    pair = comparison.paired
+    if not pair.enough and pair.unequal:
+        return "too few seeds"
     if pair.reading not in ("better", "worse"):
         return pair.reading
-    return f"**{pair.reading}**" if pair.clear else f"a hint: {pair.reading}"
+    return f"**{pair.reading}**" if comparison.q < SIGNIFICANT else f"a hint: {pair.reading}"
 
 
-def _difference(pair: Paired) -> str:
+def difference(pair: Paired) -> str:
+    """Mean and interval, in points."""
     if pair.interval is None:
         return _signed(pair.difference)
     return f"{_signed(pair.difference)} [{_signed(pair.interval[0])}, {_signed(pair.interval[1])}]"

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -34,11 +35,13 @@ class Job:
     run: Run
     config: TrainConfig
     folder: Path
+    curves: bool = False  # whether a figure needs its loss against λ
 
 
 def prepare() -> None:
-    """Leaves interrupts from the terminal to the parent process, and ends this process with it."""
+    """Leaves interrupts and warnings to the parent process, and ends this process with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", "dataset .* a share of")  # which the parent has shown
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -71,7 +74,7 @@ def record(job: Job, status: str, seconds: float, **fields: Any) -> dict[str, An
 
 
 def execute(job: Job) -> dict[str, Any]:
-    """Trains a run, or goes on with it, and takes its loss against λ.
+    """Trains a run, or goes on with it, and takes its loss against λ where that is asked for.
 
     Returns:
         the run's record: "done" or, whatever was raised, "failed".
@@ -88,7 +91,7 @@ def execute(job: Job) -> dict[str, Any]:
             fields: dict[str, Any] = {
                 "result": asdict(result),
                 "history": [line for line in lines if not line.get("final")],
-                "curves": loss_curves(job.config, job.folder),
+                "curves": loss_curves(job.config, job.folder) if job.curves else None,
             }
         status = "done"
     except Exception as error:  # of one run: the others go on

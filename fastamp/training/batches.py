@@ -27,18 +27,20 @@ class Examples:
     ids: Tensor  # (N, T) int64, padded on the right
     labels: Tensor  # (N,) int64
     lengths: Tensor  # (N,) int64, on the CPU: trimming a batch must not wait for the device
+    places: Tensor  # (N,) int64, on the CPU: where each stood before it was sorted
 
     @classmethod
     def of(cls, ids: Tensor, labels: Sequence[int], device: torch.device, *, pad_id: int = PAD) -> Examples:
         """Examples from ids (N, T), int64, on the CPU, `pad_id` on the right."""
         lengths = (ids != pad_id).sum(1)
-        return cls(ids.to(device), torch.tensor(labels, dtype=torch.int64, device=device), lengths)
+        places = torch.arange(len(lengths), device="cpu")
+        return cls(ids.to(device), torch.tensor(labels, dtype=torch.int64, device=device), lengths, places)
 
     def by_length(self) -> Examples:
         """The same examples, the shortest first."""
         order = self.lengths.argsort(stable=True)
         on_device = order.to(self.ids.device)
-        return Examples(self.ids[on_device], self.labels[on_device], self.lengths[order])
+        return Examples(self.ids[on_device], self.labels[on_device], self.lengths[order], self.places[order])
 
 
 class Batches:

@@ -81,7 +81,7 @@ class TrainConfig:
         dataset: one of fastamp.data.DATASETS.
         data_dir: folder with the data sets' folders; None reads from the Hugging Face hub. `questions` needs none.
         fold: 0 to 9, the tenth that is tested on of a set for cross-validation (subj, mr); None is seed % 10.
-        fraction: share of the training sentences to train on, in (0, 1]; stratified.
+        fraction: share of each class of the training sentences to train on, in (0, 1]; see fastamp.data.load.
         model: "textcnn", "bilstm" or "bert".
         pretrained: of "bert": name or folder of an encoder that transformers can load.
         method: "none" is cross-entropy, "double-softmax" cross-entropy of probabilities taken for logits, as in the
@@ -102,7 +102,8 @@ class TrainConfig:
         step_size: the adversarial step ε.
         dropout: before the classifier; of "bert" its own configuration decides.
         embedding_dim: width of the word vectors; None takes that of the vectors file, or 300.
-        hidden_size: width of the "bilstm"'s states, both directions together.
+        hidden_size: width of the "bilstm"'s states, both directions together; what the paper's 1024 counts it does not
+            say.
         vectors: GloVe text file, plain or .gz, to start the word vectors from.
         freeze_vectors: do not train the word vectors.
         lower: lower-case the text; of "bert" its tokeniser decides.

@@ -15,12 +15,11 @@ from fastamp.models import Model
 from fastamp.training.batches import EVAL_BATCH, Examples
 from fastamp.training.checkpoint import damaged, load_tensors
 from fastamp.training.config import TrainConfig
+from fastamp.training.objectives import LEVELS
 from fastamp.training.task import Task
 
 POINTS = 21  # values of λ
-SENTENCES = 1000  # at most so many of the test set are mixed
 PAIRS = 2  # single pairs that are followed
-LEVELS = ("word", "sentence")
 
 
 @torch.no_grad()
@@ -75,43 +74,41 @@ def best_model(config: TrainConfig, run: str | os.PathLike[str], task: Task) -> 
     return model.eval()
 
 
-def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any] | None:
+def loss_curves(config: TrainConfig, run: str | os.PathLike[str]) -> dict[str, Any]:
     """Figure 2's curves of the best model of a finished run, which is in the folder `run`.
 
-    Sentences and pairs are the same for every run whose tokeniser gives the same test set the same lengths. The single
-    pairs have two labels each. The global generators are left as they were.
+    The test set is mixed with its reversal, x_1 with x_n, as the paper does: every pair is there from both sides, and
+    the mean is symmetric in λ. The single pairs are the first whose labels differ. The global generators are left as
+    they were.
 
     Returns:
-        `lam`, L values from 0 to 1, and for the mixing of words ("word") and of sentences ("sentence") each
-        `mean` (L values, over random pairs of at most `SENTENCES` test sentences) and `pairs` (of `PAIRS` single
-        pairs L values each), in nats. None for "nonlinear-mixup", whose model gives no logits.
+        `lam`, L values from 0 to 1, and under "word" or "sentence", where the method mixes, `mean` (L values, over the
+        test set) and `pairs` (of `PAIRS` single pairs L values each), in nats. Nothing for a method that mixes at
+        neither.
     """
-    if config.method == "nonlinear-mixup":
-        return None
+    level = LEVELS.get(config.method.partition("-")[0])
+    if level is None:
+        return {}
     device = torch.device(config.device)
     task = Task.load(config, device)
     model = best_model(config, run, task).to(device)
     lam = torch.linspace(0, 1, POINTS, dtype=torch.float64, device="cpu")
-    curves: dict[str, Any] = {"lam": lam.tolist()}
-    for level in LEVELS:
-        losses, pairs = _curves(model, level, task.test, lam)
-        curves[level] = {"mean": losses.mean(1).tolist(), "pairs": losses[:, pairs].T.tolist()}
-    return curves
+    losses, pairs = _curves(model, level, task.test, lam)
+    return {"lam": lam.tolist(), level: {"mean": losses.mean(1).tolist(), "pairs": losses[:, pairs].T.tolist()}}
 
 
 @torch.no_grad()
 def _curves(model: nn.Module, level: str, examples: Examples, lam: Tensor) -> tuple[Tensor, list[int]]:
-    """Losses (L, N) of N test sentences, and the first rows whose labels differ from their partners'."""
+    """Losses (L, N) of N test sentences in their file's order, and the first whose labels are not their partners'."""
     g, f = cast("Model", model).split(level)
-    order = torch.randperm(len(examples.labels), device="cpu", generator=torch.Generator().manual_seed(0))
-    losses, differ = [], []
-    for rows in order[:SENTENCES].split(EVAL_BATCH):
-        on_device = rows.to(examples.ids.device)
-        ids = examples.ids[on_device, : int(examples.lengths[rows].max())]
-        labels = examples.labels[on_device]
-        # The order is random already: neighbours are random pairs, none with itself.
-        partner = torch.arange(len(rows), device=ids.device).roll(1)
+    where, size = examples.places.argsort(), len(examples.labels)
+    losses = torch.empty(len(lam), size, dtype=torch.float64)
+    for half in torch.arange((size + 1) // 2).split(EVAL_BATCH // 2):
+        places = torch.cat([half, size - 1 - half])
+        rows = where[places].to(examples.ids.device)
+        ids = examples.ids[rows, : int(examples.lengths[where[places]].max())]
+        partner = torch.arange(len(rows), device=ids.device).roll(len(half))
         mix = Mix(torch.ones(len(rows), dtype=torch.float32, device=ids.device), partner)
-        losses.append(mixed_losses(f, g(ids), labels, partner, lam, f.context(ids, mix)).cpu())
-        differ.append((labels != labels[partner]).cpu())
-    return torch.cat(losses, 1), torch.cat(differ).nonzero()[:PAIRS, 0].tolist()
+        losses[:, places] = mixed_losses(f, g(ids), examples.labels[rows], partner, lam, f.context(ids, mix)).cpu()
+    labels = examples.labels.cpu()[where]
+    return losses, (labels != labels.flip(0)).nonzero()[:PAIRS, 0].tolist()

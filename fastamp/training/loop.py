@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastamp
 from fastamp.checks import NonFiniteError
@@ -56,6 +56,10 @@ class TrainResult:
     steps_per_s: float  # updates a second, evaluations and checkpoints excluded
     types_covered: float | None  # percent of the corpus's words that have a pre-trained vector; None without vectors
     tokens_covered: float | None  # the same for its tokens
+    train_size: int  # sentences trained on
+    dev_size: int  # that select the step
+    test_size: int
+    embedding_dim: int  # width of the word vectors
     resumed_from: int  # the step that this call began at: 0, or a checkpoint's, or `steps` if all was done
 
 
@@ -325,6 +329,10 @@ class _Run:
             steps_per_s=at["step"] / at["seconds"],
             types_covered=None if covered is None else covered.types,
             tokens_covered=None if covered is None else covered.tokens,
+            train_size=len(self.task.train.labels),
+            dev_size=len(self.task.dev.labels),
+            test_size=len(self.task.test.labels),
+            embedding_dim=next(m for m in self.model.modules() if isinstance(m, nn.Embedding)).embedding_dim,
             resumed_from=self.resumed_from,
         )
 

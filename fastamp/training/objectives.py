@@ -12,7 +12,7 @@ import fastamp
 from fastamp.models import Model, NonlinearMixup
 from fastamp.training.config import TrainConfig
 
-_LEVELS = {"word": "word", "sent": "sentence"}
+LEVELS = {"word": "word", "sent": "sentence"}  # how a method's name begins, to where it cuts the model
 
 
 class Objective(nn.Module):
@@ -86,4 +86,4 @@ def make_objective(model: nn.Module, config: TrainConfig, generator: torch.Gener
         criterion = fastamp.AMPLoss(generator=generator, **options)
     else:
         criterion = fastamp.AMPLoss.preset(config.preset, generator=generator, **options)
-    return Mixing(model, _LEVELS[level], criterion)
+    return Mixing(model, LEVELS[level], criterion)

@@ -18,18 +18,18 @@ class Recipe:
     vectors: bool = False
 
 
-# Adam with L2 1e-8 throughout. What the paper leaves open is TrainConfig's default.
+# Adam with L2 1e-8 throughout, which the paper states for CNN and LSTM. What it leaves open is TrainConfig's default.
 _CNN = {"model": "textcnn", "batch_size": 50, "lr": 2e-4, "l2": 1e-8, "steps": 8000, "dropout": 0.5}
 _LSTM = {**_CNN, "model": "bilstm"}
 _BERT = {"model": "bert", "batch_size": 24, "lr": 1e-5, "l2": 1e-8, "steps": 8000, "pretrained": "bert-base-uncased"}
 
 RECIPES: dict[str, Recipe] = {
     "cnn-rand": Recipe("CNN-rand", _CNN),
-    "cnn-glove": Recipe("CNN-glove", _CNN, vectors=True),
-    "cnn-glove-fixed": Recipe("CNN-glove, fixed vectors", {**_CNN, "freeze_vectors": True}, vectors=True),
+    "cnn-glove": Recipe("CNN-glove", {**_CNN, "freeze_vectors": True}, vectors=True),
+    "cnn-glove-tuned": Recipe("CNN-glove, tuned vectors", _CNN, vectors=True),
     "lstm-rand": Recipe("LSTM-rand", _LSTM),
-    "lstm-glove": Recipe("LSTM-glove", _LSTM, vectors=True),
-    "lstm-glove-fixed": Recipe("LSTM-glove, fixed vectors", {**_LSTM, "freeze_vectors": True}, vectors=True),
+    "lstm-glove": Recipe("LSTM-glove", {**_LSTM, "freeze_vectors": True}, vectors=True),
+    "lstm-glove-tuned": Recipe("LSTM-glove, tuned vectors", _LSTM, vectors=True),
     "bert": Recipe("BERT", _BERT),
 }
 
