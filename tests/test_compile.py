@@ -50,6 +50,7 @@ def batch(size=6, classes=5):
 OPTIONS = [
     {},
     {"loss": "softmax_bce", "step_size": 0.1, "grad_scale": "mean", "grad_clip": None},
+    {"loss": "binary_cross_entropy", "step_size": 0.1, "pos_weight": torch.arange(1.0, 6.0), "sum_classes": True},
     {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2, "weight": torch.arange(1.0, 6.0)},
     {"reweight": "moving", "step_size": 0.3},
 ]

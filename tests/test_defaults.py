@@ -24,6 +24,7 @@ OPTIONS = [
     {"alpha": 0.3, "pairing": "matching", "step_size": 0.1, "clamp": True},
     {"mode": "mixup", "reduction": "none", "label_smoothing": 0.1},
     {"mode": "maxop", "grad_scale": "mean", "ignore_index": 2},
+    {"loss": "binary_cross_entropy", "sum_classes": True},
     {"loss": "softmax_bce", "grad_clip": None, "reduction": "sum", "tie_tol": 0.0},
 ]
 B, C, D = 7, 5, 4

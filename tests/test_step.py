@@ -93,6 +93,7 @@ OPTIONS = {
     "defaults": {},
     "rejecting": WAVY_STEP,
     "as published": {**WAVY_STEP, "loss": "softmax_bce", "grad_scale": "mean", "step_size": 4.0},
+    "binary": {**WAVY_STEP, "loss": "binary_cross_entropy", "pos_weight": torch.tensor([1.0, 2.0, 0.5, 3.0])},
     "weighted": {"weight": torch.tensor([0.5, 1.0, 2.0, 0.1]), "ignore_index": 1, "label_smoothing": 0.1},
     "clamped": {**WAVY_STEP, "clamp": True},
     "row by row": {**WAVY_STEP, "reduction": "none"},
