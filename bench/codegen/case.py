@@ -38,11 +38,13 @@ class Case(NamedTuple):
 
 
 def variants(*, matched: bool = False, binary: bool = False) -> Iterator[tuple[str, Policy, bool, bool]]:
-    """Name, policy, soft targets, class weights: the lightest and the heaviest."""
+    """Name, policy, soft targets, class weights: the lightest and the heaviest, and several labels a row."""
     pairing = "matching" if matched else "permutation"
     loss = "binary_cross_entropy" if binary else "cross_entropy"
     suffix = ", binary" * binary + ", matched" * matched
     yield f"plain{suffix}", PLAIN._replace(pairing=pairing, loss=loss), False, False
+    if binary:
+        yield f"soft{suffix}", PLAIN._replace(pairing=pairing, loss=loss), True, False
     yield f"all{suffix}", MASKED._replace(pairing=pairing, loss=loss), True, True
 
 

@@ -91,7 +91,7 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     if _is_few(words, itemsize, policy):
         return Config(FEW_ROWS, block_c, FEW_WARPS, True)
     if words > REGISTER_WORDS:
-        warps = PAIR_WARPS if policy.pairing == "matching" else LOOP_WARPS
+        warps = PAIR_WARPS if policy.pairing == "matching" and policy.loss == "cross_entropy" else LOOP_WARPS
         return Config(1, LOOP_WORDS * 4 // itemsize, warps, False)
     light = (policy.keeps_all or policy.mode == "mixup") and not dense_target
     if policy.loss == "binary_cross_entropy":

@@ -7,6 +7,8 @@ show in its sums, once a row, as does a step too large for it: such a row takes 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -31,6 +33,26 @@ from .rows_careful import careful_binary_role, careful_row_grad
 from .rows_registers import minus_target, sparse_targets
 
 
+class Mass(NamedTuple):
+    """A target: of a row of labels without weights and smoothing, which is SPARSE, as a whole, else of a tile."""
+
+    on: Any  # `Labels`, or a tile
+    total: Any  # S
+    kept: Any
+    on_b: Any  # ⟨t, b⟩ of a SPARSE row
+    on_d: Any  # ⟨t, d⟩
+
+
+class Sums(NamedTuple):
+    """Over the classes of a row: of ∂ℓ/∂λ and of the loss at λ', of S d², the largest |d|, and the kept share."""
+
+    slope: Any
+    loss: Any
+    spread: Any
+    top: Any
+    share: Any
+
+
 @triton.jit
 def _product(first, second):
     """(1 + first)(1 + second) - 1, in which nothing small is lost."""
@@ -38,7 +60,7 @@ def _product(first, second):
 
 
 @triton.jit
-def _at(b, d, lam, on, total, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
+def _at(b, d, lam, mass, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
     """A tile of ∂ℓ/∂λ in units of log 2, one of the loss, and the sigmoids, of rows mixed at λ (30-32).
 
     With SPARSE targets both are over S and less what the labels have of it; and the loss is that of eight classes to an
@@ -53,109 +75,79 @@ def _at(b, d, lam, on, total, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
         else:
             loss = log1p_any(tl.reduce(tl.reshape(e, (8, e.shape[0] // 8)), 0, _product))
     else:
-        slope = (total * p - on) * d
-        loss = total * log1p_any(e) - on * x * LN2
+        slope = (mass.total * p - mass.on) * d
+        loss = mass.total * log1p_any(e) - mass.on * x * LN2
     return slope, loss, p
 
 
 @triton.jit
-def _target(problem, lam, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr):
-    """The target, S and what is kept, of a SPARSE row with ⟨t, b⟩ and ⟨t, d⟩, else of a tile."""
+def _mass(problem, lam, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr):
+    """The target of a SPARSE row, or of a tile."""
     if SPARSE:
         on, total, on_b, on_d = sparse_targets(problem, row, other, lam, 0.0, 0.0, policy)
-        return on, total, on.mass_a + on.mass_b, on_b, on_d
+        return Mass(on, total, on.mass_a + on.mass_b, on_b, on_d)
     else:
         on, total, kept = binary_target_tile(problem, lam, row, other, cols, policy)
-        return on, total, kept, 0.0, 0.0
+        return Mass(on, total, kept, 0.0, 0.0)
 
 
 @triton.jit
-def _stepped(problem, lam, slope, total, on_d, policy: tl.constexpr, SPARSE: tl.constexpr):
+def _stepped(problem, lam, slope, mass, policy: tl.constexpr, SPARSE: tl.constexpr):
     """The row's own ∇λ from the sum of its slopes; ∇λ, and λ'."""
-    own = (total * slope - on_d) * LN2 if SPARSE else slope * LN2
+    own = (mass.total * slope - mass.on_d) * LN2 if SPARSE else slope * LN2
     grad = scaled_grad(own, problem.grad_divisor_ptr)
     return own, grad, step_lam(lam, grad, problem.step_size, policy)
 
 
 @triton.jit
-def _role(
-    lam,
-    lam_adv,
-    own,
-    grad,
-    slope,
-    loss,
-    spread,
-    top,
-    total,
-    share,
-    on_b,
-    on_d,
-    policy: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
-    """The role of a row from the sums over its classes at λ and λ', `easy` where they decide it.
+def _role(lam, lam_adv, own, grad, mass, sums, policy: tl.constexpr, SPARSE: tl.constexpr):
+    """The role of a row from the sums over its classes, `easy` where they decide it.
 
-    δ is taken from the slopes at both ends, a trapezoid (34): what that leaves out is bounded by `spread`, Σ S d², and
-    `top`, the largest |d|.
+    δ is taken from the slopes at both ends, a trapezoid (34); the spread and the top bound what that leaves out.
     """
+    slope, loss, spread = sums.slope, sums.loss, sums.spread
+    total = tl.full((), 0.0, lam.dtype)
+    zero = total
     if SPARSE:
-        slope = total * slope - on_d
-        loss = total * loss - (on_b + lam_adv * on_d) * LN2
+        total = mass.total
+        slope = total * slope - mass.on_d
+        loss = total * loss - (mass.on_b + lam_adv * mass.on_d) * LN2
         spread *= total
     step = lam_adv - lam
     delta = 0.5 * step * (own + slope * LN2)
-    reach = tl.abs(step) * top * LN2
+    reach = tl.abs(step) * sums.top * LN2
     left_out = 0.0039 * reach * step * step * spread  # log(2)² / (12·6√3)
     easy = (tl.abs(loss) < float("inf")) & (tl.abs(own) < float("inf")) & (tl.abs(slope) < float("inf"))
     easy = easy & (reach <= 0.25) & (left_out <= 2e-7 * tl.maximum(tl.abs(loss), 1.0))
     takes = takes_adversarial(loss, delta, policy)
-    zero = tl.full((), 0.0, lam.dtype)
-    total = total if SPARSE else zero
-    return Role(loss, share, lam_adv, lam_adv, grad, delta, takes, zero, zero, zero, total, easy)
+    return Role(loss, sums.share, lam_adv, lam_adv, grad, delta, takes, zero, zero, zero, total, easy)
 
 
 @triton.jit
 def _whole_role(problem, a, b, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
-    """The role of one row from logits a and b in units of log 2; the sigmoids at λ*, S, and the target."""
+    """The role of one row from logits a and b in units of log 2; the sigmoids at λ*, and the target."""
     lam = tl.load(problem.lam_ptr + row)
-    on, total, kept, on_b, on_d = _target(problem, lam, row, other, cols, policy, SPARSE)
+    mass = _mass(problem, lam, row, other, cols, policy, SPARSE)
     d = a - b
-    slope, _, _ = _at(b, d, lam, on, total, SPARSE, ALIGN)
-    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), total, on_d, policy, SPARSE)
-    slope, loss, p = _at(b, d, lam_adv, on, total, SPARSE, ALIGN)
-    share = kept if SPARSE else tl.sum(kept, 0) / problem.C
-    spread = tl.sum(d * d, 0) if SPARSE else tl.sum(total * d * d, 0)
-    top = tl.max(tl.abs(d), 0)
-    role = _role(
-        lam,
-        lam_adv,
-        own,
-        grad,
-        tl.sum(slope, 0),
-        tl.sum(loss, 0),
-        spread,
-        top,
-        total,
-        share,
-        on_b,
-        on_d,
-        policy,
-        SPARSE,
-    )
-    return role, p, total, on
+    slope, _, _ = _at(b, d, lam, mass, SPARSE, ALIGN)
+    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), mass, policy, SPARSE)
+    slope, loss, p = _at(b, d, lam_adv, mass, SPARSE, ALIGN)
+    share = mass.kept if SPARSE else tl.sum(mass.kept, 0) / problem.C
+    spread = tl.sum(d * d, 0) if SPARSE else tl.sum(mass.total * d * d, 0)
+    sums = Sums(tl.sum(slope, 0), tl.sum(loss, 0), spread, tl.max(tl.abs(d), 0), share)
+    return _role(lam, lam_adv, own, grad, mass, sums, policy, SPARSE), p, mass
 
 
 @triton.jit
 def _source_role(problem, a, b, row, other, cols, policy: tl.constexpr, SPARSE: tl.constexpr, ALIGN: tl.constexpr):
     """What another row's gradient needs of a role: λ', whether it is right, and as `_whole_role`."""
     lam = tl.load(problem.lam_ptr + row)
-    on, total, _, _, on_d = _target(problem, lam, row, other, cols, policy, SPARSE)
-    slope, _, _ = _at(b, a - b, lam, on, total, SPARSE, ALIGN)
-    own, _, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), total, on_d, policy, SPARSE)
+    mass = _mass(problem, lam, row, other, cols, policy, SPARSE)
+    slope, _, _ = _at(b, a - b, lam, mass, SPARSE, ALIGN)
+    own, _, lam_adv = _stepped(problem, lam, tl.sum(slope, 0), mass, policy, SPARSE)
     # What was in range at λ may leave it by the step, which nothing else would show.
     _, p = sigmoid(tl.minimum(b + lam_adv * (a - b), 126.0))
-    return lam_adv, tl.abs(own) < float("inf"), p, total, on
+    return lam_adv, tl.abs(own) < float("inf"), p, mass
 
 
 @triton.jit
@@ -168,21 +160,22 @@ def _long_role(
     zeros = tl.zeros((BLOCK,), lam.dtype)
     slopes = zeros
     spreads = zeros
-    kepts = zeros
+    shares = zeros
     top = zeros
-    on, total, share, on_b, on_d = _target(problem, lam, row, other, first, policy, SPARSE)
+    mass = _mass(problem, lam, row, other, first, policy, SPARSE)
+    share = mass.kept
     for start in range(0, problem.C, BLOCK):
         cols = start + first
         b = scaled(load_finite(problem, other, cols), 0.0)
         d = scaled(load_finite(problem, row, cols), 0.0) - b
         if not SPARSE:
-            on, total, kept, _, _ = _target(problem, lam, row, other, cols, policy, SPARSE)
-            kepts += kept
-        slope, _, _ = _at(b, d, lam, on, total, SPARSE, ALIGN)
+            mass = _mass(problem, lam, row, other, cols, policy, SPARSE)
+            shares += mass.kept
+        slope, _, _ = _at(b, d, lam, mass, SPARSE, ALIGN)
         slopes += slope
-        spreads += d * d if SPARSE else total * d * d
+        spreads += d * d if SPARSE else mass.total * d * d
         top = tl.maximum(top, tl.abs(d))
-    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slopes, 0), total, on_d, policy, SPARSE)
+    own, grad, lam_adv = _stepped(problem, lam, tl.sum(slopes, 0), mass, policy, SPARSE)
     slopes = zeros
     losses = tl.zeros((BLOCK // 8 if SPARSE else BLOCK,), lam.dtype)
     for start in range(0, problem.C, BLOCK):
@@ -190,16 +183,14 @@ def _long_role(
         b = scaled(load_finite(problem, other, cols), 0.0)
         d = scaled(load_finite(problem, row, cols), 0.0) - b
         if not SPARSE:
-            on, total, _, _, _ = _target(problem, lam, row, other, cols, policy, SPARSE)
-        slope, loss, _ = _at(b, d, lam_adv, on, total, SPARSE, ALIGN)
+            mass = _mass(problem, lam, row, other, cols, policy, SPARSE)
+        slope, loss, _ = _at(b, d, lam_adv, mass, SPARSE, ALIGN)
         slopes += slope
         losses += loss
     if not SPARSE:
-        share = tl.sum(kepts, 0) / problem.C
-    return _role(
-        lam, lam_adv, own, grad, tl.sum(slopes, 0), tl.sum(losses, 0), tl.sum(spreads, 0), tl.max(top, 0), total,
-        share, on_b, on_d, policy, SPARSE,
-    )  # fmt: skip
+        share = tl.sum(shares, 0) / problem.C
+    sums = Sums(tl.sum(slopes, 0), tl.sum(losses, 0), tl.sum(spreads, 0), tl.max(top, 0), share)
+    return _role(lam, lam_adv, own, grad, mass, sums, policy, SPARSE)
 
 
 @triton.jit
@@ -268,17 +259,15 @@ def _amp_binary_kernel(
                 c = load_finite(problem, source, cols)
             a = scaled(a, 0.0)
             b = scaled(b, 0.0)
-            role, p, total, on = _whole_role(problem, a, b, row, other, cols, policy, sparse, ALIGN)
+            role, p, mass = _whole_role(problem, a, b, row, other, cols, policy, sparse, ALIGN)
             easy = role.easy
             if pairs:
-                role_source, p_source, total_source, on_source = _whole_role(
-                    problem, b, a, other, row, cols, policy, sparse, ALIGN
-                )
+                role_source, p_source, mass_source = _whole_role(problem, b, a, other, row, cols, policy, sparse, ALIGN)
                 lam_source = role_source.lam
                 easy = easy & role_source.easy
             elif has_source:
                 c = scaled(c, 0.0)
-                lam_source, is_right, p_source, total_source, on_source = _source_role(
+                lam_source, is_right, p_source, mass_source = _source_role(
                     problem, c, a, source, row, cols, policy, sparse, ALIGN
                 )
                 easy = easy & is_right
@@ -289,14 +278,14 @@ def _amp_binary_kernel(
                 if dlogits_ptr is not None:
                     own = scale * role.lam
                     theirs = scale * (1.0 - lam_source)
-                    dz = (own * total) * p + (theirs * total_source) * p_source
-                    dz = minus_target(dz, on, on_source, own, theirs, cols, pairs, sparse)
+                    dz = (own * mass.total) * p + (theirs * mass_source.total) * p_source
+                    dz = minus_target(dz, mass.on, mass_source.on, own, theirs, cols, pairs, sparse)
                     _store(dlogits_ptr, row, cols, C, dz)
                     if pairs:
                         own = scale * lam_source
                         theirs = scale * (1.0 - role.lam)
-                        dz = (own * total_source) * p_source + (theirs * total) * p
-                        dz = minus_target(dz, on_source, on, own, theirs, cols, pairs, sparse)
+                        dz = (own * mass_source.total) * p_source + (theirs * mass.total) * p
+                        dz = minus_target(dz, mass_source.on, mass.on, own, theirs, cols, pairs, sparse)
                         _store(dlogits_ptr, other, cols, C, dz)
         if not easy:
             role = careful_binary_role(problem, row, other, policy, BLOCK_CAREFUL)
