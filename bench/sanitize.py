@@ -44,6 +44,7 @@ def small_cases(*, interpreted: bool) -> list[Any]:
     marked = {"weighted": True, "ignored": True, "options": {"label_smoothing": 0.1, "tie_tol": 0.0}}
     relu = {"width": 19, "activation": "relu", "dropout": 0.5, **marked}
     paired = {**marked, "options": {**marked["options"], "pairing": "matching"}}
+    binary = {"loss": "binary_cross_entropy"}
     cases: list[Any] = [
         StepCase("one program", batch=5, classes=3),
         StepCase("groups of rows", batch=67, classes=5, layout="strided", **marked),
@@ -51,12 +52,17 @@ def small_cases(*, interpreted: bool) -> list[Any]:
         StepCase("long rows", batch=2, classes=4099, layout="misaligned", **marked),
         StepCase("pairs", batch=5, classes=141, options={"pairing": "matching"}),
         StepCase("marked pairs, long", batch=3, classes=4099, layout="misaligned", **paired),
+        StepCase("binary", batch=5, classes=141, options=binary),
+        StepCase("several labels, pairs", batch=5, classes=141, soft=True, options={**binary, "pairing": "matching"}),
+        StepCase("binary, few classes", batch=67, classes=5, soft=True, weighted=True, options=binary),
+        StepCase("binary, long", batch=3, classes=4099, layout="misaligned", options=binary),
         StepCase("head", batch=5, classes=5, width=37, layout="strided"),
         StepCase("relu, dropout", batch=5, classes=3, **relu),
         StepCase("chunks", batch=5, classes=19, width=7, scale=0.25, chunk_rows=2, **marked),
         SelectionCase("groups of rows", shape=(37, 5), layout="strided"),
         SelectionCase("marked rows", shape=(7, 77), **marked),
         SelectionCase("long rows", shape=(2, 4099), layout="misaligned"),
+        SelectionCase("binary", shape=(7, 77), options=binary),
     ]
     cases += [] if interpreted else [StepCase("two rows a program", batch=131, classes=3, **relu)]
     cases.append(StepCase("pairs, long", batch=3, classes=4099, options={"pairing": "matching"}))

@@ -14,8 +14,8 @@ from codegen import TARGETS
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "results" / "codegen.json"
-GROUPS = ("rows", "pairs grad small head draw mix remix embedding select")
-FP64 = "pairs-fp64 rows-fp64 grad-fp64 head-fp64 select-fp64"
+GROUPS = ("rows", "pairs grad small head draw mix remix embedding select", "binary")
+FP64 = "pairs-fp64 rows-fp64 grad-fp64 head-fp64 select-fp64 binary-fp64"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -5,7 +5,7 @@ import torch
 from conftest import HAS_GPU
 from layers import formatted
 
-from fastamp import functional
+from fastamp import functional, mixing
 from fastamp.mixing import Mixture
 from fastamp.ops import embedding_mix, mix, remix, select_cross_entropy
 from fastamp.policy import Policy
@@ -104,6 +104,7 @@ OPERATORS = {
     "embedding_mix": embedding_mix.forward,
     "embedding_mix_backward": embedding_mix.backward,
     "select_cross_entropy": select_cross_entropy.forward,
+    "draw_partner": mixing.draw_partner,
 }
 
 
@@ -117,6 +118,8 @@ def operator_arguments(name, layout, dtype):
         return values if layout in ("contiguous", "channels_last") else torch.stack([values, values], -1)[..., 0]
 
     lam, partner = torch.rand(4), torch.tensor([1, 2, 3, 0])
+    if name == "draw_partner":
+        return torch.rand(2, 4), True
     if name in ("mix", "mix_backward"):
         return rows(4, 6), lam, partner
     if name == "lambda_grad":

@@ -29,7 +29,8 @@ MARGIN = 1 << 14  # elements on either side, more than any tile
 INVERSE = {"_inverse_kernel"}
 CHUNKS = INVERSE | {"_amp_cross_entropy_kernel", "_amp_rows_kernel", "_amp_rows_grad_kernel"}
 LAUNCHED = {
-    "amp_cross_entropy": CHUNKS | {"_amp_few_classes_kernel", "_amp_total_kernel", "_rescale_kernel"},
+    "amp_cross_entropy": CHUNKS
+    | {"_amp_binary_kernel", "_amp_few_classes_kernel", "_amp_total_kernel", "_rescale_kernel"},
     "linear_amp_cross_entropy": CHUNKS | {"_linear_amp_cross_entropy_kernel", "_amp_total_kernel"},
     "mix": INVERSE | {"_mix_kernel", "_mix_grad_kernel"},
     "lambda_grad": {"_inner_product_kernel"},
@@ -40,7 +41,7 @@ LAUNCHED = {
 DRAWN = {"_draw_partner_kernel"}
 # What goes through tiles of a few elements as well.
 SMALL = {
-    "amp_cross_entropy": ["probabilities", "pairs"],
+    "amp_cross_entropy": ["probabilities", "pairs", "binary", "several labels, pairs"],
     "linear_amp_cross_entropy": ["head", "relu, dropout", "chunks"],
     "mix": ["words, strided"],
     "lambda_grad": ["words, strided"],

@@ -56,7 +56,7 @@ def row_cases(
                     signature |= {"loss_ptr": DTYPES[itemsize], "divisor_ptr": DTYPES[itemsize]}
             else:
                 kernel = rows_loop._amp_rows_kernel if by_loops else rows_registers._amp_cross_entropy_kernel
-                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch)}
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch, itemsize, policy)}
                 if binary:
                     kernel = rows_binary._amp_binary_kernel
                     constants["WHOLE"] = launch.in_registers

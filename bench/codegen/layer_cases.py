@@ -127,7 +127,7 @@ def select_cases(itemsize: int, sizes: list[int], *, binary: bool = False) -> It
             if few:
                 constants["BLOCK_B"] = launch.block_b
             else:
-                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch)}
+                constants |= {"ALIGN": 8, "BLOCK_CAREFUL": config.careful_block(launch, itemsize, policy)}
             aligned = ("logits_ptr", "logits_adv_ptr", "grad_ptr", "grad_adv_ptr")
             long = classes >= 1024
             yield Case(

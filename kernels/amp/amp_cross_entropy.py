@@ -90,7 +90,7 @@ def amp_cross_entropy_forward(
             if binary:
                 kernel = _amp_binary_kernel
                 options["WHOLE"] = config.in_registers
-            options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config)}
+            options |= {"ALIGN": alignment(logits), "BLOCK_CAREFUL": careful_block(config, lam.element_size(), policy)}
             kernel[(batch,)](*given, *sizes, assumed, **options)
 
     free = ("num_warps",) if config.in_registers else ("block_c", "num_warps")

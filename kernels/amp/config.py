@@ -100,11 +100,13 @@ def forward_config(batch: int, classes: int, itemsize: int, policy: Any, *, dens
     return Config(1, max(block_c, LEAST_WORDS * 4 // itemsize), max(1, words // per_warp), True)
 
 
-def careful_block(config: Config) -> int:
-    """The tile of a program's careful loops; rows that are not in registers may have no others, then in vectors."""
+def careful_block(config: Config, itemsize: int, policy: Any) -> int:
+    """The tile of a program's careful loops: small beside what else it holds, larger where it has no other way."""
+    decided = policy.keeps_all or policy.mode == "mixup"
+    alone = policy.loss == "binary_cross_entropy" and not decided and itemsize == 4
     if not config.in_registers:
-        return 128 * config.num_warps
-    return max(CAREFUL_COLUMNS, config.block_c // 4)
+        return (256 if alone else 128) * config.num_warps
+    return max(CAREFUL_COLUMNS, config.block_c // (2 if alone else 4))
 
 
 def _is_few(words: int, itemsize: int, policy: Any) -> bool:

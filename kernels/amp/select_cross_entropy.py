@@ -408,7 +408,7 @@ def select_cross_entropy_forward(
             _select_few_classes_kernel[grid](*tensors, batch, classes, *scalars, BLOCK_B=config.block_b, **options)
         else:
             rows = (logits,) if logits_adv is None else (logits, logits_adv)
-            options |= {"ALIGN": alignment(*rows), "BLOCK_CAREFUL": careful_block(config)}
+            options |= {"ALIGN": alignment(*rows), "BLOCK_CAREFUL": careful_block(config, lam.element_size(), policy)}
             _select_kernel[(batch,)](*tensors, batch, classes, *scalars, **options)
         return Selection(loss, delta, mask.view(torch.bool), grad, grad_adv)
 
