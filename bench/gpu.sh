@@ -96,7 +96,7 @@ prove() {
 step sanitize setup 165 "$python" "$root/bench/sanitize.py" "$out" --device "$device" --seconds 155 &
 wait
 # Then the clocks, alone.
-step ops bench 20 "${steps[@]}" ops "$out"
+step ops bench 25 "${steps[@]}" ops "$out"
 step head bench 95 "${steps[@]}" head "$out"
 step layers bench 75 "${steps[@]}" layers "$out"
 step scaling bench 25 "${steps[@]}" scaling "$out"
