@@ -231,7 +231,8 @@ def checked_class_weights(
     if pos_weight is None:
         return None if weight is None else weight.expand(2, -1)
     yes = pos_weight.to(torch.promote_types(rows.dtype, torch.float32))
-    return torch.stack([yes, torch.ones_like(yes)]) * (1 if weight is None else weight.to(yes.dtype))
+    both = torch.stack([yes, torch.ones_like(yes)])
+    return both if weight is None else both * weight.to(yes.dtype)
 
 
 def check_head_dtypes(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:

@@ -29,7 +29,7 @@ from fastamp.policy import Policy
 from fastamp.reduction import Reduction, divided, known_to_keep_all
 
 # Chunks that save less are not made: it is no more than other activations of a training step take, and one product is
-# the simpler and mostly the faster way. A CPU is the faster one in chunks.
+# simpler and usually faster. On a CPU the closed forms hold several tensors of the size of the logits, and chunks one.
 SAVED_BYTES, SAVED_BYTES_CPU = 2**29, 2**26
 # A chunk reads and writes the sum dW in float32, 8 bytes an element, and does 2 operations an element and row: an H100
 # (700 TFLOP/s, 3.35 TB/s) takes as long for 840 rows as for the bytes. A CPU's products are slow below 64 rows.

@@ -192,10 +192,14 @@ def dispatch(
     return_stats: bool,
 ) -> tuple[Tensor, MixStats | None]:
     """`linear_amp_cross_entropy` for checked arguments."""
-    # Behind a ReLU the loss is not convex in λ.
-    keeps_all = policy.mode == "maxop" or (not head.relu and known_to_keep_all(mixture, policy, reduction))
-    policy = policy._replace(keeps_all=keeps_all)
     by_kernel = _fits_kernel(head, policy)
+    if by_kernel:
+        # Behind a ReLU the loss is not convex in λ.
+        keeps_all = policy.mode == "maxop" or (not head.relu and known_to_keep_all(mixture, policy, reduction))
+        policy = policy._replace(keeps_all=keeps_all)
+        # In a comparison binary cross-entropy has two more numbers a class: more than registers hold.
+        decided = not head.relu and (keeps_all or policy.mode == "mixup")
+        by_kernel = policy.loss == "cross_entropy" or decided
     # A graph stays whole unless chunks are asked for.
     if chunk_rows is None and head.is_affine and not by_kernel and not torch.compiler.is_compiling():
         chunk_rows = chunked_head.automatic_rows(head)
@@ -232,8 +236,6 @@ def _fits_kernel(head: Head, policy: Policy) -> bool:
     """Whether a head of this size is one launch; it also has to be eager: under torch.compile it is composed."""
     if policy.loss == "softmax_bce" or torch.compiler.is_compiling() or not takes_kernels(head.hidden):
         return False
-    if policy.loss == "binary_cross_entropy" and (head.relu or not (policy.keeps_all or policy.mode == "mixup")):
-        return False  # in a comparison it has two more numbers a class: more than registers hold
     from fastamp import kernels
 
     classes, depth = head.weight.shape

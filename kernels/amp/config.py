@@ -19,7 +19,7 @@ FEW_WARPS = 2
 REGISTER_WORDS = 4096
 WORDS_PER_WARP = 1024  # 32 a lane: 194-209 registers, 254 of a pair
 WORDS_PER_WARP_HEAVY = 512  # where MinOp may reject, or every class has target mass: 209-235; with 1024 they spill
-BINARY_WORDS = 1024  # of binary cross-entropy, 168 registers by one warp; twice as many by two spill
+BINARY_WORDS = 1024  # of binary cross-entropy by one warp: 167-189 registers; a pair of 4096 by four spills
 LEAST_WORDS = 64  # two a lane: a sum then is one of numbers that all lanes have rounded alike
 CAREFUL_COLUMNS = 64  # least tile of careful loops
 SEARCH_ROWS = 1024  # of so many a program looks for the row whose partner its own is; of more it is told
@@ -34,7 +34,7 @@ TOTAL_TURNS = 4  # of one program; more losses are summed by several, and their 
 RESCALE_BLOCK = 4096
 # select_cross_entropy, by loops beyond few classes
 SELECT_WORDS = 1024  # by one warp 254 registers; where every class has target mass, by two 206
-SELECT_WORDS_PER_WARP_BINARY = 256
+SELECT_WORDS_PER_WARP_BINARY = 256  # 128 registers; with twice as many they spill
 # linear_head
 HEAD_CLASSES = 16
 HEAD_DEPTH = 1024
@@ -110,7 +110,7 @@ def careful_block(config: Config, itemsize: int, policy: Any) -> int:
 
 
 def _is_few(words: int, itemsize: int, policy: Any) -> bool:
-    """Whether rows go one to a lane; the logarithms of doubles, one a class, would spill."""
+    """Whether rows go one to a lane; doubles with a logarithm for every class would spill."""
     return words <= FEW_CLASSES and (policy.loss == "cross_entropy" or itemsize == 4)
 
 

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from .config import SEARCH_ROWS, HeadConfig, cdiv, linear_head_config
 from .launch import inverse_permutation, on_device_of
+from .losses import loss_at, loss_change
 from .rows import (
     ASSERTING,
     LOG2E,
     Problem,
     Role,
-    loss_at,
-    loss_change,
     partners,
     scaled_grad,
     step_lam,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .losses import log1p_any, sigmoid
 from .rows import (
     LN2,
     ROW_FIELDS,
@@ -19,12 +20,10 @@ from .rows import (
     Role,
     binary_target_tile,
     load_finite,
-    log1p_any,
     partners,
     reciprocal,
     scaled,
     scaled_grad,
-    sigmoid,
     step_lam,
     store_role,
     takes_adversarial,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .losses import binary_change, binary_loss, expm1_near, log1p_any
 from .rows import (
     LN2,
     LOG2E,
     Role,
-    binary_change,
-    binary_loss,
     binary_target_tile,
-    expm1_near,
     load_logits,
-    log1p_any,
     mixed_logits,
     row_shift,
     scaled_grad,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .losses import loss_at, loss_change
 from .rows import (
     LN2,
     ROW_FIELDS,
     Problem,
     Role,
     load_logits,
-    loss_at,
-    loss_change,
     mixed_logits,
     partners,
     reciprocal,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import TOTAL_BLOCK, TOTAL_TURNS, cdiv
+from .losses import sigmoid
 from .rows import (
     EASY,
     LAM,
@@ -26,7 +27,6 @@ from .rows import (
     load_logits,
     reciprocal,
     scaled,
-    sigmoid,
     target_tile,
 )
 from .rows_careful import careful_grad

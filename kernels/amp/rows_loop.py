@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .losses import log1p_any
 from .rows import (
     LN2,
     LOG2E,
@@ -15,7 +16,6 @@ from .rows import (
     Role,
     is_tame,
     load_finite,
-    log1p_any,
     reciprocal,
     scaled,
     scaled_grad,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .losses import expm1_near, log1p_any
 from .rows import (
     LN2,
     LOG2E,
     ROW_FIELDS,
     Problem,
     Role,
-    expm1_near,
     is_tame,
     load_finite,
     load_labels,
     load_tile,
-    log1p_any,
     partners,
     reciprocal,
     scaled,

@@ -15,24 +15,19 @@ from torch import Tensor
 
 from .config import Config, careful_block, cdiv, select_config
 from .launch import alignment, on_device_of
+from .losses import binary_change, binary_loss, expm1_unit, log1p_any, loss_at, loss_change
 from .rows import (
     ASSERTING,
     LN2,
     LOG2E,
     Problem,
-    binary_change,
-    binary_loss,
     binary_target_tile,
-    expm1_unit,
     gains,
     is_tame,
     load_finite,
     load_labels,
     load_logits,
     load_tile,
-    log1p_any,
-    loss_at,
-    loss_change,
     row_shift,
     scaled,
     target_masses,
