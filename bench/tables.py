@@ -88,10 +88,9 @@ def host(results: Results) -> str:
     for row in results["rows"]:
         batch, _, classes = row["shape"]
         launching = sum(name.split(".")[0] not in memory for name in row["operators"])
-        us = "" if row["us"] is None else f", {row['us']} µs"
-        columns.setdefault(f"({batch}, {classes})", {})[row["step"]] = f"{len(row['kernels'])} + {launching}{us}"
+        columns.setdefault(f"({batch}, {classes})", {})[row["step"]] = f"{len(row['kernels'])} + {launching}"
     return (
-        "### The host's part of an eager step: our kernels + other operators that launch, microseconds\n\n"
+        "### The host's part of an eager step: our kernels + other operators that launch\n\n"
         f"{results['device']}, torch {results['versions']['torch']}: `python bench/host_overhead.py --json "
         f"bench/results/host.json`\n\n{matrix(columns)}\n"
     )
