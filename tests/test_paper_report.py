@@ -200,7 +200,7 @@ def test_the_distance_of_amp_from_mixup_over_training_stands_beside_the_placebos
         for seed in range(3)
     ]
     opening = render(records, ran("controls", models=["cnn-rand"])).split("\n## ")[0]
-    found = "AMP and Mixup with the same seed 0.60, the placebo (ε = 1e-06) and Mixup 0.20, two seeds of Mixup 1.33. "
+    found = "AMP and Mixup with the same seed 0.60, the placebo (ε = 1e-6) and Mixup 0.20, two seeds of Mixup 1.33. "
     assert f"{found}AMP's less the placebo's: +0.40 [+0.40, +0.40], n = 3." in opening
     assert (
         "two seeds of Mixup 1.33. No placebo was run."
@@ -369,8 +369,11 @@ def test_plots_are_written_beside_the_report_and_name_what_they_are_of(folder):
 
 
 def test_the_controls_show_distances_over_training_and_what_the_step_does(folder):
+    steps = {"placebo": 1e-6, "eps=1": 1.0}
     records = pair_of_methods(seeds=2) + [
-        done("sent-amp@placebo", seed, config={"fold": None, "model": "textcnn", "step_size": 1e-6}) for seed in (0, 1)
+        done(f"sent-amp@{name}", seed, config={"fold": None, "model": "textcnn", "step_size": step})
+        for name, step in steps.items()
+        for seed in (0, 1)
     ]
     text = render(records, ran("controls", models=["cnn-rand"]), folder=folder)
     names = {"errors", "differences", "distances-trec-cnn-rand", "step-trec-cnn-rand"}

@@ -10,7 +10,8 @@ from fastamp.training.recipes import RECIPES
 
 ALPHAS = (0.2, 0.5, 1.0, 1.5)
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)  # beside the paper's 0.002
-PLACEBO = 1e-6  # a step of λ of a few roundings: what it changes is what chaos makes of any change
+# A step of λ of a few roundings: what it changes is what chaos makes of any change.
+PLACEBO, PLACEBO_LABEL = 1e-6, "placebo (ε = 1e-6)"
 RATIOS = (0.03, 0.04, 0.05, 0.1, 0.15, 0.2, 0.4, 0.8, 1.0)
 
 _LEVELS = {"word": "Word", "sent": "Sent"}
@@ -31,7 +32,7 @@ _MIXUP_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _AMP_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **_MIXUP_VARIANTS,
-    "@placebo": (f", placebo (ε = {PLACEBO:g})", {"step_size": PLACEBO}),
+    "@placebo": (f", {PLACEBO_LABEL}", {"step_size": PLACEBO}),
     **{f"@eps={step:g}": (f", ε = {step:g}", {"step_size": step}) for step in STEP_SIZES},
     "@redrawn": (", dropout redrawn", {"pass_dropout": "redrawn"}),
     "@eps=0+redrawn": (

@@ -307,8 +307,8 @@ def _draw_step(view: View, place: tuple[str, str, float], runs: Sequence[Line], 
     plain = ("method", "step_size")
     held = [run for run in runs if run["method"] in METHODS and {*METHODS[run["method"]].fields} <= {*plain}]
     held = [run for run in held if any("mix/delta" in record for record in run["history"])]
-    if len({run["config"]["step_size"] for run in held}) < 2:
-        return None
+    if len({run["config"]["step_size"] for run in held}) < 3:
+        return None  # through two of them goes a line, whatever acts
     figure, panels = _panels(8.5, 3.4, 1, 2, sharex=True)
     columns = (("mix/lam_shift", "mean |λ' - λ|"), ("mix/delta", "mean change of the loss, δ, nats"))
     for (key, title), panel in zip(columns, panels.flat, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastamp.paper import plots, views
 from fastamp.paper.display import duration
-from fastamp.paper.plan import METHODS, PLACEBO, Cell, Request
+from fastamp.paper.plan import METHODS, PLACEBO_LABEL, Cell, Request
 from fastamp.paper.published import CITATION, STEPS, WIDTHS, PublishedCell, read_published
 from fastamp.paper.results import Results
 from fastamp.paper.statistics import ENOUGH_PAIRS, distances, finished, paired
@@ -115,7 +115,7 @@ def _is_claimed(method: Cell, baseline: Cell) -> bool:
 
 def _chaos(view: View) -> list[str]:
     """How far AMP goes from Mixup over training, beside the placebo and another seed."""
-    names = {"AMP": "AMP and Mixup with the same seed", "placebo": f"the placebo (ε = {PLACEBO:g}) and Mixup"}
+    names = {"AMP": "AMP and Mixup with the same seed", "placebo": f"the {PLACEBO_LABEL} and Mixup"}
     lines = []
     for place, (level, what) in product(view.places(), (("sent", "sentences"), ("word", "words"))):
         found = distances(view.runs, *place, level)
