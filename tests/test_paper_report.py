@@ -156,6 +156,17 @@ def test_below_six_seeds_nothing_is_read_not_even_a_hint():
     assert "Comparisons: 1 too few seeds; of all 1, 0 with q < 0.05." in text
 
 
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [((0, 0, 0, 0, -1, 1), "within noise"), ((0, 1, 1, 1, 1, 1), "too few seeds"), ((0, -1, 1, 0, 0), "too few seeds")],
+)
+def test_seeds_that_do_not_differ_are_seeds_but_bear_out_nothing(differences, words):
+    records = [done("sent-mixup", seed, 10.0) for seed in range(len(differences))] + [
+        done("sent-amp", seed, 10.0 + difference) for seed, difference in enumerate(differences)
+    ]
+    assert row(render(records, ran("table2")), "trec", "CNN-rand", "100%", "SentAMP", "SentMixup")[5] == words
+
+
 def test_what_q_does_not_bear_out_is_a_hint():
     records = pair_of_methods(seeds=6)
     found = row(render(records, ran("table2")), "trec", "CNN-rand", "100%", "SentAMP", "SentMixup")

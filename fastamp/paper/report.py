@@ -225,9 +225,9 @@ def _notes(runs: Sequence[Line]) -> str:
         "Difference: mean over those seeds of the method's error minus the other's, in points of percent, with a 95% "
         "bootstrap interval (BCa). Below zero the method is better. Relative improvement is of the same seeds' means.",
         "Reading: **better** or **worse** where the interval leaves out zero and q is below 0.05; a hint where the "
-        f"interval alone does; else within noise; with fewer than {ENOUGH_PAIRS} seeds that differ, nothing is read. "
-        "The interval is too narrow for few seeds: where nothing acts it "
-        "leaves out zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation).",
+        f"interval alone does; else within noise. Nothing is read of fewer than {ENOUGH_PAIRS} seeds, nor where it "
+        "leaves out zero and fewer than that differ. It is too narrow for few seeds: where nothing acts it leaves out "
+        "zero in 27%, 17%, 14% and 9% of comparisons at n = 3, 5, 6 and 10 (by simulation).",
         f"{views.TOO_FEW}: with fewer than {ENOUGH_PAIRS} seeds that differ, p cannot be below 0.05.",
         "p: Wilcoxon's signed-rank test, two-sided, of that comparison alone; 1 where no seed differs. q: p adjusted "
         "for the number of different comparisons in this report, whatever tables they stand in (false discovery rate, "

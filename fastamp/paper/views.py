@@ -11,7 +11,7 @@ from typing import Any
 from fastamp.data import DATASETS
 from fastamp.paper.plan import EXPERIMENTS, METHODS, Cell, Experiment, same_method
 from fastamp.paper.published import PublishedCell, printed
-from fastamp.paper.statistics import Paired, adjusted, by_cell, paired, summary
+from fastamp.paper.statistics import ENOUGH_PAIRS, Paired, adjusted, by_cell, paired, summary
 from fastamp.training.recipes import RECIPES
 
 Line = Mapping[str, Any]  # of results.jsonl
@@ -238,9 +238,10 @@ def printed_difference(comparison: Comparison, published: Sequence[PublishedCell
 def reading(comparison: Comparison) -> str:
     """In bold what q bears out; nothing where the seeds are too few to say, for which the interval is too narrow."""
     pair = comparison.paired
-    if not pair.enough and pair.unequal:
+    told_apart = pair.reading in ("better", "worse")
+    if pair.unequal and (pair.n < ENOUGH_PAIRS or (told_apart and not pair.enough)):
         return "too few seeds"
-    if pair.reading not in ("better", "worse"):
+    if not told_apart:
         return pair.reading
     return f"**{pair.reading}**" if comparison.q < SIGNIFICANT else f"a hint: {pair.reading}"
 
