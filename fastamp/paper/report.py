@@ -119,21 +119,30 @@ def _chaos(view: View) -> list[str]:
     lines = []
     for place, (level, what) in product(view.places(), (("sent", "sentences"), ("word", "words"))):
         found = distances(view.runs, *place, level)
-        over = {name: {key: mean(c.values()) for key, c in curves.items()} for name, curves in found.items()}
+        over, late = (
+            {name: {key: _mean_from(share, c) for key, c in curves.items()} for name, curves in found.items()}
+            for share in (0.0, 0.75)
+        )
         if "AMP" not in over:
             continue
         apart = (f"{names.get(name, 'two seeds of Mixup')} {mean(of.values()):.2f}" for name, of in over.items())
-        more = paired(over["AMP"], over.get("placebo", {}))
+        more, later = (paired(of["AMP"], of.get("placebo", {})) for of in (over, late))
         beyond = (
             "No placebo was run."
-            if more is None
-            else f"AMP's less the placebo's: {views.difference(more)}, n = {more.n}."
+            if more is None or later is None
+            else f"AMP's less the placebo's: {views.difference(more)}, n = {more.n}; "
+            f"over the last quarter {views.difference(later)}."
         )
         lines.append(
             f"{_where(Cell(place[0], place[1], '', place[2]))}, {what}: mean distance of test errors over training, in "
             f"points: {', '.join(apart)}. {beyond}"
         )
     return lines
+
+
+def _mean_from(share: float, curve: Mapping[int, float]) -> float:
+    """Mean of a curve by step, of its steps behind that share of the last."""
+    return mean(value for step, value in curve.items() if step > share * max(curve))
 
 
 def _header(runs: Sequence[Line], failed: int, specification: Mapping[str, Any]) -> list[str]:
